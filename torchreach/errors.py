@@ -1,0 +1,35 @@
+"""What a user can do wrong, one class each.
+
+Every message names what was required and what was received. All are `ValueError`s, so that a caller who
+does not know torchreach can still catch them; the command line turns each into one line and exit status 2.
+"""
+
+from __future__ import annotations
+
+
+class TorchreachError(ValueError):
+    """Base class of every error that wrong input can cause."""
+
+
+class ShapeError(TorchreachError):
+    """Tensors, stars or networks whose shapes do not fit together."""
+
+
+class InvalidSetError(TorchreachError):
+    """A set that is empty, unbounded, not finite, or has lower > upper."""
+
+
+class UnsupportedLayerError(TorchreachError):
+    """A network contains a layer torchreach has no sound rule for; the message names it and its position."""
+
+
+class InvalidNetworkError(TorchreachError):
+    """A network whose weights are not finite, or two networks that cannot be compared."""
+
+
+class FileFormatError(TorchreachError):
+    """A file that is missing, corrupt, or of an unknown kind."""
+
+
+class OptionError(TorchreachError):
+    """An option that does not exist or whose value is out of range."""

@@ -1,0 +1,53 @@
+"""Options, as small frozen values. There are no global settings and no environment switches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torchreach.errors import OptionError
+
+METHODS = ("auto", "vertices", "programs")
+ROOT_BOUNDS = ("auto", "lirpa", "zonotope", "interval", "none")
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Exact enumeration of linear regions.
+
+    Attributes:
+        method: "vertices" (facet-vertex batches, no linear programs; for low input dimension), "programs"
+            (batched linear programs), or "auto" (chosen from the number of predicate variables).
+        root_bounds: pre-activation bounds taken once per input star, before any split: "lirpa"
+            (auto_LiRPA's CROWN), "zonotope" or "interval" (torchreach's own), "none", or "auto" (auto_LiRPA
+            where it is installed and supports the network, else zonotope).
+    """
+
+    method: str = "auto"
+    root_bounds: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise OptionError(f"Exact.method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.root_bounds not in ROOT_BOUNDS:
+            raise OptionError(
+                f"Exact.root_bounds must be one of {', '.join(ROOT_BOUNDS)}, got {self.root_bounds!r}"
+            )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When to stop enumerating; a spent budget gives a valid, wider interval with status BOUNDED.
+
+    Attributes:
+        seconds: wall-clock limit, None for no limit.
+        stars: limit on enumerated output stars, None for no limit.
+    """
+
+    seconds: float | None = None
+    stars: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("seconds", "stars"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise OptionError(f"Budget.{name} must be positive or None, got {value!r}")

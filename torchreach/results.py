@@ -1,0 +1,177 @@
+"""What the analyses return: frozen values, one per verb. Nothing here computes.
+
+Axis letters: S input stars, N output features.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torchreach.sets.star import StarBatch
+
+
+class Status(enum.Enum):
+    """How an interval was obtained, per input star."""
+
+    EXACT = "exact"  # every linear region was enumerated: lower and upper meet up to tolerance
+    BOUNDED = "bounded"  # the budget ended first: the interval is certified but may be wide
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Work done at one activation layer, summed over all stars that reached it.
+
+    `settled` counts (star, neuron) pairs by the test that showed the neuron cannot change sign on the star:
+    "root" (bounds of the whole input set, before any split), "box" (the star's predicate box), "vertices"
+    (known points of the star on one side, exact for facet-vertex stars), "program" (a linear program).
+    """
+
+    name: str
+    neurons: int
+    stars: int = 0
+    splits: int = 0
+    linear_programs: int = 0
+    settled: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ReachStats:
+    """Counts of one reachability run."""
+
+    layers: tuple[LayerStats, ...]
+    method: str  # "vertices" or "programs"
+    root_bounds: str  # which library bounded the neurons before any split
+    seconds: float
+    output_programs: int = 0  # linear programs spent on the output range
+
+    @property
+    def splits(self) -> int:
+        return sum(layer.splits for layer in self.layers)
+
+    @property
+    def linear_programs(self) -> int:
+        return sum(layer.linear_programs for layer in self.layers) + self.output_programs
+
+
+@dataclass(frozen=True)
+class Progress:
+    """State of a running enumeration, handed to a `progress` callback.
+
+    lower, upper: [S, N] certified range so far of the network's output (for a merged network: of y1 - y2);
+    `lower`/`upper` here enclose the true range from outside, and shrink.
+    """
+
+    done: int
+    open: int
+    lower: Tensor
+    upper: Tensor
+    seconds: float
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class ReachResult:
+    """Reach set of a network: the union of the output stars, and its certified range.
+
+    Attributes:
+        lower, upper: [S, N] certified range of each output over input star s. Sound: no input of star s
+            gives an output outside it.
+        attained_lower, attained_upper: [S, N] outputs really attained, at `argmin` and `argmax`; they equal
+            `lower` and `upper` up to tolerance where `status` is EXACT.
+        argmin, argmax: [S, N, *input shape] the inputs.
+        count: [S] number of output stars (linear regions that were enumerated) per input star.
+        stars: the output stars, `stars.origin` naming the input star of each; None if `keep_stars=False`.
+        status: per input star.
+        stats: what it took.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    attained_lower: Tensor
+    attained_upper: Tensor
+    argmin: Tensor
+    argmax: Tensor
+    count: Tensor
+    stars: StarBatch | None
+    status: tuple[Status, ...]
+    stats: ReachStats
+
+    def __len__(self) -> int:
+        return int(self.count.sum())
+
+
+@dataclass(frozen=True)
+class Discrepancy:
+    """Certified discrepancy of two networks over input stars.
+
+    Attributes:
+        lower, upper: [S, N] certified interval around max over the star of |y1 - y2|, per output
+            (the paper's equation 16). `lower` is attained at `witness`.
+        range_lower, range_upper: [S, N] certified signed range of y1 - y2.
+        witness: [S, N, *input shape] input that attains `lower`, replayed through both networks.
+        status: per input star: EXACT, or BOUNDED if the budget ended first.
+        semantics: which reading of the networks the numbers speak of ("float": weights as they are,
+            real arithmetic).
+        stats: what it took.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    range_lower: Tensor
+    range_upper: Tensor
+    witness: Tensor
+    status: tuple[Status, ...]
+    stats: ReachStats
+    semantics: str = "float"
+
+    @property
+    def max_upper(self) -> Tensor:
+        """[S] certified upper bound of max over inputs and outputs of |y1 - y2| (equation 15, max norm)."""
+        return self.upper.amax(dim=1)
+
+    @property
+    def max_lower(self) -> Tensor:
+        """[S] largest |y1 - y2| attained by a witness."""
+        return self.lower.amax(dim=1)
+
+    def within(self, tolerance: float | Tensor) -> bool:
+        """Whether the certificate shows |y1 - y2| <= tolerance for every input of every star and output."""
+        return bool((self.upper <= torch.as_tensor(tolerance, device=self.upper.device)).all())
+
+
+@dataclass(frozen=True)
+class RepairStep:
+    """One iteration of the repair loop; iteration 0 is the compressed network as given."""
+
+    iteration: int
+    discrepancy: Discrepancy
+    accuracy: float | None
+    loss: float | None  # last training loss (mean squared error to the targets)
+    satisfied: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RepairResult:
+    """Outcome of `repair`. `satisfied` is what the last evaluation showed."""
+
+    network: torch.nn.Module
+    history: tuple[RepairStep, ...]
+    satisfied: bool
+
+    @property
+    def before(self) -> Discrepancy:
+        return self.history[0].discrepancy
+
+    @property
+    def after(self) -> Discrepancy:
+        return self.history[-1].discrepancy
