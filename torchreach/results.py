@@ -64,14 +64,16 @@ class ReachStats:
 class Progress:
     """State of a running enumeration, handed to a `progress` callback.
 
-    lower, upper: [S, N] certified range so far of the network's output (for a merged network: of y1 - y2);
-    `lower`/`upper` here enclose the true range from outside, and shrink.
+    lower, upper: [S, N] certified range of the network's output (for a merged network: of y1 - y2) so far.
+    attained_lower, attained_upper: [S, N] the part of it already met at points of the stars.
     """
 
     done: int
     open: int
     lower: Tensor
     upper: Tensor
+    attained_lower: Tensor
+    attained_upper: Tensor
     seconds: float
 
 

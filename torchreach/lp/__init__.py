@@ -1,0 +1,1 @@
+"""Linear programs: batched interior point on tensors, and the cvxpy reference."""

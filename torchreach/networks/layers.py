@@ -1,7 +1,7 @@
 """The layers torchreach has sound rules for, and the parts of an affine layer that reachability needs.
 
 An affine layer x -> W x + b acts on a star {c + V a} row by row: W on every row of [c; V], b on row 0 only.
-`linear`, `magnitude` and `offset` give W x, |W| x and b without ever building W as a matrix, so that
+`linear` and `magnitude` give W x and |W| x without ever building W as a matrix, so that
 convolution, average pooling and batch norm come free and merged layers never store block-diagonal zeros.
 |W| carries error bounds: |W e| <= |W| |e|.
 """
@@ -76,17 +76,6 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 def magnitude(layer: nn.Module, x: Tensor) -> Tensor:
     """|W| x for a batch of rows x >= 0: [R, *in_shape] -> [R, *out_shape]."""
     return _part(layer, x, magnitude=True)
-
-
-def offset(layer: nn.Module, in_shape: tuple[int, ...]) -> Tensor | None:
-    """The bias b = layer(0), shape [*out_shape], or None where there is none."""
-    if isinstance(layer, (*PASS_THROUGH, *RESHAPING)) or getattr(layer, "bias", 0) is None:
-        return None
-    parameter = next((*layer.parameters(), *layer.buffers()), None)
-    if parameter is None:
-        return None
-    zero = torch.zeros(1, *in_shape, dtype=parameter.dtype, device=parameter.device)
-    return layer(zero)[0]
 
 
 def fan_in(layer: nn.Module) -> int:

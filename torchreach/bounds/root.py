@@ -1,0 +1,100 @@
+"""Bounds of every pre-activation over whole input stars, taken once, before any split."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from torchreach.bounds.zonotope import Bounds, interval_bounds, zonotope_bounds
+from torchreach.networks.chain import chain
+from torchreach.networks.merge import MergedNetwork, MergedReLU
+from torchreach.networks.steps import Step
+
+log = logging.getLogger(__name__)
+
+
+def root_bounds(
+    module: nn.Module, steps: tuple[Step, ...], rows: Tensor, slack: Tensor, kind: str, margin: float
+) -> tuple[Bounds, str]:
+    """Certified (lower, upper) [S, N] per step, the output last, and the name of what gave them.
+
+    Args:
+        rows: [S, 1 + M, N_in] input stars over [-1, 1]^M; slack: [S, N_in].
+        kind: one of `options.ROOT_BOUNDS`. "auto" intersects auto_LiRPA's bounds with zonotopes where
+            auto_LiRPA is installed and supports the network.
+        margin: share of their magnitude by which auto_LiRPA's bounds are widened for rounding.
+    """
+    if kind == "interval":
+        return interval_bounds(steps, rows, slack), "interval"
+    if kind == "none":
+        infinite = [
+            (b.new_full((len(rows), b.numel()), -torch.inf), b.new_full((len(rows), b.numel()), torch.inf))
+            for b in (step.bias for step in steps)
+        ]
+        return infinite, "none"
+    own = zonotope_bounds(steps, rows, slack)
+    if kind == "zonotope":
+        return own, "zonotope"
+    theirs = _lirpa(module, steps, rows, slack, margin)
+    if theirs is None:
+        return own, "zonotope"
+    tightest = [
+        (torch.maximum(a, c), torch.minimum(b, d)) for (a, b), (c, d) in zip(own, theirs, strict=True)
+    ]
+    return tightest, "auto_LiRPA CROWN and zonotope"
+
+
+def _lirpa(
+    module: nn.Module, steps: tuple[Step, ...], rows: Tensor, slack: Tensor, margin: float
+) -> Bounds | None:
+    from torchreach.bounds import lirpa
+
+    spread = rows[:, 1:].abs().sum(1) + slack
+    shape = steps[0].in_shape
+    lower = (rows[:, 0] - spread).reshape(-1, *shape)
+    upper = (rows[:, 0] + spread).reshape(-1, *shape)
+    try:
+        if isinstance(module, MergedNetwork):
+            output, first, second = lirpa.merged_bounds(module.first, module.second, lower, upper)
+            bounds = [*_side_by_side(module, first, second), output]
+        else:
+            bounds = lirpa.preactivation_bounds(chain(module, shape), lower, upper)
+    except ImportError:
+        _say_once("auto_LiRPA is not installed: neurons are bounded by zonotopes only, so exact reach splits less early")
+        return None
+    except lirpa.UnsupportedByLirpaError as error:
+        _say_once(f"auto_LiRPA does not support this network ({error}): neurons are bounded by zonotopes only")
+        return None
+    flat = [(low.flatten(1), high.flatten(1)) for low, high in bounds]
+    return [(low - margin * (1 + low.abs()), high + margin * (1 + high.abs())) for low, high in flat]
+
+
+def _side_by_side(module: MergedNetwork, first: Bounds, second: Bounds) -> Bounds:
+    """Bounds of the merged features: both halves where both still have a ReLU, else unbounded."""
+    result: Bounds = []
+    for layer in module:
+        if not isinstance(layer, MergedReLU):
+            continue
+        halves = []
+        sizes = (int(layer.split[0]), int(layer.split[1]))
+        index = len(result)
+        for bounds, size, active in zip((first, second), sizes, layer.active, strict=True):
+            if active:
+                halves.append(tuple(b.flatten(1) for b in bounds[index]))
+            else:
+                like = (first if len(first) else second)[0][0]
+                free = like.new_full((like.shape[0], size), torch.inf)
+                halves.append((-free, free))
+        result.append((torch.cat([h[0] for h in halves], 1), torch.cat([h[1] for h in halves], 1)))
+    return result
+
+
+_said: set[str] = set()
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        log.warning(message)

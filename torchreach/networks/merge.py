@@ -1,0 +1,196 @@
+"""Merged network: two networks side by side on one input, then the comparison layer [I, -I].
+
+    merged(x) = original(x) - compressed(x)
+
+Hidden layers act on the concatenation [z1; z2] of both networks' features; their block-diagonal weights are
+never stored. The shorter network is extended by identity layers, whose features pass the remaining ReLU
+layers untouched. (Mo, Yang, Lu, Xiang: Compression Repair for Feedforward Neural Networks Based on Model
+Equivalence Evaluation, 2024: Lemma 1, Lemma 2, Theorem 1.)
+"""
+
+from __future__ import annotations
+
+import copy
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchreach.errors import ShapeError
+from torchreach.networks.chain import chain
+from torchreach.networks.layers import MergedAffine, linear, magnitude
+from torchreach.networks.propagate import propagate
+
+Shape = tuple[int, ...]
+
+
+class MergedLinear(MergedAffine):
+    """[z1; z2] -> [f1(z1); f2(z2)] for affine blocks f1, f2 (for plain networks: one `nn.Linear` each).
+
+    Takes a tensor [B, n1 + n2] (the first merged layer: one shared input [B, *shape]) or a `StarBatch`.
+    `first` and `second` are the given modules themselves: training them changes the merged network.
+    """
+
+    def __init__(
+        self, first: nn.Sequential, second: nn.Sequential, in_shapes: tuple[Shape, Shape], shared_input: bool
+    ) -> None:
+        super().__init__()
+        self.first = first
+        self.second = second
+        self.in_shapes = in_shapes
+        self.shared_input = shared_input
+
+    def forward(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return propagate(x, self)
+        z1, z2 = self._branches(x)
+        return torch.cat((self.first(z1).flatten(1), self.second(z2).flatten(1)), dim=1)
+
+    def linear_part(self, x: Tensor) -> Tensor:
+        z1, z2 = self._branches(x)
+        return torch.cat((linear(self.first, z1).flatten(1), linear(self.second, z2).flatten(1)), dim=1)
+
+    def magnitude_part(self, x: Tensor) -> Tensor:
+        z1, z2 = self._branches(x)
+        return torch.cat((magnitude(self.first, z1).flatten(1), magnitude(self.second, z2).flatten(1)), dim=1)
+
+    def _branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.shared_input:
+            return x, x
+        shape1, shape2 = self.in_shapes
+        z1, z2 = x.split((prod(shape1), prod(shape2)), dim=1)
+        return z1.reshape(-1, *shape1), z2.reshape(-1, *shape2)
+
+
+class MergedReLU(nn.Module):
+    """ReLU on both halves of [z1; z2]; a half that already left its network passes untouched.
+
+    Takes a tensor [B, n1 + n2] or a `StarBatch`, which it splits along z = 0 where that crosses a star.
+    """
+
+    splits_at_zero = True
+    mask: Tensor
+
+    def __init__(self, sizes: tuple[int, int], active: tuple[bool, bool] = (True, True)) -> None:
+        super().__init__()
+        self.split = sizes
+        self.active = active
+        halves = [torch.full((size,), on) for size, on in zip(sizes, active, strict=True)]
+        self.register_buffer("mask", torch.cat(halves), persistent=False)
+
+    def forward(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return propagate(x, self)
+        return x.relu() if all(self.active) else torch.where(self.mask, x.relu(), x)
+
+
+class Comparison(MergedAffine):
+    """Comparison layer [I, -I]: [y1; y2] -> y1 - y2. Takes a tensor [B, 2 n] or a `StarBatch`."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return propagate(x, self)
+        return self.linear_part(x)
+
+    def linear_part(self, x: Tensor) -> Tensor:
+        return x[:, : self.size] - x[:, self.size :]
+
+    def magnitude_part(self, x: Tensor) -> Tensor:
+        return x[:, : self.size] + x[:, self.size :]
+
+
+class MergedNetwork(nn.Sequential):
+    """`original(x) - compressed(x)` as one network of merged layers. Made by `merge`.
+
+    Takes [B, *shape], returns [B, N]. In training mode dropout and batch norm act as they do there;
+    reachability always speaks of evaluation mode.
+    """
+
+    def __init__(self, layers: list[nn.Module], branches: tuple[nn.Sequential, nn.Sequential]) -> None:
+        super().__init__(*layers)
+        # Kept out of the module tree: the merged layers already hold these parameters.
+        self._branches = (branches,)
+
+    @property
+    def first(self) -> nn.Sequential:
+        """The original network, as a chain of layers."""
+        return self._branches[0][0]
+
+    @property
+    def second(self) -> nn.Sequential:
+        """The compressed network, as a chain of layers."""
+        return self._branches[0][1]
+
+
+def merge(
+    original: nn.Module, compressed: nn.Module, input_shape: Shape | None = None
+) -> MergedNetwork:
+    """Merged network of `original` and `compressed`: merged(x) == original(x) - compressed(x).
+
+    Depths and widths may differ; parameters are shared with the given modules. `input_shape` (without batch
+    axis) is needed only where it does not follow from a first `nn.Linear`, that is for convolutions.
+
+    Raises:
+        UnsupportedLayerError: a layer without a sound rule, named with its position.
+        ShapeError: input or output sizes differ, or `input_shape` is needed.
+        InvalidNetworkError: a weight is NaN or infinite.
+    """
+    branches = (chain(original, input_shape), chain(compressed, input_shape))
+    shape = input_shape or _shared_input_shape(branches)
+    blocks, shapes = zip(*(_blocks(branch, shape, i) for i, branch in enumerate(branches)), strict=True)
+    out1, out2 = (prod(s[-1]) for s in shapes)
+    if out1 != out2:
+        raise ShapeError(f"networks must have equally many outputs: the original has {out1}, the compressed {out2}")
+    depth = max(len(b) for b in blocks)
+    layers: list[nn.Module] = []
+    for i in range(depth):
+        parts = [b[i] if i < len(b) else nn.Sequential() for b in blocks]
+        into = [s[min(i, len(s) - 1)] for s in shapes]
+        layers.append(MergedLinear(parts[0], parts[1], (into[0], into[1]), shared_input=i == 0))
+        if i < depth - 1:
+            sizes = [prod(s[min(i + 1, len(s) - 1)]) for s in shapes]
+            on = [i < len(b) - 1 for b in blocks]
+            layers.append(MergedReLU((sizes[0], sizes[1]), (on[0], on[1])))
+    layers.append(Comparison(out1))
+    return MergedNetwork(layers, branches)
+
+
+def _blocks(branch: nn.Sequential, shape: Shape, index: int) -> tuple[list[nn.Sequential], list[Shape]]:
+    """Affine blocks between ReLUs, and the feature shape before each and after the last."""
+    blocks = [nn.Sequential()]
+    for layer in branch:
+        if isinstance(layer, nn.ReLU):
+            blocks.append(nn.Sequential())
+        else:
+            blocks[-1].append(layer)
+    parameter = next(branch.parameters(), torch.zeros(()))
+    z = torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device)
+    shapes = [shape]
+    with torch.no_grad():
+        for block in blocks:
+            try:
+                z = copy.deepcopy(block).eval()(z)  # a copy: the caller's mode is left alone
+            except RuntimeError as error:
+                which = ("original", "compressed")[index]
+                raise ShapeError(f"the {which} network does not accept inputs of shape {shape}: {error}") from None
+            shapes.append(tuple(z.shape[1:]))
+    return blocks, shapes
+
+
+def _shared_input_shape(branches: tuple[nn.Sequential, nn.Sequential]) -> Shape:
+    sizes = []
+    for branch in branches:
+        first = next((m for m in branch if any(True for _ in m.parameters())), None)
+        if not isinstance(first, nn.Linear):
+            raise ShapeError("input_shape=(...) is required: it does not follow from a first nn.Linear layer")
+        sizes.append(first.in_features)
+    if sizes[0] != sizes[1]:
+        raise ShapeError(
+            f"networks must have equally many inputs: the original has {sizes[0]}, the compressed {sizes[1]}"
+        )
+    return (sizes[0],)

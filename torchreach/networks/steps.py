@@ -1,0 +1,104 @@
+"""A network as alternating affine steps and ReLU masks, copied once to the compute dtype and device.
+
+A step knows how rows of a star's affine map go through it, and how an error bound does:
+rows [R, N_in] -> W rows [R, N_out]; |W| e for e >= 0; and the bias, for row 0 of each map.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from torchreach.errors import ShapeError
+from torchreach.networks.chain import chain
+from torchreach.networks.layers import fan_in, linear, magnitude
+
+
+@dataclass(frozen=True)
+class Step:
+    """Affine block followed by ReLU on the features where `relu` is true (None: the output)."""
+
+    name: str
+    block: nn.Sequential
+    in_shape: tuple[int, ...]
+    bias: Tensor  # [N_out]
+    bias_magnitude: Tensor  # [N_out], sum of the magnitudes of all terms of the bias
+    terms: int  # upper bound on the number of products summed into one output
+    relu: Tensor | None  # [N_out] bool
+
+    @property
+    def features(self) -> int:
+        return self.bias.numel()
+
+    def linear(self, rows: Tensor) -> Tensor:
+        """W rows: [..., N_in] -> [..., N_out]."""
+        return self._apply(linear, rows)
+
+    def magnitude(self, rows: Tensor) -> Tensor:
+        """|W| rows, rows >= 0: [..., N_in] -> [..., N_out]."""
+        return self._apply(magnitude, rows)
+
+    def map_rows(self, rows: Tensor) -> Tensor:
+        """Affine map of a star batch: rows [S, 1 + M, N_in] -> [S, 1 + M, N_out], bias on row 0."""
+        out = self.linear(rows)
+        out[:, 0] += self.bias
+        return out
+
+    def _apply(self, rule, rows: Tensor) -> Tensor:
+        flat = rule(self.block, rows.reshape(-1, *self.in_shape))
+        return flat.reshape(*rows.shape[:-1], self.features)
+
+
+def steps(
+    module: nn.Module, input_shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
+) -> tuple[Step, ...]:
+    """`module` as steps on inputs of `input_shape`; its weights are copied, the module is left alone.
+
+    Raises: UnsupportedLayerError, InvalidNetworkError as `chain`; ShapeError if the input does not fit.
+    """
+    blocks: list[tuple[nn.Sequential, nn.Module | None]] = [(nn.Sequential(), None)]
+    for layer in chain(module, input_shape):
+        if isinstance(layer, nn.ReLU) or getattr(layer, "splits_at_zero", False):
+            blocks[-1] = (blocks[-1][0], layer)
+            blocks.append((nn.Sequential(), None))
+        else:
+            blocks[-1][0].append(layer)
+    result: list[Step] = []
+    shape = tuple(input_shape)
+    with torch.no_grad():
+        for index, (block, activation) in enumerate(blocks):
+            # A copy, so that the caller's module keeps its dtype and device.
+            block = copy.deepcopy(block).to(device=device, dtype=dtype).eval()
+            zero = torch.zeros(1, *shape, dtype=dtype, device=device)
+            try:
+                value = block(zero)[0]
+            except RuntimeError as error:
+                raise ShapeError(f"the network does not accept inputs of shape {tuple(input_shape)}: {error}") from None
+            relu = None
+            if activation is not None:
+                mask = getattr(activation, "mask", torch.ones(value.numel(), dtype=torch.bool))
+                relu = mask.to(device)
+            result.append(
+                Step(
+                    name=f"relu {index + 1}" if activation is not None else "output",
+                    block=block,
+                    in_shape=shape,
+                    bias=value.flatten(),
+                    bias_magnitude=_bias_magnitude(block, zero),
+                    terms=sum(fan_in(layer) for layer in block),
+                    relu=relu,
+                )
+            )
+            shape = tuple(value.shape)
+    return tuple(result)
+
+
+def _bias_magnitude(block: nn.Sequential, zero: Tensor) -> Tensor:
+    total = zero
+    for layer in block:
+        # layer(0) is the layer's own bias: every product vanishes.
+        total = magnitude(layer, total) + layer(torch.zeros_like(total)).abs()
+    return total.flatten()

@@ -1,0 +1,233 @@
+"""`reach(module, stars)`: choose an engine, run it, return a certified result."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchreach.bounds.root import root_bounds
+from torchreach.bounds.zonotope import Bounds
+from torchreach.errors import ShapeError
+from torchreach.networks.propagate import propagate
+from torchreach.networks.steps import Step, steps
+from torchreach.options import Budget, Exact
+from torchreach.reach import activation
+from torchreach.reach.frontier import Frontier
+from torchreach.reach.programs import ProgramEngine
+from torchreach.reach.record import RangeRecord
+from torchreach.reach.tally import Tally
+from torchreach.reach.vertices import VertexEngine
+from torchreach.results import Progress, ProgressCallback, ReachResult, ReachStats, Status
+from torchreach.sets.star import StarBatch
+from torchreach.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF, Tolerances, round_down, round_up
+
+# Vertices of a polytope grow exponentially with its dimension; beyond this linear programs are cheaper.
+VERTEX_DIM = 8
+
+
+def reach(
+    module: nn.Module,
+    stars: StarBatch,
+    method: Exact | None = None,
+    *,
+    budget: Budget | None = None,
+    tolerances: Tolerances | None = None,
+    keep_stars: bool = True,
+    progress: ProgressCallback | None = None,
+) -> ReachResult:
+    """Reach set of a ReLU network, single or merged: one output star per linear region.
+
+    Runs where the stars' tensors are, in float64; results have the stars' dtype, rounded outward. What is
+    certified is the real-valued function of the network's weights, not its floating-point execution.
+
+    Args:
+        module: network of supported layers, or `merge(original, compressed)`; it is not changed.
+        stars: input stars [S], of the network's input shape.
+        method: options of the exact engine.
+        budget: when to stop early; the result is then valid but wider, and its status says so.
+        keep_stars: False streams the ranges and statistics and stores no output star.
+        progress: called a few times a second with a `Progress`.
+
+    Raises:
+        ShapeError: the stars do not fit the network. UnsupportedLayerError, InvalidNetworkError: see `merge`.
+    """
+    began = time.monotonic()
+    method, budget, tolerances = method or Exact(), budget or Budget(), tolerances or Tolerances()
+    if not isinstance(stars, StarBatch):
+        raise ShapeError(f"reach needs a torchreach.StarBatch, got {type(stars).__name__}")
+    with torch.no_grad():
+        run = _Run.prepare(module, stars, method, tolerances, keep_stars)
+        run.go(budget, progress, began)
+        return run.result(began)
+
+
+@dataclass
+class _Run:
+    """State of one call of `reach`."""
+
+    stars: StarBatch
+    steps: tuple[Step, ...]
+    root: Bounds
+    root_name: str
+    engine: VertexEngine | ProgramEngine
+    frontier: Frontier
+    record: RangeRecord
+    tally: Tally
+    count: Tensor
+    kept: list[StarBatch] | None
+    left: Tensor | None = None
+
+    @staticmethod
+    def prepare(
+        module: nn.Module, stars: StarBatch, method: Exact, tolerances: Tolerances, keep_stars: bool
+    ) -> _Run:
+        device = stars.device
+        network = steps(module, stars.shape, dtype=COMPUTE_DTYPE, device=device)
+        rows, A, b = stars.normalised()
+        slack = (rows.shape[1] + 8) * UNIT_ROUNDOFF * rows.abs().sum(1)
+        bounds, name = root_bounds(module, network, rows, slack, method.root_bounds, tolerances.root_margin)
+        signs = [(low >= 0).long() - (high <= 0).long() for low, high in bounds]
+        tally = Tally(network)
+        chosen = method.method
+        if chosen == "auto":
+            chosen = "vertices" if stars.dim <= VERTEX_DIM else "programs"
+        maker = VertexEngine if chosen == "vertices" else ProgramEngine
+        engine = maker(network, signs, tolerances, tally, keep_facets=keep_stars)
+        frontier = Frontier(engine, network, bounds, device)
+        outputs = network[-1].features
+        record = RangeRecord(len(stars), outputs, stars.dim, COMPUTE_DTYPE, device)
+        # b >= A a as half-spaces b - A a >= 0, thickened by the sign tolerance so that flat stars have depth
+        size = A.abs().sum(2).clamp(min=1e-300)
+        planes = torch.cat(((b / size + tolerances.sign)[:, :, None], -A / size[:, :, None]), 2)
+        frontier.push(engine.start(rows, slack, planes, torch.arange(len(stars), device=device)))
+        return _Run(
+            stars,
+            network,
+            bounds,
+            name,
+            engine,
+            frontier,
+            record,
+            tally,
+            torch.zeros(len(stars), dtype=torch.long, device=device),
+            [] if keep_stars else None,
+        )
+
+    def go(self, budget: Budget, progress: ProgressCallback | None, began: float) -> None:
+        report = None if progress is None else lambda: progress(self._progress(began))
+        keep = None if self.kept is None else self._keep
+        self._attain_somewhere()
+        self.left = self.frontier.run(self.record, self.count, budget, keep, report)
+        if report is not None:
+            report()
+
+    def result(self, began: float) -> ReachResult:
+        assert self.left is not None
+        lower, upper = self._certified(self.record.certified)
+        dtype = self.stars.dtype
+        size, outputs = lower.shape
+        points = self.stars.point(self.record.point.transpose(0, 1).flatten(1, 2))  # [S, 2 N, *shape]
+        points = self._into(points, dtype)
+        value, error = replay(self.steps, points.flatten(0, 1))
+        value, error = value.reshape(size, 2, outputs, outputs), error.reshape(size, 2, outputs, outputs)
+        value, error = value.diagonal(dim1=2, dim2=3), error.diagonal(dim1=2, dim2=3)  # [S, 2, N]
+        points = points.reshape(size, 2, outputs, *self.stars.shape)
+        return ReachResult(
+            lower=round_down(lower, dtype),
+            upper=round_up(upper, dtype),
+            attained_lower=round_up(value[:, 0] + error[:, 0], dtype),
+            attained_upper=round_down(value[:, 1] - error[:, 1], dtype),
+            argmin=points[:, 0],
+            argmax=points[:, 1],
+            count=self.count,
+            stars=self._stars(),
+            status=tuple(Status.BOUNDED if open_ else Status.EXACT for open_ in self.left.tolist()),
+            stats=ReachStats(
+                layers=self.tally.layers(),
+                method=self.engine.name,
+                root_bounds=self.root_name,
+                seconds=time.monotonic() - began,
+                output_programs=self.tally.programs[-1],
+            ),
+        )
+
+    def _certified(self, certified: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = self.root[-1]
+        return torch.maximum(-certified[0], low), torch.minimum(certified[1], high)
+
+    def _attain_somewhere(self) -> None:
+        """Evaluate one point per input star, so that a budget spent at once still has a witness."""
+        a = self.engine.somewhere
+        rows = self.stars.point(a[:, None]).flatten(0, 1)
+        value, _ = replay(self.steps, rows)
+        origin = torch.arange(len(self.stars), device=value.device)
+        for direction, signed in enumerate((-value, value)):
+            self.record.attain(direction, origin, signed, lambda s, _: a[s])
+
+    def _into(self, points: Tensor, dtype: torch.dtype) -> Tensor:
+        """Points in the caller's dtype, rounded toward the star's middle so that they stay inside boxes."""
+        rounded = points.to(dtype)
+        middle = self.stars.normalised()[0][:, :1].reshape(len(points), 1, *points.shape[2:])
+        outside = (rounded.to(points.dtype) - middle).abs() > (points - middle).abs()
+        return torch.where(outside, torch.nextafter(rounded, middle.to(dtype).expand_as(rounded)), rounded)
+
+    def _progress(self, began: float) -> Progress:
+        low, high = self.root[-1]
+        return Progress(
+            done=self.frontier.done,
+            open=self.frontier.open,
+            lower=low,
+            upper=high,
+            attained_lower=-self.record.attained[0],
+            attained_upper=self.record.attained[1],
+            seconds=time.monotonic() - began,
+        )
+
+    def _keep(self, chunk: Any) -> None:
+        assert self.kept is not None
+        planes = chunk.halfspaces()
+        void = (planes[:, :, 1:] == 0).all(2)  # unused slots say 0 . a <= 1
+        ones = torch.ones_like(chunk.rows[:, 1:, 0])
+        star = StarBatch.trusted(
+            chunk.rows,
+            -planes[:, :, 1:],
+            torch.where(void, 1.0, planes[:, :, 0]),
+            -ones,
+            ones,
+            chunk.origin,
+        )
+        self.kept.append(star.to(dtype=self.stars.dtype))
+
+    def _stars(self) -> StarBatch | None:
+        if not self.kept:
+            return None
+        shaped = StarBatch.cat(self.kept)
+        return shaped
+
+
+def replay(network: tuple[Step, ...], x: Tensor) -> tuple[Tensor, Tensor]:
+    """The network at points x [B, *shape]: (value, certified error) [B, N], float64."""
+    rows = x.flatten(1).to(COMPUTE_DTYPE)[:, None]
+    slack = torch.zeros_like(rows[:, 0])
+    for step in network:
+        rows, slack = activation.affine(step, rows, slack)
+        if step.relu is not None:
+            rows, slack = activation.relu(rows, slack, rows[:, 0], rows[:, 0], step.relu, 0.0)
+    return rows[:, 0], slack
+
+
+@propagate.register
+def _(stars: StarBatch, layer: nn.Module) -> StarBatch:
+    """A star batch through one layer of a merged network: affine layers map it, ReLU layers split it."""
+    if not getattr(layer, "splits_at_zero", False):
+        return stars.affine_map(layer)
+    result = reach(nn.Sequential(layer), stars, Exact(root_bounds="interval"))
+    assert result.stars is not None
+    origin = stars.origin[result.stars.origin]
+    return StarBatch.trusted(
+        *(getattr(result.stars, name) for name in ("basis", "A", "b", "lower", "upper")), origin
+    )

@@ -1,0 +1,173 @@
+"""The one loop over work: batches of stars, until none is open or the budget is spent."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from torchreach.bounds.zonotope import Bounds, relu_band, zonotope_bounds
+from torchreach.networks.steps import Step
+from torchreach.options import Budget
+from torchreach.reach.record import RangeRecord
+
+log = logging.getLogger(__name__)
+
+# Stars per chunk: enough to hide the cost of launching an operation, few enough to stay in cache.
+CHUNK = {"cpu": 512, "cuda": 65536}
+
+
+class Chunk(Protocol):
+    """A batch of stars at one layer; see `reach.vertices.Chunk` for the fields."""
+
+    layer: int
+    rows: Tensor
+    slack: Tensor
+    origin: Tensor
+
+    @property
+    def kind(self) -> int: ...
+    def __len__(self) -> int: ...
+    def select(self, index: Any) -> Any: ...
+    def box(self) -> tuple[Tensor, Tensor]: ...
+    def halfspaces(self) -> Tensor: ...
+
+
+class Engine(Protocol):
+    """How chunks advance; `reach.vertices` and `reach.programs` are the two engines."""
+
+    name: str
+
+    def advance(self, chunk: Any) -> list[Any]: ...
+    def finish(self, chunk: Any, record: RangeRecord) -> None: ...
+    def join(self, chunks: list[Any]) -> Any: ...
+
+
+@dataclass
+class _Group:
+    chunks: list[Any]
+    size: int = 0
+
+
+class Frontier:
+    """Open work of one run.
+
+    Chunks are grouped by layer and kind, and joined to batches of `limit` stars.
+    """
+
+    def __init__(self, engine: Engine, steps: tuple[Step, ...], root: Bounds, device: torch.device) -> None:
+        self.engine = engine
+        self.steps = steps
+        self.root = root
+        self.limit = CHUNK.get(device.type, CHUNK["cuda"])
+        self.groups: dict[tuple[int, int], _Group] = {}
+        self.open = 0
+        self.done = 0
+
+    def push(self, chunks: list[Any]) -> None:
+        """Add open chunks."""
+        for chunk in chunks:
+            group = self.groups.setdefault((chunk.layer, chunk.kind), _Group([]))
+            group.chunks.append(chunk)
+            group.size += len(chunk)
+            self.open += len(chunk)
+
+    def pop(self) -> Any:
+        """Up to `limit` stars of one layer and kind.
+
+        A full group goes first, the deepest of them, so that few stars stay open; while no group is full, the
+        shallowest layer fills them, so that no work is done in small pieces that could be done in large ones.
+        """
+        full = [key for key, group in self.groups.items() if group.size >= self.limit]
+        key = max(full) if full else min(self.groups, key=lambda k: (k[0], -self.groups[k].size))
+        group, taken, total = self.groups[key], [], 0
+        while group.chunks and total < self.limit:
+            chunk = group.chunks.pop()
+            room = self.limit - total
+            if len(chunk) > room:
+                group.chunks.append(chunk.select(slice(room, None)))
+                chunk = chunk.select(slice(0, room))
+            taken.append(chunk)
+            total += len(chunk)
+        group.size -= total
+        if not group.chunks:
+            del self.groups[key]
+        self.open -= total
+        return self.engine.join(taken)
+
+    def run(
+        self,
+        record: RangeRecord,
+        count: Tensor,
+        budget: Budget,
+        keep: Callable[[Any], None] | None,
+        report: Callable[[], None] | None,
+    ) -> Tensor:
+        """Work until done or out of budget. Returns [S_in] bool: input stars with stars left open.
+
+        Args:
+            record: takes the ranges; it is certified on return whatever happened.
+            count: [S_in] long, output stars per input star, counted here.
+            keep: called with every finished chunk.
+            report: called now and then.
+        """
+        last = len(self.steps) - 1
+        start = reported = time.monotonic()
+        try:
+            while self.open:
+                now = time.monotonic()
+                if report is not None and now - reported > 0.2:
+                    report()
+                    reported = now
+                if budget.seconds is not None and now - start > budget.seconds:
+                    log.info("budget of %g s spent with %d stars open", budget.seconds, self.open)
+                    break
+                if budget.stars is not None and self.done >= budget.stars:
+                    log.info("budget of %d stars spent with %d stars open", budget.stars, self.open)
+                    break
+                chunk = self.pop()
+                if chunk.layer < last:
+                    self.push(self.engine.advance(chunk))
+                    continue
+                self.engine.finish(chunk, record)
+                count.index_add_(0, chunk.origin, torch.ones_like(chunk.origin))
+                self.done += len(chunk)
+                if keep is not None:
+                    keep(chunk)
+        except KeyboardInterrupt:
+            log.warning("interrupted with %d stars open: the interval returned is valid but not exact", self.open)
+        return self._close(record)
+
+    def _close(self, record: RangeRecord) -> Tensor:
+        """Bound whatever is still open by zonotopes, so that the record covers every input star."""
+        left = torch.zeros(record.certified.shape[1], dtype=torch.bool, device=record.certified.device)
+        while self.open:
+            chunk = self.pop()
+            left[chunk.origin] = True
+            lower, upper = self._bound(chunk)
+            record.certify(0, chunk.origin, -lower)
+            record.certify(1, chunk.origin, upper)
+        return left
+
+    def _bound(self, chunk: Any) -> tuple[Tensor, Tensor]:
+        """Certified output range [S, N] of open stars, from their predicate boxes."""
+        low, high = chunk.box()
+        middle, radius = (low + high) / 2, (high - low) / 2
+        rows = torch.cat(
+            (chunk.rows[:, :1] + middle[:, None, :] @ chunk.rows[:, 1:], radius[:, :, None] * chunk.rows[:, 1:]), 1
+        )
+        slack = chunk.slack + 1e-15 * chunk.rows.shape[1] * chunk.rows.abs().sum(1)
+        step = self.steps[chunk.layer]
+        spread = rows[:, 1:].abs().sum(1) + slack
+        root_low, root_high = (bound[chunk.origin] for bound in self.root[chunk.layer])
+        lower = torch.maximum(rows[:, 0] - spread, root_low)
+        upper = torch.minimum(rows[:, 0] + spread, root_high)
+        if step.relu is None:
+            return lower, upper
+        rows, slack = relu_band(rows, slack, lower, upper, step.relu)
+        return zonotope_bounds(self.steps, rows, slack, chunk.layer + 1)[-1]

@@ -1,0 +1,37 @@
+"""What an enumeration has found so far: the certified output range and the points that attain it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# point(star, output): predicate points [E, M] where the given stars attain the value of the given outputs
+PointOf = Callable[[Tensor, Tensor], Tensor]
+
+
+class RangeRecord:
+    """Running union over output stars, per input star (axis S) and output (axis N).
+
+    `certified` [2, S, N] encloses -f and f from above; `attained` [2, S, N] is the best value of -f and f
+    met at a point, `point` [2, S, N, M] the predicate point. Only maxima are kept: the minimum of f is
+    minus the maximum of -f.
+    """
+
+    def __init__(self, stars: int, outputs: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.certified = torch.full((2, stars, outputs), -torch.inf, dtype=dtype, device=device)
+        self.attained = self.certified.clone()
+        self.point = torch.zeros(2, stars, outputs, dim, dtype=dtype, device=device)
+
+    def attain(self, direction: int, origin: Tensor, value: Tensor, point: PointOf) -> None:
+        """Take values [S', N] met on stars of input stars `origin` [S'], in direction 0 (-f) or 1 (f)."""
+        best = self.attained[direction]
+        better = best.scatter_reduce(0, origin[:, None].expand_as(value), value, "amax")
+        star, output = ((value == better[origin]) & (value > best[origin])).nonzero(as_tuple=True)
+        self.point[direction, origin[star], output] = point(star, output)
+        self.attained[direction] = better
+
+    def certify(self, direction: int, origin: Tensor, value: Tensor) -> None:
+        """Take certified upper bounds [S', N] of -f or f on stars of input stars `origin`."""
+        self.certified[direction].scatter_reduce_(0, origin[:, None].expand_as(value), value, "amax")

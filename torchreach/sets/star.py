@@ -1,0 +1,409 @@
+"""Star batches.
+
+    star = { c + V a :  A a <= b,  l <= a <= u }
+
+Centre c and generators V share one tensor, so an affine layer is one batched call for both; features may
+have any shape, so an image star is the same class.
+
+Reference: Duggirala, Viswanathan: Parsimonious, simulation based verification of linear systems, CAV 2016;
+Tran et al.: Star-based reachability analysis of deep neural networks, FM 2019.
+
+Axis letters: S stars, M predicate variables, P constraints, N features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from torchreach.errors import InvalidSetError, ShapeError
+from torchreach.lp.interior_point import centre, interior, maximize
+from torchreach.lp.problem import LPBatch
+from torchreach.networks.layers import linear
+from torchreach.tolerances import COMPUTE_DTYPE, Tolerances, round_down, round_up
+
+
+@dataclass(frozen=True)
+class StarBatch:
+    """S stars of one feature shape. Refused at construction when empty, unbounded or malformed.
+
+    Attributes:
+        basis: [S, 1 + M, *shape] centre (row 0) and generators.
+        A: [S, P, M], b: [S, P] predicate constraints A a <= b.
+        lower, upper: [S, M] predicate bounds, finite.
+        origin: [S] long; which input star each came from, for stars that a network has split.
+
+    Raises: ShapeError, InvalidSetError.
+
+    Example:
+        >>> stars = StarBatch.from_box(torch.zeros(2), torch.ones(2))
+        >>> stars.shape, len(stars)
+        ((2,), 1)
+    """
+
+    basis: Tensor
+    A: Tensor
+    b: Tensor
+    lower: Tensor
+    upper: Tensor
+    origin: Tensor
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    # -- constructors ---------------------------------------------------------------------------------
+
+    @staticmethod
+    def from_box(lower: Tensor, upper: Tensor) -> StarBatch:
+        """Stars of the boxes [lower, upper], each [S, *shape] or [*shape] (1-D tensors are one box).
+
+        One predicate variable per feature that has width in some box. In float32 the star encloses the box,
+        by at most one unit in the last place.
+        """
+        lower, upper = torch.as_tensor(lower), torch.as_tensor(upper)
+        if lower.shape != upper.shape:
+            raise ShapeError(
+                f"lower and upper must have one shape, got {tuple(lower.shape)} and {tuple(upper.shape)}"
+            )
+        if lower.dtype != upper.dtype or not lower.is_floating_point():
+            raise ShapeError(
+                f"lower and upper must have one floating-point dtype, got {lower.dtype} and {upper.dtype}"
+            )
+        if lower.ndim == 0:
+            raise ShapeError("lower and upper must have at least one axis, got scalars")
+        for name, bound in (("lower", lower), ("upper", upper)):
+            if not torch.isfinite(bound).all():
+                raise InvalidSetError(f"{name} must be finite, got NaN or infinite entries: the box is unbounded")
+        if (lower > upper).any():
+            at = tuple((lower > upper).nonzero()[0].tolist())
+            raise InvalidSetError(
+                f"lower must not exceed upper, got {lower[at].item()} > {upper[at].item()} at index {at}"
+            )
+        if lower.ndim == 1:
+            lower, upper = lower[None], upper[None]
+        size, shape = lower.shape[0], lower.shape[1:]
+        low, high = lower.flatten(1), upper.flatten(1)
+        wide = (high > low).any(0).nonzero().flatten()
+        middle = (low.to(COMPUTE_DTYPE) + high.to(COMPUTE_DTYPE)).div(2).to(low.dtype)
+        reach = torch.maximum(
+            high.to(COMPUTE_DTYPE) - middle.to(COMPUTE_DTYPE), middle.to(COMPUTE_DTYPE) - low.to(COMPUTE_DTYPE)
+        )
+        radius = round_up(reach, low.dtype)
+        basis = low.new_zeros(size, 1 + len(wide), low.shape[1])
+        basis[:, 0] = middle
+        basis[:, 1 + torch.arange(len(wide), device=low.device), wide] = radius[:, wide]
+        ones = low.new_ones(size, len(wide))
+        return StarBatch(
+            basis.reshape(size, -1, *shape),
+            low.new_zeros(size, 0, len(wide)),
+            low.new_zeros(size, 0),
+            -ones,
+            ones,
+            torch.arange(size, device=low.device),
+        )
+
+    @staticmethod
+    def from_image(
+        image: Tensor, eps: float | Tensor, mask: Tensor | None = None, clip: tuple[float, float] | None = None
+    ) -> StarBatch:
+        """Image stars: pixels in `mask` within `eps` of `image`, the others fixed.
+
+        Args:
+            image: [S, *shape] images; one image [C, H, W] needs a leading axis.
+            eps: radius, scalar or broadcastable to `image`, >= 0.
+            mask: bool, broadcastable to `image`; None perturbs every pixel.
+            clip: range of valid pixel values, applied to the box.
+        """
+        radius = torch.as_tensor(eps, dtype=image.dtype, device=image.device).expand(image.shape)
+        if not (radius >= 0).all():
+            raise InvalidSetError(f"eps must be a number >= 0, got {eps}")
+        if mask is not None:
+            try:
+                radius = radius * mask.to(image.device).expand(image.shape)
+            except RuntimeError:
+                raise ShapeError(
+                    f"mask must broadcast to the image's shape {tuple(image.shape)}, got {tuple(mask.shape)}"
+                ) from None
+        lower, upper = image - radius, image + radius
+        if clip is not None:
+            lower, upper = lower.clamp(*clip), upper.clamp(*clip)
+        return StarBatch.from_box(lower, upper)
+
+    @staticmethod
+    def from_vnnlib(path: str | Path, dtype: torch.dtype = torch.float64) -> StarBatch:
+        """The input boxes of a VNN-LIB file, one star each."""
+        from torchreach.sets.vnnlib import read_box
+
+        lower, upper = read_box(path)
+        return StarBatch.from_box(round_down(lower, dtype), round_up(upper, dtype))
+
+    @staticmethod
+    def cat(batches: Sequence[StarBatch]) -> StarBatch:
+        """One batch of several with equal feature shape and number of predicate variables."""
+        if not batches:
+            raise ShapeError("cat needs at least one StarBatch, got none")
+        first = batches[0]
+        for other in batches:
+            if (other.shape, other.dim) != (first.shape, first.dim):
+                raise ShapeError(
+                    f"cat needs one feature shape and number of predicate variables, got {first.shape} with "
+                    f"{first.dim} and {other.shape} with {other.dim}"
+                )
+        rows = max(s.A.shape[1] for s in batches)
+        padded = [_pad_constraints(s.A, s.b, rows) for s in batches]
+        return StarBatch.trusted(
+            torch.cat([s.basis for s in batches]),
+            torch.cat([a for a, _ in padded]),
+            torch.cat([b for _, b in padded]),
+            torch.cat([s.lower for s in batches]),
+            torch.cat([s.upper for s in batches]),
+            torch.cat([s.origin for s in batches]),
+        )
+
+    @staticmethod
+    def trusted(basis: Tensor, A: Tensor, b: Tensor, lower: Tensor, upper: Tensor, origin: Tensor) -> StarBatch:
+        """A StarBatch whose parts are known to be valid: construction checks are skipped."""
+        star = object.__new__(StarBatch)
+        parts = {"basis": basis, "A": A, "b": b, "lower": lower, "upper": upper, "origin": origin}
+        for name, value in parts.items():
+            object.__setattr__(star, name, value)
+        return star
+
+    # -- shape ----------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return self.basis.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Feature shape, without the star axis."""
+        return tuple(self.basis.shape[2:])
+
+    @property
+    def dim(self) -> int:
+        """Number of predicate variables M."""
+        return self.basis.shape[1] - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.basis.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.basis.dtype
+
+    @property
+    def center(self) -> Tensor:
+        """[S, *shape] centre c (the point of predicate 0, which constraints may exclude)."""
+        return self.basis[:, 0]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> StarBatch:
+        """The same stars elsewhere or in another dtype (float64 to float32 rounds the set itself)."""
+        moved = [getattr(self, f.name).to(device=device) for f in fields(self)]
+        if dtype is not None:
+            moved[:-1] = [t.to(dtype) for t in moved[:-1]]
+        return StarBatch.trusted(*moved)
+
+    def select(self, index: Tensor | slice | Sequence[int]) -> StarBatch:
+        """The stars at `index` (slice, list, long or boolean tensor)."""
+        if isinstance(index, Sequence):
+            index = torch.as_tensor(index, device=self.device)
+        return StarBatch.trusted(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    # -- set operations -------------------------------------------------------------------------------
+
+    def affine_map(self, layer: nn.Module | Tensor, bias: Tensor | None = None) -> StarBatch:
+        """Image under an affine layer, or under x -> W x + b for a matrix W [N', N] and bias [N']."""
+        if isinstance(layer, Tensor):
+            matrix = nn.Linear(layer.shape[1], layer.shape[0], bias=bias is not None)
+            matrix.weight = nn.Parameter(layer, requires_grad=False)
+            if bias is not None:
+                matrix.bias = nn.Parameter(bias, requires_grad=False)
+            layer = matrix
+        size, rows = self.basis.shape[:2]
+        with torch.no_grad():
+            try:
+                image = linear(layer, self.basis.flatten(0, 1))
+                zero = layer(torch.zeros_like(self.basis[:1, 0]))
+            except RuntimeError as error:
+                raise ShapeError(
+                    f"{type(layer).__name__} does not accept features of shape {self.shape}: {error}"
+                ) from None
+        basis = image.reshape(size, rows, *image.shape[1:]).clone()
+        basis[:, 0] += zero
+        return StarBatch.trusted(basis, self.A, self.b, self.lower, self.upper, self.origin)
+
+    def intersect(self, normal: Tensor, offset: Tensor | float) -> StarBatch:
+        """Intersection with half-spaces normal . x <= offset on the features x.
+
+        normal: [H, N] or [N] (N flattened features); offset: [H] or a number.
+        Raises InvalidSetError naming the stars that become empty.
+        """
+        normal = torch.atleast_2d(torch.as_tensor(normal, dtype=self.dtype, device=self.device))
+        flat = self.basis.flatten(2)
+        if normal.shape[1] != flat.shape[2]:
+            raise ShapeError(f"normal must have {flat.shape[2]} features, got {normal.shape[1]}")
+        offset = torch.as_tensor(offset, dtype=self.dtype, device=self.device).expand(len(normal))
+        image = flat @ normal.T  # [S, 1 + M, H]
+        return StarBatch(
+            self.basis,
+            torch.cat((self.A, image[:, 1:].transpose(1, 2)), 1),
+            torch.cat((self.b, offset - image[:, 0]), 1),
+            self.lower,
+            self.upper,
+            self.origin,
+        )
+
+    def normalised(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The stars over the unit box, in float64: rows [S, 1 + M, N], A [S, P, M], b [S, P]."""
+        middle = (self.lower.to(COMPUTE_DTYPE) + self.upper.to(COMPUTE_DTYPE)) / 2
+        radius = (self.upper.to(COMPUTE_DTYPE) - self.lower.to(COMPUTE_DTYPE)) / 2
+        rows = self.basis.flatten(2).to(COMPUTE_DTYPE).clone()
+        rows[:, 0] += (middle[:, None, :] @ rows[:, 1:])[:, 0]
+        rows[:, 1:] *= radius[:, :, None]
+        A = self.A.to(COMPUTE_DTYPE)
+        b = self.b.to(COMPUTE_DTYPE) - (A @ middle[:, :, None])[:, :, 0]
+        return rows, A * radius[:, None, :], b
+
+    def is_empty(self) -> Tensor:
+        """[S] bool: proven to contain no point."""
+        _, A, b = self.normalised()
+        return interior(A, b, Tolerances().sign)[2]
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """Certified exact range of every feature, (lower, upper) [S, *shape], by linear programs."""
+        rows, A, b = self.normalised()
+        size, _, features = rows.shape
+        start = self._interior(A, b)
+        bounds = []
+        for sign in (-1.0, 1.0):
+            programs = LPBatch(
+                sign * rows[:, 1:].transpose(1, 2).flatten(0, 1),
+                sign * rows[:, 0].flatten(),
+                A.repeat_interleave(features, 0),
+                b.repeat_interleave(features, 0),
+            )
+            upper = maximize(programs, start.repeat_interleave(features, 0), gap=Tolerances().gap).upper
+            bounds.append(sign * upper.reshape(size, *self.shape))
+        return round_down(bounds[0], self.dtype), round_up(bounds[1], self.dtype)
+
+    def contains(self, x: Tensor, tolerance: float = 1e-6) -> Tensor:
+        """Whether points lie in the star, up to `tolerance` in every feature: x [S, B, *shape] -> [S, B].
+
+        Decided by a linear program: the smallest max-norm distance of c + V a to x over the predicate.
+        """
+        if x.shape[0] != len(self) or x.shape[2:] != self.shape:
+            raise ShapeError(f"points must be [{len(self)}, B, {self.shape}], got {tuple(x.shape)}")
+        rows, A, b = self.normalised()
+        points = x.flatten(2).to(COMPUTE_DTYPE)  # [S, B, N]
+        batch, features = points.shape[1:]
+        start = self._interior(A, b)
+        # variables (a, t), distance d = radius (1 + t); minimise d, so the objective is -radius t - radius
+        apart = points - (rows[:, :1] + start[:, None, :] @ rows[:, 1:])  # [S, B, N]
+        radius = apart.abs().amax(2) * 2 + 1.0  # [S, B]
+        V = rows[:, 1:].transpose(1, 2)[:, None].expand(-1, batch, -1, -1)  # [S, B, N, M]
+        room = radius[:, :, None, None].expand(-1, -1, features, 1)
+        zero = A.new_zeros(len(self), batch, A.shape[1], 1)
+        left = torch.cat(
+            (
+                torch.cat((A[:, None].expand(-1, batch, -1, -1), zero), 3),
+                torch.cat((V, -room), 3),
+                torch.cat((-V, -room), 3),
+            ),
+            2,
+        )
+        gap = points - rows[:, :1]
+        right = torch.cat((b[:, None].expand(-1, batch, -1), gap + radius[:, :, None], radius[:, :, None] - gap), 2)
+        objective = torch.zeros(len(self) * batch, self.dim + 1, dtype=A.dtype, device=A.device)
+        objective[:, -1] = -radius.flatten()
+        first = torch.cat((start[:, None].expand(-1, batch, -1), torch.full_like(radius, 0.9)[:, :, None]), 2)
+        solution = maximize(
+            LPBatch(objective, -radius.flatten(), left.flatten(0, 1), right.flatten(0, 1)),
+            first.flatten(0, 1),
+            gap=tolerance / 100,
+            threshold=torch.full_like(radius.flatten(), -tolerance),
+        )
+        return (-solution.lower <= tolerance).reshape(len(self), batch)
+
+    def sample(self, count: int, seed: int = 0) -> Tensor:
+        """[S, count, *shape] random points of each star: uniform on boxes, hit-and-run under constraints."""
+        rows, A, b = self.normalised()
+        generator = torch.Generator(device=self.device).manual_seed(seed)
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(*shape, generator=generator, dtype=COMPUTE_DTYPE, device=self.device)
+
+        if A.shape[1] == 0:
+            a = 2 * uniform(len(self), count, self.dim) - 1
+        else:
+            a = self._interior(A, b)[:, None].expand(-1, count, -1).clone()
+            for _ in range(20 + 5 * self.dim):
+                way = uniform(*a.shape) - 0.5
+                room = (b[:, None] - a @ A.transpose(1, 2), 1 - a, 1 + a)
+                speed = (way @ A.transpose(1, 2), way, -way)
+                pace, space = torch.cat(speed, 2), torch.cat(room, 2).clamp(min=0)
+                ahead = torch.where(pace > 0, space / pace, torch.inf).amin(2, keepdim=True)
+                behind = torch.where(pace < 0, space / pace, -torch.inf).amax(2, keepdim=True)
+                a = a + (behind + (ahead - behind) * uniform(*a.shape[:2], 1)) * way
+        flat = rows[:, :1] + a @ rows[:, 1:]
+        return flat.reshape(len(self), count, *self.shape).to(self.dtype)
+
+    def point(self, predicate: Tensor) -> Tensor:
+        """Features c + V a at normalised predicate points [S, B, M] in [-1, 1]: [S, B, *shape], float64."""
+        rows, _, _ = self.normalised()
+        flat = rows[:, :1] + predicate.to(COMPUTE_DTYPE) @ rows[:, 1:]
+        return flat.reshape(len(self), -1, *self.shape)
+
+    def _interior(self, A: Tensor, b: Tensor) -> Tensor:
+        """[S, M] points near the analytic centre; flat stars are thickened by the sign tolerance."""
+        point, depth, _ = interior(A, b, Tolerances().sign)
+        return torch.where((depth > 0)[:, None], centre(A, b, point, 5), point)
+
+
+def _pad_constraints(A: Tensor, b: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Constraints padded to `rows` with 0 . a <= 1."""
+    size, have, dim = A.shape
+    return (
+        torch.cat((A, A.new_zeros(size, rows - have, dim)), 1),
+        torch.cat((b, b.new_ones(size, rows - have)), 1),
+    )
+
+
+def _check(star: StarBatch) -> None:
+    if star.basis.ndim < 3:
+        raise ShapeError(f"basis must be [S, 1 + M, *shape], got {tuple(star.basis.shape)}")
+    size, dim = star.basis.shape[0], star.basis.shape[1] - 1
+    rows = star.A.shape[1] if star.A.ndim == 3 else -1
+    wanted = {
+        "A": (size, rows, dim),
+        "b": (size, rows),
+        "lower": (size, dim),
+        "upper": (size, dim),
+        "origin": (size,),
+    }
+    for name, shape in wanted.items():
+        part = getattr(star, name)
+        if tuple(part.shape) != shape:
+            raise ShapeError(f"{name} must have shape {shape} for {size} stars of {dim} variables, got {tuple(part.shape)}")
+        if part.device != star.device:
+            raise ShapeError(f"{name} must be on {star.device} like the basis, got {part.device}")
+        if name != "origin" and part.dtype != star.dtype:
+            raise ShapeError(f"{name} must be {star.dtype} like the basis, got {part.dtype}")
+    if not star.basis.is_floating_point():
+        raise ShapeError(f"basis must be floating point, got {star.dtype}")
+    for name in ("basis", "A", "b"):
+        if not torch.isfinite(getattr(star, name)).all():
+            raise InvalidSetError(f"{name} must be finite, got NaN or infinite entries")
+    for name in ("lower", "upper"):
+        if not torch.isfinite(getattr(star, name)).all():
+            raise InvalidSetError(f"predicate bound {name} must be finite: the star is unbounded or NaN")
+    if (star.lower > star.upper).any():
+        raise InvalidSetError("predicate bounds must satisfy lower <= upper, got lower > upper: the star is empty")
+    if rows:
+        empty = star.is_empty().nonzero().flatten().tolist()
+        if empty:
+            raise InvalidSetError(f"constraints must leave every star a point, got empty stars at index {empty}")
