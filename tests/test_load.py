@@ -1,0 +1,208 @@
+"""Files: what is loaded computes what the file computes, and a bad file gives one clear line."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.data import require_data
+from tests.test_chain import IDS, NETWORKS
+from torchreach.errors import FileFormatError, InvalidNetworkError, UnsupportedLayerError
+from torchreach.networks.load import load
+
+
+def test_all_acasxu_networks_agree_with_onnxruntime():
+    import onnxruntime
+
+    files = sorted(require_data("acasxu").glob("*.onnx"))
+    assert len(files) == 45
+    x = torch.rand(10, 5, generator=torch.Generator().manual_seed(0)) - 0.5
+    for file in files:
+        network = load(file)
+        assert [type(m) for m in network] == [nn.Flatten, *[nn.Linear, nn.ReLU] * 6, nn.Linear]
+        session = onnxruntime.InferenceSession(str(file))
+        expected = np.concatenate(
+            [session.run(None, {"input": row.reshape(1, 1, 1, 5).numpy()})[0] for row in x]
+        )
+        with torch.no_grad():
+            torch.testing.assert_close(network(x).numpy(), expected, rtol=0, atol=1e-6)
+            torch.testing.assert_close(network(x.reshape(10, 1, 1, 5)).numpy(), expected, rtol=0, atol=1e-6)
+
+
+def _onnx(path, nodes, tensors, shape):
+    """Saves a network. A node is (kind, inputs, attributes), "_" the value computed last."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    last, made = "x", []
+    for k, (kind, inputs, *attributes) in enumerate(nodes):
+        names = [last if name == "_" else name for name in inputs.split()]
+        last = "noise" if kind == "RandomNormal" else f"v{k}"
+        made.append(
+            helper.make_node(kind, names, [last], name=f"n{k}", **(attributes[0] if attributes else {}))
+        )
+    graph = helper.make_graph(
+        made,
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(last, TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(value, name) for name, value in tensors.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
+    return path
+
+
+def _random(**shapes):
+    rng = np.random.default_rng(sum(map(ord, shapes)))
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+_DENSE = _random(A=(5, 4), a=4, B=(4, 3), b=3, C=(3, 4), m=(1, 1, 5))
+_DENSE["d"] = np.float32([0.5, 3, 0.7, 2])
+_PICTURE = _random(K=(3, 1, 3, 3), k=3, w=3, o=3, u=3, D=(12, 2))
+_PICTURE["v"] = np.float32([0.5, 3, 0.7])
+_SIZES = {"flat": np.array([0, -1]), "one": np.array([1, -1]), "image": np.array([-1, 1, 2, 2])}
+_HALVES = {"kernel_shape": [2, 2], "strides": [2, 2]}
+_CASES = {
+    "normalised": (
+        [
+            *(
+                ("Sub", "_ m"),
+                ("Flatten", "_"),
+                ("MatMul", "_ A"),
+                ("Add", "a _"),
+                ("Div", "_ d"),
+                ("Relu", "_"),
+            ),
+            *(("Gemm", "_ C b", {"alpha": 0.5, "beta": 2.0, "transB": 1}), ("Sub", "b _")),
+        ],
+        _DENSE,
+        (1, 1, 1, 5),
+    ),
+    "reshaped": (
+        [
+            *(
+                ("Reshape", "_ flat"),
+                ("MatMul", "_ A"),
+                ("Sub", "_ a"),
+                ("Reshape", "_ image"),
+                ("Clip", "_ zero"),
+            ),
+            *(("Mul", "_ two"), ("Reshape", "_ one"), ("Identity", "_"), ("Gemm", "_ B")),
+        ],
+        {**_DENSE, **_SIZES, "zero": np.array(0, np.float32), "two": np.array(2, np.float32)},
+        (1, 1, 5),
+    ),
+    "column": (
+        [("MatMul", "M _"), ("Add", "_ c"), ("Relu", "_"), ("MatMul", "L _")],
+        _random(M=(4, 5), c=(4, 1), L=(2, 4)),
+        (5, 1),
+    ),
+    "picture": (
+        [
+            ("Conv", "_ K k", {"strides": [2, 2], "pads": [1, 1, 1, 1]}),
+            ("BatchNormalization", "_ w o u v", {"epsilon": 1e-3}),
+            *(
+                ("Relu", "_"),
+                ("AveragePool", "_", _HALVES),
+                ("Dropout", "_"),
+                ("Flatten", "_"),
+                ("MatMul", "_ D"),
+            ),
+        ],
+        _PICTURE,
+        (1, 1, 8, 8),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_onnx_operators_agree_with_onnxruntime(tmp_path, name):
+    import onnxruntime
+
+    nodes, tensors, shape = _CASES[name]
+    path = _onnx(tmp_path / "net.onnx", nodes, tensors, shape)
+    network = load(path)
+    x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    expected = onnxruntime.InferenceSession(str(path)).run(None, {"x": x})[0]
+    rows = torch.from_numpy(x) if name != "column" else torch.from_numpy(x)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            network(rows).numpy().reshape(expected.shape), expected, rtol=1e-5, atol=1e-5
+        )
+        if name == "normalised":
+            torch.testing.assert_close(network(rows.reshape(1, 5)), network(rows))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        ([("Gemm", "_ W"), ("Sigmoid", "_")], r"layer 1 \('n1', Sigmoid\).*not among"),
+        ([("Relu", "_"), ("Add", "_ x")], r"layer 1 \('n1', Add\).*needs a chain"),
+        ([("Div", "W _")], "division by a value that depends on the input"),
+        ([("Flatten", "_", {"axis": 0})], "axis must keep the batch alone"),
+        (
+            [("Relu", "_"), ("RandomNormal", "", {"shape": [5]}), ("Add", "v0 noise")],
+            r"\('n1', RandomNormal\)",
+        ),
+    ],
+)
+def test_unsupported_onnx_operators_are_refused_by_name(tmp_path, nodes, message):
+    tensors = _random(W=(5, 5))
+    with pytest.raises(UnsupportedLayerError, match=message):
+        load(_onnx(tmp_path / "net.onnx", nodes, tensors, (1, 5)))
+
+
+def test_onnx_weights_that_are_not_finite_are_refused(tmp_path):
+    weight = np.full((5, 5), np.nan, dtype=np.float32)
+    with pytest.raises(InvalidNetworkError, match=r"must be finite.*NaN"):
+        load(_onnx(tmp_path / "net.onnx", [("Gemm", "_ W")], {"W": weight}, (1, 5)))
+
+
+@pytest.mark.parametrize(("make", "shape"), [(make, shape) for make, _, shape in NETWORKS], ids=IDS)
+def test_exported_programs_agree_with_the_module(tmp_path, make, shape):
+    torch.manual_seed(4)
+    module = make().eval()
+    batch = {0: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(module, (torch.zeros(2, *shape),), dynamic_shapes=(batch,))
+    torch.export.save(program, tmp_path / "net.pt2")
+    network = load(tmp_path / "net.pt2")
+    x = torch.randn(6, *shape)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x.clone()), module(x.clone()))
+
+
+def test_dtype_converts_a_copy():
+    module = NETWORKS[0][0]()
+    network = load(module, dtype=torch.float64)
+    assert {p.dtype for p in network.parameters()} == {torch.float64}
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.onnx", None, r"no such file: .*missing\.onnx"),
+        ("net.onnx", b"this is not a network", "is not a readable ONNX file"),
+        ("empty.onnx", b"", "is not a readable ONNX file"),
+        ("net.pt2", b"PK\x03\x04 broken", r"is not a readable .pt2 program"),
+        ("net.pth", b"", r"must end in .onnx or .pt2 \(torch.export.save\), got '.pth'"),
+    ],
+)
+def test_bad_files_give_one_clear_line(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(FileFormatError, match=message) as caught:
+        load(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [0.02, 0.3, 0.7, 0.95, 0.999])
+def test_a_truncated_onnx_file_is_refused(tmp_path, keep):
+    nodes, tensors, shape = _CASES["normalised"]
+    data = _onnx(tmp_path / "net.onnx", nodes, tensors, shape).read_bytes()
+    (tmp_path / "net.onnx").write_bytes(data[: int(keep * len(data))])
+    with pytest.raises((FileFormatError, UnsupportedLayerError)):
+        load(tmp_path / "net.onnx")

@@ -1,0 +1,154 @@
+"""Collects the layers of a chain one by one, refusing each layer that has no sound rule, by name and place.
+
+Modules, traced graphs and ONNX files all build their chain here, so that they share one set of checks.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.utils import prune
+
+from torchreach.errors import InvalidNetworkError, ShapeError, UnsupportedLayerError
+from torchreach.networks.arithmetic import Arithmetic
+from torchreach.networks.layers import AFFINE, PASS_THROUGH, ElementwiseAffine, MergedAffine, Reshape
+
+Shape = tuple[int, ...]
+
+LEAVES = (*(kind for kind in AFFINE if kind is not MergedAffine), Arithmetic, nn.ReLU)
+_OWN = (MergedAffine, ElementwiseAffine, Reshape)
+SUPPORTED = ", ".join(kind.__name__ for kind in (*AFFINE, nn.ReLU) if not issubclass(kind, _OWN))
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether `module` is one layer of a chain, with a rule of its own.
+
+    A subclass that overrides `forward` (quantisation-aware layers, for instance) computes something else
+    than the layer whose rule it would get, so it is no leaf.
+    """
+    if isinstance(module, MergedAffine) or getattr(module, "splits_at_zero", False):
+        return True
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in LEAVES)
+
+
+def check_finite(module: nn.Module) -> None:
+    """Raises InvalidNetworkError naming the first parameter or buffer that is not finite or not there yet."""
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        if isinstance(value, UninitializedParameter | UninitializedBuffer):
+            raise InvalidNetworkError(
+                f"parameter {name!r} is not initialised: run the lazy module once first"
+            )
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            kind = "NaN" if bool(torch.isnan(value).any()) else "infinite"
+            raise InvalidNetworkError(f"weights must be finite: parameter {name!r} contains {kind} values")
+
+
+def linear_layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """`nn.Linear` around the given tensors: parameters are shared, other tensors do not train."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = as_parameter(weight)
+    layer.bias = None if bias is None else as_parameter(bias)  # type: ignore[assignment]
+    return layer
+
+
+def as_parameter(value: Tensor) -> nn.Parameter:
+    return value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach(), requires_grad=False)
+
+
+class ChainBuilder:
+    """The chain so far. `shape` is the feature shape after its last layer, None while unknown."""
+
+    def __init__(self, shape: Shape | None) -> None:
+        self.layers: list[nn.Module] = []
+        self.shape = shape
+        self.position = 0  # of the layer being added, counted over all layers met, dropped ones too
+
+    def refuse(self, name: str, kind: str, reason: str = "") -> NoReturn:
+        reason = reason or (
+            f"torchreach supports ReLU networks built of {SUPPORTED} and arithmetic with constants; "
+            f"{kind} is not among them"
+        )
+        raise UnsupportedLayerError(f"layer {self.position} ({name!r}, {kind}): {reason}")
+
+    def append(self, layer: nn.Module, name: str) -> None:
+        """Adds one leaf layer, in evaluation mode and checked; identities and dropout are left out."""
+        self._check(layer, name)
+        if not isinstance(layer, PASS_THROUGH):
+            if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+                # A shallow copy shares parameters and buffers, but has its own mode: later training of the
+                # module must not switch the chain to batch statistics.
+                layer = copy.copy(layer).eval()
+            self._advance(layer, name)
+            self.layers.append(layer)
+        self.position += 1
+
+    def arithmetic(self, operation: str, operand: Tensor, name: str) -> None:
+        """x (operation) operand, for an operand that must not reach into the batch axis."""
+        while operand.ndim and operand.shape[0] == 1:
+            operand = operand.detach()[0]  # a view: still the caller's storage
+        if operand.ndim > 1 and self.shape is None:
+            self.refuse(
+                name,
+                operation,
+                f"a constant of shape {tuple(operand.shape)} could reach into the batch axis; "
+                "input_shape=(...) is required to tell",
+            )
+        if self.shape is not None and operand.ndim > len(self.shape):
+            self.refuse(
+                name,
+                operation,
+                f"a constant of shape {tuple(operand.shape)} does not broadcast to features {self.shape}",
+            )
+        if operation == "div" and not bool((operand != 0).all()):
+            raise InvalidNetworkError(f"layer {self.position} ({name!r}, div): division by zero")
+        self.append(Arithmetic(operation, operand), name)
+
+    def sequential(self) -> nn.Sequential:
+        return nn.Sequential(*self.layers)
+
+    def _check(self, layer: nn.Module, name: str) -> None:
+        kind = type(layer).__name__
+        if not is_leaf(layer):
+            self.refuse(name, kind)
+        for part in layer.modules():  # the layer itself and, in merged layers, those it is made of
+            if part._forward_hooks:
+                self.refuse(name, kind, "a forward hook may change what the layer computes; remove it")
+            for hook in part._forward_pre_hooks.values():
+                if not isinstance(hook, prune.BasePruningMethod):
+                    self.refuse(
+                        name, kind, "a forward pre-hook may change what the layer computes; remove it"
+                    )
+                with (
+                    torch.no_grad()
+                ):  # pruning writes `weight` in its hook; until then it is that of the last pass
+                    hook(part, None)
+        if isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.padding_mode != "zeros":
+            self.refuse(name, kind, f"padding_mode must be 'zeros', got {layer.padding_mode!r}")
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and layer.running_var is None:
+            self.refuse(name, kind, "it has no running statistics, so its output depends on the whole batch")
+        if isinstance(layer, nn.Flatten) and (layer.start_dim < 1 or 0 <= layer.end_dim < layer.start_dim):
+            self.refuse(
+                name, kind, f"start_dim must be at least 1 (axis 0 is the batch), got {layer.start_dim}"
+            )
+        if isinstance(layer, nn.Unflatten) and not (isinstance(layer.dim, int) and layer.dim >= 1):
+            self.refuse(name, kind, f"dim must be at least 1 (axis 0 is the batch), got {layer.dim!r}")
+
+    def _advance(self, layer: nn.Module, name: str) -> None:
+        if self.shape is None:
+            return
+        value = next(iter((*layer.parameters(), *layer.buffers())), torch.zeros(()))
+        dtype = value.dtype if value.is_floating_point() else torch.get_default_dtype()
+        zero = torch.zeros(1, *self.shape, dtype=dtype, device=value.device)
+        try:
+            with torch.no_grad():
+                self.shape = tuple(layer(zero).shape[1:])
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ShapeError(
+                f"layer {self.position} ({name!r}, {type(layer).__name__}) does not accept inputs of shape "
+                f"{self.shape}: {reason}"
+            ) from None

@@ -1,0 +1,67 @@
+"""Networks from ONNX files, `torch.export` programs (.pt2) and modules, all as the same flat chain."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from torchreach.errors import FileFormatError
+from torchreach.networks.builder import ChainBuilder, check_finite
+from torchreach.networks.chain import add_graph_module, chain, exported_module
+
+
+def load(source: str | Path | nn.Module, *, dtype: torch.dtype | None = None) -> nn.Sequential:
+    """Network as a flat `nn.Sequential` of supported layers, in evaluation mode semantics (see `chain`).
+
+    Args:
+        source: path of an `.onnx` file, of a `.pt2` file written by `torch.export.save`, or a module (whose
+            parameters the result shares, unless `dtype` asks for a converted copy).
+        dtype: floating dtype of the result; None keeps the one in the file.
+
+    An ONNX network whose input has axes of size 1 before it is flattened, such as [1, 1, 1, 5], accepts
+    [B, 5] as well.
+
+    Raises:
+        FileFormatError: a file that is missing, corrupt, or of an unknown kind.
+        UnsupportedLayerError: an operation without a sound rule, named with its position.
+        InvalidNetworkError: a weight is NaN or infinite.
+    """
+    if isinstance(source, nn.Module):
+        return chain(source if dtype is None else copy.deepcopy(source).to(dtype))
+    path = Path(source)
+    if not path.is_file():
+        raise FileFormatError(f"no such file: {path}")
+    kind = path.suffix.lower()
+    if kind == ".onnx":
+        from torchreach.networks.onnx_reader import read_onnx
+
+        network = read_onnx(path)
+    elif kind == ".pt2":
+        network = _read_exported(path)
+    else:
+        raise FileFormatError(
+            f"{path}: a network file must end in .onnx or .pt2 (torch.export.save), "
+            f"got {path.suffix or 'no ending'!r}"
+        )
+    return network if dtype is None else network.to(dtype)
+
+
+def _read_exported(path: Path) -> nn.Sequential:
+    try:
+        program = torch.export.load(path)
+        module = exported_module(program)
+        inputs = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
+        shape = inputs[0].meta["val"].shape if len(inputs) == 1 else None
+    except Exception as error:  # zip, json and schema errors, all of them signs of a damaged file
+        raise FileFormatError(f"{path} is not a readable .pt2 program: {_first_line(error)}") from None
+    check_finite(module)
+    builder = ChainBuilder(None if shape is None else tuple(int(n) for n in shape[1:]))
+    add_graph_module(builder, module, "")
+    return builder.sequential()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

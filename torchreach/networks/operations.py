@@ -1,0 +1,83 @@
+"""Names of the operations in a traced graph: one name for each, whichever tracer and spelling it came from.
+
+Only functions listed here get a name that `graph.py` knows: an unknown function that happens to be called
+"relu" must not pass for one.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn import functional
+
+# For torch.fx. The operators of torch.export and tensor methods carry their names (aten::relu, .relu()).
+_FUNCTIONS: dict[Any, str] = {
+    **{
+        getattr(torch, n): n
+        for n in ("relu", "relu_", "clamp", "clamp_min", "flatten", "reshape", "unflatten")
+    },
+    **{
+        getattr(torch, n): n
+        for n in ("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide")
+    },
+    **{getattr(torch, n): n for n in ("neg", "rsub", "matmul", "mm", "addmm", "t", "transpose", "dropout")},
+    **{
+        getattr(torch, n): n
+        for n in ("conv1d", "conv2d", "squeeze", "unsqueeze", "clone", "tensor", "ones", "zeros")
+    },
+    functional.relu: "relu",
+    functional.relu_: "relu_",
+    functional.linear: "linear",
+    functional.dropout: "F.dropout",
+    functional.batch_norm: "F.batch_norm",
+    functional.avg_pool1d: "avg_pool1d",
+    functional.avg_pool2d: "avg_pool2d",
+    functional.conv1d: "conv1d",
+    functional.conv2d: "conv2d",
+    operator.add: "add",
+    operator.iadd: "add_",
+    operator.sub: "sub",
+    operator.isub: "sub_",
+    operator.mul: "mul",
+    operator.imul: "mul_",
+    operator.truediv: "div",
+    operator.itruediv: "div_",
+    operator.neg: "neg",
+    operator.matmul: "matmul",
+    operator.getitem: "getitem",
+    getattr: "getattr",
+}
+_METHODS = {
+    *("relu", "relu_", "clamp", "clamp_", "clamp_min", "clamp_min_", "neg", "matmul", "mm"),
+    *("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_"),
+    *("flatten", "view", "reshape", "unflatten", "t", "transpose", "permute", "squeeze", "unsqueeze"),
+    *("contiguous", "clone", "detach", "to", "float", "double", "size", "dim"),
+}
+IDENTITIES = {
+    *("contiguous", "clone", "detach", "detach_", "alias", "lift_fresh_copy"),
+    *("to", "float", "double", "_to_copy", "type_as"),
+}
+# Computed at once where all arguments are constants. None of them draws random numbers.
+CONSTANT = {
+    *("add", "sub", "rsub", "mul", "div", "neg", "matmul", "mm", "linear", "relu", "clamp", "clamp_min"),
+    *("t", "transpose", "permute", "reshape", "view", "flatten", "squeeze", "unsqueeze", "expand"),
+    *("tensor", "ones", "zeros", "full", "getitem", "getattr", "size", "sym_size", "dim"),
+    *IDENTITIES,
+}
+_SAME = {"subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div", "_unsafe_view": "view"}
+
+
+def operation(node: fx.Node) -> str:
+    """Name of what a call_function or call_method node does; in-place forms end with an underscore."""
+    target = node.target
+    if node.op == "call_method":
+        name = str(target) if str(target) in _METHODS else f"Tensor.{target}"
+    elif isinstance(target, torch._ops.OpOverload):
+        namespace, name = target._schema.name.split("::")
+        name = name if namespace == "aten" else f"{namespace}.{name}"
+    else:
+        name = _FUNCTIONS.get(target) or f"function {getattr(target, '__name__', target)}"
+    return _SAME.get(name, name)
