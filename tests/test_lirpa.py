@@ -11,6 +11,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from tests.data import require_data
 from torchreach.bounds import lirpa
@@ -214,6 +215,26 @@ def test_linear_parts_that_both_networks_share_cancel():
         assert bool((bounds1[-1][0] <= 0).all())
         assert bool((bounds1[-1][1] >= 0).all())
     assert bounds1[-1][1].abs().max() < 1e-12
+
+
+@needs_lirpa
+def test_pruned_and_parametrized_weights_are_read_as_they_are_now():
+    torch.manual_seed(9)
+    network = _dense(4, 6, 2)
+    prune.l1_unstructured(network[0], "weight", amount=0.5)
+    network[2] = parametrizations.weight_norm(network[2])
+    network(torch.rand(1, 4))
+    with torch.no_grad():
+        network[0].weight_orig += 1
+        lower = torch.rand(2, 4)
+        bounds = preactivation_bounds(network, lower, lower + 0.1)
+        plain = _dense(4, 6, 2)
+        plain[0].weight.copy_(network[0].weight_orig * network[0].weight_mask)
+        plain[2].weight.copy_(network[2].weight)
+        for layer in (0, 2):
+            plain[layer].bias.copy_(network[layer].bias)
+        expected = preactivation_bounds(plain, lower, lower + 0.1)
+    torch.testing.assert_close(bounds, expected)
 
 
 @needs_lirpa

@@ -66,7 +66,7 @@ def converting() -> Iterator[None]:
 def _moved_names() -> Iterator[None]:
     """The three names auto_LiRPA 0.3 imports from where they no longer are."""
     with ExitStack() as stack:
-        # numpy 2 removed this module of private helpers; the import of `isin` is never used.
+        # numpy 2 removed this private module; auto_LiRPA imports `isin` from it and never calls it.
         import numpy as np
 
         helpers: Any = types.ModuleType("numpy.lib.arraysetops")
@@ -74,7 +74,7 @@ def _moved_names() -> Iterator[None]:
         if "numpy.lib.arraysetops" not in sys.modules:
             sys.modules["numpy.lib.arraysetops"] = helpers
             stack.callback(sys.modules.pop, "numpy.lib.arraysetops", None)
-        # torch 2.9 moved the exporter that works on traced graphs.
+        # The exporter that works on traced graphs has moved inside torch.onnx.
         utils = importlib.import_module("torch.onnx.utils")
         if not hasattr(utils, "_optimize_graph"):
             exporter = importlib.import_module("torch.onnx._internal.torchscript_exporter.utils")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from torchreach.bounds._lirpa_compat import converting, load_auto_lirpa
 from torchreach.errors import ShapeError
+from torchreach.networks.builder import as_parameter, linear_layer, refresh_pruned
 from torchreach.networks.layers import ElementwiseAffine, Reshape
 
 _log = logging.getLogger(__name__)
@@ -141,6 +142,10 @@ def _plain(layer: nn.Module, axes: int) -> nn.Module:
         return _FixedReshape(layer.shape)
     if isinstance(layer, nn.Unflatten) and layer.dim == 1:
         return _FixedReshape(tuple(layer.unflattened_size))
+    refresh_pruned(layer)
+    if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
+        # The weights' values only: how pruning or a parametrization computes them is not to be traced.
+        return _with_weights(layer)
     copied = copy.deepcopy(layer).double().eval()
     if isinstance(copied, ElementwiseAffine):
         # After the conversion: 1 / c of a division is then exact to float64.
@@ -148,6 +153,22 @@ def _plain(layer: nn.Module, axes: int) -> nn.Module:
     if isinstance(copied, nn.BatchNorm1d | nn.BatchNorm2d):
         return _normalisation(copied, axes)
     return copied
+
+
+def _with_weights(layer: nn.Linear | nn.Conv1d | nn.Conv2d) -> nn.Module:
+    bias = None if layer.bias is None else layer.bias.detach().double()
+    weight = layer.weight.detach().double()
+    if isinstance(layer, nn.Linear):
+        return linear_layer(weight, bias)
+    kind: Any = nn.Conv1d if isinstance(layer, nn.Conv1d) else nn.Conv2d
+    plain = kind(
+        *(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding),
+        *(layer.dilation, layer.groups),
+        device="meta",
+    )
+    plain.weight = as_parameter(weight)
+    plain.bias = None if bias is None else as_parameter(bias)
+    return plain
 
 
 def _normalisation(layer: nn.BatchNorm1d | nn.BatchNorm2d, axes: int) -> _Scale:

@@ -47,6 +47,15 @@ def check_finite(module: nn.Module) -> None:
             raise InvalidNetworkError(f"weights must be finite: parameter {name!r} contains {kind} values")
 
 
+def refresh_pruned(layer: nn.Module) -> None:
+    """Pruning computes `weight` in a hook before each pass; without this it is that of the last pass."""
+    with torch.no_grad():
+        for part in layer.modules():
+            for hook in part._forward_pre_hooks.values():
+                if isinstance(hook, prune.BasePruningMethod):
+                    hook(part, None)
+
+
 def linear_layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """`nn.Linear` around the given tensors: parameters are shared, other tensors do not train."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
@@ -122,10 +131,7 @@ class ChainBuilder:
                     self.refuse(
                         name, kind, "a forward pre-hook may change what the layer computes; remove it"
                     )
-                with (
-                    torch.no_grad()
-                ):  # pruning writes `weight` in its hook; until then it is that of the last pass
-                    hook(part, None)
+        refresh_pruned(layer)
         if isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.padding_mode != "zeros":
             self.refuse(name, kind, f"padding_mode must be 'zeros', got {layer.padding_mode!r}")
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and layer.running_var is None:

@@ -112,7 +112,7 @@ def exported_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
     """The program as a graph module on its own parameters, without run-time checks of the example's shape."""
     try:
         return program.module(check_guards=False)  # type: ignore[return-value]
-    except TypeError:  # torch < 2.9 has no such checks to leave out
+    except TypeError:  # older torch has no such checks to leave out
         return program.module()  # type: ignore[return-value]
 
 
