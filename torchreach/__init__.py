@@ -1,1 +1,47 @@
-"""Certified discrepancy."""
+"""torchreach: certified discrepancy between a neural network and its compressed copy.
+
+Batched star-set reachability in PyTorch. See README.md for a tour.
+"""
+
+from torchreach.discrepancy import discrepancy
+from torchreach.errors import TorchreachError
+from torchreach.networks.load import load
+from torchreach.networks.merge import Comparison, MergedLinear, MergedNetwork, MergedReLU, merge
+from torchreach.options import Budget, Exact
+from torchreach.reach.api import reach
+from torchreach.results import (
+    Discrepancy,
+    Progress,
+    ReachResult,
+    ReachStats,
+    RepairResult,
+    RepairStep,
+    Status,
+)
+from torchreach.sets.star import StarBatch
+from torchreach.tolerances import Tolerances
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Budget",
+    "Comparison",
+    "Discrepancy",
+    "Exact",
+    "MergedLinear",
+    "MergedNetwork",
+    "MergedReLU",
+    "Progress",
+    "ReachResult",
+    "ReachStats",
+    "RepairResult",
+    "RepairStep",
+    "StarBatch",
+    "Status",
+    "Tolerances",
+    "TorchreachError",
+    "discrepancy",
+    "load",
+    "merge",
+    "reach",
+]

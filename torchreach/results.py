@@ -29,8 +29,9 @@ class LayerStats:
     """Work done at one activation layer, summed over all stars that reached it.
 
     `settled` counts (star, neuron) pairs by the test that showed the neuron cannot change sign on the star:
-    "root" (bounds of the whole input set, before any split), "box" (the star's predicate box), "vertices"
-    (known points of the star on one side, exact for facet-vertex stars), "program" (a linear program).
+    "root" (bounds of the whole input set, before any split), "vertices" (its values at all vertices of the
+    star); with linear programs instead of vertices: "box" (the predicate box alone), "dual" (a dual bound
+    from the star's analytic centre, one factorisation for all its neurons), "program" (its own program).
     """
 
     name: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -57,15 +58,12 @@ def _lirpa(
     upper = (rows[:, 0] + spread).reshape(-1, *shape)
     try:
         if isinstance(module, MergedNetwork):
-            output, first, second = lirpa.merged_bounds(module.first, module.second, lower, upper)
-            bounds = [*_side_by_side(module, first, second), output]
+            first, second = lirpa.merged_bounds(module.first, module.second, lower, upper)
+            bounds = [*_side_by_side(module, first, second), first[-1]]
         else:
             bounds = lirpa.preactivation_bounds(chain(module, shape), lower, upper)
-    except ImportError:
-        _say_once("auto_LiRPA is not installed: neurons are bounded by zonotopes only, so exact reach splits less early")
-        return None
-    except lirpa.UnsupportedByLirpaError as error:
-        _say_once(f"auto_LiRPA does not support this network ({error}): neurons are bounded by zonotopes only")
+    except lirpa.LirpaUnavailableError as error:
+        _say_once(f"neurons are bounded by zonotopes only, so exact reach splits less early: {error}")
         return None
     flat = [(low.flatten(1), high.flatten(1)) for low, high in bounds]
     return [(low - margin * (1 + low.abs()), high + margin * (1 + high.abs())) for low, high in flat]
@@ -84,17 +82,13 @@ def _side_by_side(module: MergedNetwork, first: Bounds, second: Bounds) -> Bound
             if active:
                 halves.append(tuple(b.flatten(1) for b in bounds[index]))
             else:
-                like = (first if len(first) else second)[0][0]
+                like = first[0][0]
                 free = like.new_full((like.shape[0], size), torch.inf)
                 halves.append((-free, free))
         result.append((torch.cat([h[0] for h in halves], 1), torch.cat([h[1] for h in halves], 1)))
     return result
 
 
-_said: set[str] = set()
-
-
+@lru_cache
 def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        log.warning(message)
+    log.warning(message)

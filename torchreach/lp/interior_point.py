@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchreach.lp.problem import LPBatch, LPSolution, dual_bound
+from torchreach.lp.problem import LPBatch, LPSolution
 
 TO_BOUNDARY = 0.995
 REFINEMENTS = 1
@@ -30,7 +30,8 @@ def maximize(
     *,
     gap: float,
     relative: float = 0.0,
-    threshold: Tensor | None = None,
+    above: Tensor | float = torch.inf,
+    below: Tensor | float = -torch.inf,
     iterations: int = 60,
 ) -> LPSolution:
     """Certified intervals around the optima, each program stopping as soon as its question is answered.
@@ -38,24 +39,25 @@ def maximize(
     Args:
         start: [B, M] strictly feasible points.
         gap, relative: a program ends when upper - lower <= gap + relative * |lower|.
-        threshold: [B]; a program also ends when lower > threshold or upper <= threshold.
+        above, below: [B] or number; a program also ends when lower > above or when upper <= below.
         iterations: limit; what is left then keeps its (valid, wider) interval.
     """
     size, dim = problem.objective.shape
     lower = (problem.objective * start).sum(1) + problem.constant
     point = start.clone()
-    upper = dual_bound(problem.objective, problem.constant, problem.A, problem.b, torch.zeros_like(problem.b))
+    upper = problem.bound(torch.zeros_like(problem.b))
     if problem.b.shape[1] == 0:  # a box: the dual bound is exact and its corner attains it
         corner = torch.where(problem.objective >= 0, 1.0, -1.0).to(start.dtype)
         return LPSolution((problem.objective * corner).sum(1) + problem.constant, upper, corner, 0)
 
+    above = torch.as_tensor(above, dtype=start.dtype, device=start.device).expand(size)
+    below = torch.as_tensor(below, dtype=start.dtype, device=start.device).expand(size)
     todo = torch.arange(size, device=start.device)
     work, state = problem, _State.start(problem, start)
     used = 0
     for used in range(1, iterations + 1):
         done = upper[todo] - lower[todo] <= gap + relative * lower[todo].abs()
-        if threshold is not None:
-            done |= (lower[todo] > threshold[todo]) | (upper[todo] <= threshold[todo])
+        done |= (lower[todo] > above[todo]) | (upper[todo] <= below[todo])
         left = (~done).nonzero().flatten()
         if len(left) == 0:
             break
@@ -67,7 +69,7 @@ def maximize(
         better = (value > lower[todo]) & state.feasible(work)
         lower[todo] = torch.where(better, value, lower[todo])
         point[todo] = torch.where(better[:, None], state.a, point[todo])
-        bound = dual_bound(work.objective, work.constant, work.A, work.b, state.y)
+        bound = work.bound(state.y)
         upper[todo] = torch.where(bound < upper[todo], bound, upper[todo])
     return LPSolution(lower, upper, point, used)
 
@@ -101,10 +103,11 @@ class _State:
         slots = s.shape[1] + 2 * a.shape[1]
         mu = ((s * y).sum(1) + (p * u).sum(1) + (q * v).sum(1)) / slots
         residual = problem.objective - _transposed(A, y) - u + v
-        solve = _factor(A, y / s, u / p + v / q)
+        solve = factor(A, y / s, u / p + v / q)
 
         def direction(rs: Tensor, rp: Tensor, rq: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-            da, w = solve(residual - _transposed(A, rs / s) - rp / p + rq / q)
+            right = residual - _transposed(A, rs / s) - rp / p + rq / q
+            da, w = (part[:, :, 0] for part in solve(right[:, :, None]))
             return da, -(A @ da[:, :, None])[:, :, 0], rs / s + w, rp / p + u / p * da, rq / q - v / q * da
 
         da, ds, dy, du, dv = direction(-s * y, -p * u, -q * v)
@@ -140,36 +143,38 @@ def _lengths(values: tuple[Tensor, ...], deltas: tuple[Tensor, ...]) -> Tensor:
     return ratio.amin(1).clamp(max=1.0)
 
 
-def _factor(A: Tensor, weights: Tensor, diagonal: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Solver r -> (x, w) of D x + A^T w = r, w = E A x with E = diag(weights), D = diag(diagonal); batched."""
+def factor(A: Tensor, weights: Tensor, diagonal: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Solver r -> (x, w) of D x + A^T w = r, w = E A x, with E = diag(weights), D = diag(diagonal).
+
+    A [B, P, M], weights [B, P] > 0, diagonal [B, M] > 0; r and x [B, M, R], w [B, P, R]: one factorisation
+    serves R right-hand sides.
+    """
     if A.shape[1] >= A.shape[2]:
         matrix = (A * weights[:, :, None]).transpose(1, 2) @ A + torch.diag_embed(diagonal)
-        factor = torch.linalg.cholesky_ex(matrix).L
+        cholesky = torch.linalg.cholesky_ex(matrix).L
 
         def solve(r: Tensor) -> tuple[Tensor, Tensor]:
-            x = torch.cholesky_solve(r[:, :, None], factor)
-            return x[:, :, 0], weights * (A @ x)[:, :, 0]
+            x = torch.cholesky_solve(r, cholesky)
+            return x, weights[:, :, None] * (A @ x)
 
         return solve
 
     # Fewer constraints than variables: eliminate x and factor the P x P Schur complement.
     scaled = A / diagonal[:, None, :]
     schur = scaled @ A.transpose(1, 2) + torch.diag_embed(1 / weights)
-    schur_factor = torch.linalg.cholesky_ex(schur).L
+    schur_cholesky = torch.linalg.cholesky_ex(schur).L
+    D, E = diagonal[:, :, None], weights[:, :, None]
 
     def reduced(r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
-        right = (scaled @ r1[:, :, None])[:, :, 0] - r2
-        w = torch.cholesky_solve(right[:, :, None], schur_factor)[:, :, 0]
-        return (r1 - _transposed(A, w)) / diagonal, w
+        w = torch.cholesky_solve(scaled @ r1 - r2, schur_cholesky)
+        return (r1 - A.transpose(1, 2) @ w) / D, w
 
     def solve_reduced(r: Tensor) -> tuple[Tensor, Tensor]:
-        x, w = reduced(r, torch.zeros_like(weights))
+        x, w = reduced(r, torch.zeros_like(E))
         # Near the optimum D vanishes for variables inside their box and digits are lost in x; refining the
         # unreduced system, where neither E nor 1 / D appears, restores them.
         for _ in range(REFINEMENTS):
-            dx, dw = reduced(
-                r - diagonal * x - _transposed(A, w), w / weights - (A @ x[:, :, None])[:, :, 0]
-            )
+            dx, dw = reduced(r - D * x - A.transpose(1, 2) @ w, w / E - A @ x)
             x, w = x + dx, w + dw
         return x, w
 
@@ -229,7 +234,7 @@ def centre(A: Tensor, b: Tensor, start: Tensor, steps: int) -> Tensor:
         s = b - (A @ a[:, :, None])[:, :, 0]
         p, q = 1 - a, 1 + a
         gradient = _transposed(A, 1 / s) + 1 / p - 1 / q
-        da = torch.nan_to_num(_factor(A, s**-2, p**-2 + q**-2)(-gradient)[0])
+        da = torch.nan_to_num(factor(A, s**-2, p**-2 + q**-2)(-gradient[:, :, None])[0][:, :, 0])
         decrement = (-gradient * da).sum(1).clamp(min=0).sqrt()
         # the damped step of self-concordant analysis, or most of the way to the boundary if that is longer
         ds = -(A @ da[:, :, None])[:, :, 0]

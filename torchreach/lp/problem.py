@@ -31,6 +31,10 @@ class LPBatch:
     def __len__(self) -> int:
         return self.objective.shape[0]
 
+    def bound(self, y: Tensor) -> Tensor:
+        """Certified upper bounds [B] from multipliers y [B, P] >= 0."""
+        return dual_bound(self.objective[:, None], self.constant[:, None], self.A, self.b, y[:, None])[:, 0]
+
     def select(self, index: Tensor) -> LPBatch:
         return LPBatch(self.objective[index], self.constant[index], self.A[index], self.b[index])
 
@@ -53,12 +57,13 @@ class LPSolution:
 
 
 def dual_bound(objective: Tensor, constant: Tensor, A: Tensor, b: Tensor, y: Tensor) -> Tensor:
-    """Certified upper bound [...] of max objective . a + constant, for multipliers y >= 0 [..., P].
+    """Certified upper bounds [B, L] of max objective . a + constant, L objectives on each of B sets.
 
-    objective [..., M], constant [...], A [..., P, M], b [..., P]. The allowance covers rounding of every sum in the bound.
+    objective [B, L, M], constant [B, L], A [B, P, M], b [B, P], multipliers y [B, L, P] >= 0. The allowance
+    covers the rounding of every sum in the bound.
     """
-    against = (y[..., None, :] @ A)[..., 0, :]
-    box = (objective - against).abs().sum(-1)
-    terms = A.shape[-1] + A.shape[-2] + 8
-    size = constant.abs() + objective.abs().sum(-1) + (y * (b.abs() + A.abs().sum(-1))).sum(-1)
-    return constant + (y * b).sum(-1) + box + terms * UNIT_ROUNDOFF * size
+    box = (objective - y @ A).abs().sum(2)
+    terms = A.shape[1] + A.shape[2] + 8
+    reach = (b.abs() + A.abs().sum(2))[:, :, None]
+    size = constant.abs() + objective.abs().sum(2) + (y @ reach)[:, :, 0]
+    return constant + (y @ b[:, :, None])[:, :, 0] + box + terms * UNIT_ROUNDOFF * size

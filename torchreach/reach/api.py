@@ -97,7 +97,7 @@ class _Run:
             chosen = "vertices" if stars.dim <= VERTEX_DIM else "programs"
         maker = VertexEngine if chosen == "vertices" else ProgramEngine
         engine = maker(network, signs, tolerances, tally, keep_facets=keep_stars)
-        frontier = Frontier(engine, network, bounds, device)
+        frontier = Frontier(engine, network, bounds, stars.dim, device)
         outputs = network[-1].features
         record = RangeRecord(len(stars), outputs, stars.dim, COMPUTE_DTYPE, device)
         # b >= A a as half-spaces b - A a >= 0, thickened by the sign tolerance so that flat stars have depth

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 # Stars per chunk: enough to hide the cost of launching an operation, few enough to stay in cache.
 CHUNK = {"cpu": 512, "cuda": 65536}
+# Numbers in the affine maps of one chunk.
+NUMBERS = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 
 class Chunk(Protocol):
@@ -60,11 +62,14 @@ class Frontier:
     Chunks are grouped by layer and kind, and joined to batches of `limit` stars.
     """
 
-    def __init__(self, engine: Engine, steps: tuple[Step, ...], root: Bounds, device: torch.device) -> None:
+    def __init__(self, engine: Engine, steps: tuple[Step, ...], root: Bounds, dim: int, device: torch.device) -> None:
         self.engine = engine
         self.steps = steps
         self.root = root
+        largest_map = (1 + dim) * max(step.features for step in steps)
         self.limit = CHUNK.get(device.type, CHUNK["cuda"])
+        # Affine maps of many variables are large: fewer stars then fill the same memory.
+        self.limit = max(8, min(self.limit, NUMBERS.get(device.type, NUMBERS["cuda"]) // largest_map))
         self.groups: dict[tuple[int, int], _Group] = {}
         self.open = 0
         self.done = 0

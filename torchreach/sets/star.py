@@ -325,7 +325,8 @@ class StarBatch:
             LPBatch(objective, -radius.flatten(), left.flatten(0, 1), right.flatten(0, 1)),
             first.flatten(0, 1),
             gap=tolerance / 100,
-            threshold=torch.full_like(radius.flatten(), -tolerance),
+            above=-tolerance,
+            below=-tolerance,
         )
         return (-solution.lower <= tolerance).reshape(len(self), batch)
 
