@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from torchreach.errors import InvalidNetworkError, InvalidSetError, ShapeError, UnsupportedLayerError
+from torchreach.lp import mixed_integer
 from torchreach.lp.certify import certify
 from torchreach.lp.mixed_integer import affine_layers, mixed_integer_discrepancy
-from torchreach.lp.reference import solve_reference
+from torchreach.lp.reference import run, solve_reference
 from torchreach.results import Discrepancy, ReachStats, Status
 
 INF = float("inf")
@@ -230,6 +231,30 @@ class TestMixedInteger:
         result = mixed_integer_discrepancy(first, copy.deepcopy(first), stars)
         assert result.undecided.item() > 0
         assert result.max_abs.abs().max() < 1e-8
+
+    def test_an_optimum_lost_by_the_solver_is_noticed_and_found_again(self, monkeypatch):
+        first, second = network([2, 5, 1], 6), network([2, 4, 1], 7)
+        stars = random_star(2, M=2, seed=6)
+        expected = mixed_integer_discrepancy(first, second, stars)
+        calls = []
+
+        def losing(problem, options):
+            """On the first call, the optimum of the opposite objective, with a bound that agrees with it."""
+            calls.append(options)
+            if len(calls) > 1:
+                return run(problem, options)
+            (g,) = problem.parameters()
+            g.value = -g.value
+            status = run(problem, options)
+            g.value = -g.value
+            problem._value = -problem.value
+            return status
+
+        monkeypatch.setattr(mixed_integer, "run", losing)
+        result = mixed_integer_discrepancy(first, second, stars)
+        assert len(calls) == 3
+        torch.testing.assert_close(result.range_lower, expected.range_lower, atol=1e-9, rtol=0)
+        torch.testing.assert_close(result.range_upper, expected.range_upper, atol=1e-9, rtol=0)
 
     def test_stars_are_solved_apart_and_a_point_is_a_star(self):
         first, second = network([2, 4, 3], 1), network([2, 3, 3], 2)
