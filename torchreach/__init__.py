@@ -5,6 +5,8 @@ Batched star-set reachability in PyTorch. See README.md for a tour.
 
 from torchreach.discrepancy import discrepancy
 from torchreach.errors import TorchreachError
+from torchreach.lp.certify import Certification, certify
+from torchreach.lp.mixed_integer import MixedIntegerResult, mixed_integer_discrepancy
 from torchreach.networks.load import load
 from torchreach.networks.merge import Comparison, MergedLinear, MergedNetwork, MergedReLU, merge
 from torchreach.options import Budget, Exact
@@ -25,12 +27,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Budget",
+    "Certification",
     "Comparison",
     "Discrepancy",
     "Exact",
     "MergedLinear",
     "MergedNetwork",
     "MergedReLU",
+    "MixedIntegerResult",
     "Progress",
     "ReachResult",
     "ReachStats",
@@ -40,8 +44,10 @@ __all__ = [
     "Status",
     "Tolerances",
     "TorchreachError",
+    "certify",
     "discrepancy",
     "load",
     "merge",
+    "mixed_integer_discrepancy",
     "reach",
 ]

@@ -49,9 +49,7 @@ def preactivation_bounds(chain: nn.Sequential, lower: Tensor, upper: Tensor) -> 
     return _bounds(_Recorded([chain], lower, upper), lower, upper)
 
 
-def merged_bounds(
-    first: nn.Sequential, second: nn.Sequential, lower: Tensor, upper: Tensor
-) -> tuple[Bounds, Bounds]:
+def merged_bounds(first: nn.Sequential, second: nn.Sequential, lower: Tensor, upper: Tensor) -> tuple[Bounds, Bounds]:
     """CROWN bounds of two networks on one shared input, and of first(x) - second(x).
 
     The difference is bounded as one function of x, so that linear parts which both networks share cancel;
@@ -220,9 +218,7 @@ def _crown(
     x = library.BoundedTensor(points, box)
     outputs = expected[-1][0].numel()
     # The library's own identity has the default dtype.
-    identity = torch.eye(outputs, dtype=torch.float64, device=lower.device).expand(
-        len(points), outputs, outputs
-    )
+    identity = torch.eye(outputs, dtype=torch.float64, device=lower.device).expand(len(points), outputs, outputs)
     output = bounded.compute_bounds(x=(x,), C=identity, method="CROWN")
     crown = [(node.lower, node.upper) for node in nodes] + [tuple(output)]
     output = bounded.compute_bounds(x=(x,), method="IBP")

@@ -41,15 +41,11 @@ def root_bounds(
     theirs = _lirpa(module, steps, rows, slack, margin)
     if theirs is None:
         return own, "zonotope"
-    tightest = [
-        (torch.maximum(a, c), torch.minimum(b, d)) for (a, b), (c, d) in zip(own, theirs, strict=True)
-    ]
+    tightest = [(torch.maximum(a, c), torch.minimum(b, d)) for (a, b), (c, d) in zip(own, theirs, strict=True)]
     return tightest, "auto_LiRPA CROWN and zonotope"
 
 
-def _lirpa(
-    module: nn.Module, steps: tuple[Step, ...], rows: Tensor, slack: Tensor, margin: float
-) -> Bounds | None:
+def _lirpa(module: nn.Module, steps: tuple[Step, ...], rows: Tensor, slack: Tensor, margin: float) -> Bounds | None:
     from torchreach.bounds import lirpa
 
     spread = rows[:, 1:].abs().sum(1) + slack

@@ -60,16 +60,10 @@ def certify(
     shape = tuple(reference.range_lower.shape)
     if tuple(discrepancy.upper.shape) != shape:
         raise ShapeError(
-            f"discrepancy of {shape[0]} stars and {shape[1]} outputs needed, "
-            f"got shape {tuple(discrepancy.upper.shape)}"
+            f"discrepancy of {shape[0]} stars and {shape[1]} outputs needed, got shape {tuple(discrepancy.upper.shape)}"
         )
-    claimed = {
-        name: as_array(getattr(discrepancy, name))
-        for name in ("range_lower", "range_upper", "lower", "upper")
-    }
-    low, high, largest = (
-        value.numpy() for value in (reference.range_lower, reference.range_upper, reference.max_abs)
-    )
+    claimed = {name: as_array(getattr(discrepancy, name)) for name in ("range_lower", "range_upper", "lower", "upper")}
+    low, high, largest = (value.numpy() for value in (reference.range_lower, reference.range_upper, reference.max_abs))
     replayed, distance = _replay(discrepancy, original, compressed, stars)
     exact = np.array([status is Status.EXACT for status in discrepancy.status])[:, None]
     deviations = {
@@ -93,9 +87,7 @@ def _one_sided(excess: Array, exact: NDArray[np.bool_]) -> Array:
     return np.where(exact, np.abs(excess), np.maximum(excess, 0))
 
 
-def _replay(
-    discrepancy: Discrepancy, original: nn.Module, compressed: nn.Module, stars: Any
-) -> tuple[Array, Array]:
+def _replay(discrepancy: Discrepancy, original: nn.Module, compressed: nn.Module, stars: Any) -> tuple[Array, Array]:
     """|y1 - y2| at each witness [S, N], and the witness's distance (max norm) from its star [S, N]."""
     networks = (affine_layers(original), affine_layers(compressed))
     basis, A, b, lower, upper = checked_stars(networks, stars)

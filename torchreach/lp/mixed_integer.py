@@ -147,9 +147,7 @@ def mixed_integer_discrepancy(original: nn.Module, compressed: nn.Module, stars:
     low, high = torch.from_numpy(value)
     argmin, argmax = torch.from_numpy(point.reshape(2, S, N, *shape))
     attained_low, attained_high = torch.from_numpy(attained)
-    return MixedIntegerResult(
-        low, high, argmin, argmax, attained_low, attained_high, torch.from_numpy(undecided)
-    )
+    return MixedIntegerResult(low, high, argmin, argmax, attained_low, attained_high, torch.from_numpy(undecided))
 
 
 class _Model:
@@ -158,14 +156,10 @@ class _Model:
     All quantities are affine in v = (a, h, 1): predicate variables, outputs of undecided ReLUs, constant.
     """
 
-    def __init__(
-        self, networks: tuple[AffineLayers, ...], A: Array, b: Array, lower: Array, upper: Array
-    ) -> None:
+    def __init__(self, networks: tuple[AffineLayers, ...], A: Array, b: Array, lower: Array, upper: Array) -> None:
         self.star, self.networks = (A, b, lower, upper), networks
         self.bounds = bounds = [_preactivation_bounds(layers, lower, upper) for layers in networks]
-        self.undecided = int(
-            sum(((low < 0) & (high > 0)).sum() for network in bounds for low, high in network)
-        )
+        self.undecided = int(sum(((low < 0) & (high > 0)).sum() for network in bounds for low, high in network))
         M, K = len(lower), self.undecided
         switching: list[Array] = [np.empty((0, M + K + 1))]
         ranges: list[Array] = [np.empty((0, 2))]
@@ -352,9 +346,7 @@ def checked_stars(networks: tuple[AffineLayers, AffineLayers], stars: Any) -> tu
             f"two networks with equal input and output sizes needed, got {sizes[0][0]} -> {sizes[0][1]} "
             f"and {sizes[1][0]} -> {sizes[1][1]}"
         )
-    basis, A, b, lower, upper = (
-        as_array(getattr(stars, name)) for name in ("basis", "A", "b", "lower", "upper")
-    )
+    basis, A, b, lower, upper = (as_array(getattr(stars, name)) for name in ("basis", "A", "b", "lower", "upper"))
     features = int(np.prod(basis.shape[2:]))
     if features != sizes[0][0]:
         raise ShapeError(f"stars of {sizes[0][0]} features needed by the networks, got {features}")

@@ -48,9 +48,7 @@ def solve_reference(
         )
     P, M = rows.shape[-2:]
     try:
-        batch = np.broadcast_shapes(
-            g.shape[:-1], rows.shape[:-2], right.shape[:-1], low.shape[:-1], high.shape[:-1]
-        )
+        batch = np.broadcast_shapes(g.shape[:-1], rows.shape[:-2], right.shape[:-1], low.shape[:-1], high.shape[:-1])
         B = math.prod(batch)
         g, low, high = (np.broadcast_to(value, (*batch, M)).reshape(B, M) for value in (g, low, high))
         rows = np.broadcast_to(rows, (*batch, P, M)).reshape(B, P, M)

@@ -106,11 +106,18 @@ def _part(layer: nn.Module, x: Tensor, *, magnitude: bool) -> Tensor:
             raise UnsupportedLayerError(f"convolution needs padding_mode='zeros', got {layer.padding_mode!r}")
         convolve = F.conv1d if isinstance(layer, nn.Conv1d) else F.conv2d
         return convolve(
-            x, _sized(layer.weight, magnitude), None, layer.stride, layer.padding, layer.dilation, layer.groups
+            x,
+            _sized(layer.weight, magnitude),
+            None,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
         )
     if isinstance(layer, nn.AvgPool1d | nn.AvgPool2d | nn.Flatten | nn.Unflatten | Reshape):
         return layer(x)
     if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+        assert layer.running_var is not None
         scale = torch.rsqrt(layer.running_var + layer.eps)
         if layer.weight is not None:
             scale = scale * layer.weight

@@ -82,9 +82,7 @@ class _Run:
     left: Tensor | None = None
 
     @staticmethod
-    def prepare(
-        module: nn.Module, stars: StarBatch, method: Exact, tolerances: Tolerances, keep_stars: bool
-    ) -> _Run:
+    def prepare(module: nn.Module, stars: StarBatch, method: Exact, tolerances: Tolerances, keep_stars: bool) -> _Run:
         device = stars.device
         network = steps(module, stars.shape, dtype=COMPUTE_DTYPE, device=device)
         rows, A, b = stars.normalised()
@@ -95,6 +93,8 @@ class _Run:
         chosen = method.method
         if chosen == "auto":
             chosen = "vertices" if stars.dim <= VERTEX_DIM else "programs"
+        if stars.dim == 0:  # points: there is nothing to program
+            chosen = "vertices"
         maker = VertexEngine if chosen == "vertices" else ProgramEngine
         engine = maker(network, signs, tolerances, tally, keep_facets=keep_stars)
         frontier = Frontier(engine, network, bounds, stars.dim, device)
@@ -203,10 +203,7 @@ class _Run:
         self.kept.append(star.to(dtype=self.stars.dtype))
 
     def _stars(self) -> StarBatch | None:
-        if not self.kept:
-            return None
-        shaped = StarBatch.cat(self.kept)
-        return shaped
+        return StarBatch.cat(self.kept) if self.kept else None
 
 
 def replay(network: tuple[Step, ...], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,8 +223,6 @@ def _(stars: StarBatch, layer: nn.Module) -> StarBatch:
     if not getattr(layer, "splits_at_zero", False):
         return stars.affine_map(layer)
     result = reach(nn.Sequential(layer), stars, Exact(root_bounds="interval"))
-    assert result.stars is not None
-    origin = stars.origin[result.stars.origin]
-    return StarBatch.trusted(
-        *(getattr(result.stars, name) for name in ("basis", "A", "b", "lower", "upper")), origin
-    )
+    split = result.stars
+    assert split is not None
+    return StarBatch.trusted(split.basis, split.A, split.b, split.lower, split.upper, stars.origin[split.origin])

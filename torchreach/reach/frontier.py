@@ -164,7 +164,11 @@ class Frontier:
         low, high = chunk.box()
         middle, radius = (low + high) / 2, (high - low) / 2
         rows = torch.cat(
-            (chunk.rows[:, :1] + middle[:, None, :] @ chunk.rows[:, 1:], radius[:, :, None] * chunk.rows[:, 1:]), 1
+            (
+                chunk.rows[:, :1] + middle[:, None, :] @ chunk.rows[:, 1:],
+                radius[:, :, None] * chunk.rows[:, 1:],
+            ),
+            1,
         )
         slack = chunk.slack + 1e-15 * chunk.rows.shape[1] * chunk.rows.abs().sum(1)
         step = self.steps[chunk.layer]

@@ -129,9 +129,7 @@ class ProgramEngine:
         step = self.steps[chunk.layer]
         assert step.relu is not None
         chunk, low, high = self._settle(chunk, step.relu)  # chunk.points now holds every point found
-        balance = torch.where(
-            (chunk.side == 0) & step.relu, torch.minimum(high, -low), torch.zeros_like(low)
-        )
+        balance = torch.where((chunk.side == 0) & step.relu, torch.minimum(high, -low), torch.zeros_like(low))
         depth, neuron = balance.max(1)
         cut = depth > self.tolerances.sign
         chunks: list[Chunk] = []
@@ -150,9 +148,7 @@ class ProgramEngine:
         for direction, part in enumerate(rows.split(outputs, 2)):
             values = part[:, :1] + chunk.points @ part[:, 1:]  # [S, W, N]
             best, slot = values.max(1)
-            record.attain(
-                direction, chunk.origin, best, lambda s, n, slot=slot: chunk.points[s, slot[s, n]]
-            )
+            record.attain(direction, chunk.origin, best, lambda s, n, slot=slot: chunk.points[s, slot[s, n]])
             upper, value, reach = self._from_centre(chunk, part)
             record.attain(direction, chunk.origin, value, lambda s, n, reach=reach: reach[s, :, n])
             # Only stars whose bound exceeds what is already attained can matter: the best candidate of each
@@ -173,9 +169,7 @@ class ProgramEngine:
                 found[star, output] = lower
                 number = torch.full_like(upper, -1, dtype=torch.long)
                 number[star, output] = torch.arange(len(star), device=star.device)
-                record.attain(
-                    direction, chunk.origin, found, lambda s, n, p=points, k=number: p[k[s, n]]
-                )
+                record.attain(direction, chunk.origin, found, lambda s, n, p=points, k=number: p[k[s, n]])
             record.certify(direction, chunk.origin, upper + slack)
 
     # -- signs ----------------------------------------------------------------------------------------

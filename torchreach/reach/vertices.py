@@ -100,9 +100,7 @@ class VertexEngine:
     def start(self, rows: Tensor, slack: Tensor, planes: Tensor, origin: Tensor) -> list[Chunk]:
         """Chunks of stars given by input rows [S, 1 + M, N_in] over [-1, 1]^M and half-spaces [S, P, 1 + M]."""
         size, dim = len(rows), rows.shape[1] - 1
-        body = PolytopeBatch.from_cube(
-            size, dim, facets=self.keep_facets, dtype=rows.dtype, device=rows.device
-        )
+        body = PolytopeBatch.from_cube(size, dim, facets=self.keep_facets, dtype=rows.dtype, device=rows.device)
         self.somewhere = torch.zeros(size, dim, dtype=rows.dtype, device=rows.device)
         rows, slack = activation.affine(self.steps[0], rows, slack)
         chunks = [Chunk(0, body, rows, slack, origin, torch.zeros_like(origin))]

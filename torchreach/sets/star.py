@@ -66,13 +66,9 @@ class StarBatch:
         """
         lower, upper = torch.as_tensor(lower), torch.as_tensor(upper)
         if lower.shape != upper.shape:
-            raise ShapeError(
-                f"lower and upper must have one shape, got {tuple(lower.shape)} and {tuple(upper.shape)}"
-            )
+            raise ShapeError(f"lower and upper must have one shape, got {tuple(lower.shape)} and {tuple(upper.shape)}")
         if lower.dtype != upper.dtype or not lower.is_floating_point():
-            raise ShapeError(
-                f"lower and upper must have one floating-point dtype, got {lower.dtype} and {upper.dtype}"
-            )
+            raise ShapeError(f"lower and upper must have one floating-point dtype, got {lower.dtype} and {upper.dtype}")
         if lower.ndim == 0:
             raise ShapeError("lower and upper must have at least one axis, got scalars")
         for name, bound in (("lower", lower), ("upper", upper)):
@@ -90,7 +86,8 @@ class StarBatch:
         wide = (high > low).any(0).nonzero().flatten()
         middle = (low.to(COMPUTE_DTYPE) + high.to(COMPUTE_DTYPE)).div(2).to(low.dtype)
         reach = torch.maximum(
-            high.to(COMPUTE_DTYPE) - middle.to(COMPUTE_DTYPE), middle.to(COMPUTE_DTYPE) - low.to(COMPUTE_DTYPE)
+            high.to(COMPUTE_DTYPE) - middle.to(COMPUTE_DTYPE),
+            middle.to(COMPUTE_DTYPE) - low.to(COMPUTE_DTYPE),
         )
         radius = round_up(reach, low.dtype)
         basis = low.new_zeros(size, 1 + len(wide), low.shape[1])
@@ -108,7 +105,10 @@ class StarBatch:
 
     @staticmethod
     def from_image(
-        image: Tensor, eps: float | Tensor, mask: Tensor | None = None, clip: tuple[float, float] | None = None
+        image: Tensor,
+        eps: float | Tensor,
+        mask: Tensor | None = None,
+        clip: tuple[float, float] | None = None,
     ) -> StarBatch:
         """Image stars: pixels in `mask` within `eps` of `image`, the others fixed.
 
@@ -389,7 +389,9 @@ def _check(star: StarBatch) -> None:
     for name, shape in wanted.items():
         part = getattr(star, name)
         if tuple(part.shape) != shape:
-            raise ShapeError(f"{name} must have shape {shape} for {size} stars of {dim} variables, got {tuple(part.shape)}")
+            raise ShapeError(
+                f"{name} must have shape {shape} for {size} stars of {dim} variables, got {tuple(part.shape)}"
+            )
         if part.device != star.device:
             raise ShapeError(f"{name} must be on {star.device} like the basis, got {part.device}")
         if name != "origin" and part.dtype != star.dtype:

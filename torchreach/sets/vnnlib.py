@@ -58,9 +58,7 @@ def read_box(path: str | Path) -> tuple[Tensor, Tensor]:
             case [("assert", _), formula]:
                 boxes = _conjunction(boxes, _boxes(path, formula))
                 if len(boxes) > _MOST_BOXES:
-                    raise FileFormatError(
-                        f"{path}, line {line}: more than {_MOST_BOXES} alternative input boxes"
-                    )
+                    raise FileFormatError(f"{path}, line {line}: more than {_MOST_BOXES} alternative input boxes")
             case [("set-logic" | "set-info" | "set-option" | "check-sat" | "get-model" | "exit", _), *_]:
                 pass
             case _:
