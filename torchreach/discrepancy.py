@@ -61,6 +61,7 @@ def discrepancy(
         range_lower=reached.lower,
         range_upper=reached.upper,
         witness=torch.where(mask, reached.argmax, reached.argmin),
+        regions=reached.count,
         status=reached.status,
         stats=reached.stats,
     )

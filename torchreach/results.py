@@ -124,6 +124,7 @@ class Discrepancy:
         status: per input star: EXACT, or BOUNDED if the budget ended first.
         semantics: which reading of the networks the numbers speak of ("float": weights as they are,
             real arithmetic).
+        regions: [S] number of joint linear regions that were enumerated.
         stats: what it took.
     """
 
@@ -132,6 +133,7 @@ class Discrepancy:
     range_lower: Tensor
     range_upper: Tensor
     witness: Tensor
+    regions: Tensor
     status: tuple[Status, ...]
     stats: ReachStats
     semantics: str = "float"
@@ -165,16 +167,32 @@ class RepairStep:
 
 @dataclass(frozen=True)
 class RepairResult:
-    """Outcome of `repair`. `satisfied` is what the last evaluation showed."""
+    """Outcome of `repair`.
+
+    Attributes:
+        network: the repaired network; its certificate is `after`.
+        history: every evaluation, in order; the first is the compressed network as given.
+        satisfied: whether `after` lies in the target set.
+        index: position of `network` in `history`: the last entry if the target was reached, else the entry
+            that came closest to it.
+    """
 
     network: torch.nn.Module
     history: tuple[RepairStep, ...]
     satisfied: bool
+    index: int = -1
 
     @property
     def before(self) -> Discrepancy:
+        """Discrepancy of the compressed network as given."""
         return self.history[0].discrepancy
 
     @property
     def after(self) -> Discrepancy:
-        return self.history[-1].discrepancy
+        """Discrepancy of `network`."""
+        return self.history[self.index].discrepancy
+
+    @property
+    def accuracy(self) -> float | None:
+        """Accuracy of `network`, where one was measured."""
+        return self.history[self.index].accuracy

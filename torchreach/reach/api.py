@@ -131,7 +131,8 @@ class _Run:
         dtype = self.stars.dtype
         size, outputs = lower.shape
         points = self.stars.point(self.record.point.transpose(0, 1).flatten(1, 2))  # [S, 2 N, *shape]
-        points = self._into(points, dtype)
+        # to nearest: a point between two bounds of this dtype stays between them
+        points = points.to(dtype)
         value, error = replay(self.steps, points.flatten(0, 1))
         value, error = value.reshape(size, 2, outputs, outputs), error.reshape(size, 2, outputs, outputs)
         value, error = value.diagonal(dim1=2, dim2=3), error.diagonal(dim1=2, dim2=3)  # [S, 2, N]
@@ -167,13 +168,6 @@ class _Run:
         origin = torch.arange(len(self.stars), device=value.device)
         for direction, signed in enumerate((-value, value)):
             self.record.attain(direction, origin, signed, lambda s, _: a[s])
-
-    def _into(self, points: Tensor, dtype: torch.dtype) -> Tensor:
-        """Points in the caller's dtype, rounded toward the star's middle so that they stay inside boxes."""
-        rounded = points.to(dtype)
-        middle = self.stars.normalised()[0][:, :1].reshape(len(points), 1, *points.shape[2:])
-        outside = (rounded.to(points.dtype) - middle).abs() > (points - middle).abs()
-        return torch.where(outside, torch.nextafter(rounded, middle.to(dtype).expand_as(rounded)), rounded)
 
     def _progress(self, began: float) -> Progress:
         low, high = self.root[-1]

@@ -61,8 +61,8 @@ class StarBatch:
     def from_box(lower: Tensor, upper: Tensor) -> StarBatch:
         """Stars of the boxes [lower, upper], each [S, *shape] or [*shape] (1-D tensors are one box).
 
-        One predicate variable per feature that has width in some box. In float32 the star encloses the box,
-        by at most one unit in the last place.
+        One predicate variable per feature that has width in some box. The star is the box exactly, in any
+        dtype.
         """
         lower, upper = torch.as_tensor(lower), torch.as_tensor(upper)
         if lower.shape != upper.shape:
@@ -84,22 +84,17 @@ class StarBatch:
         size, shape = lower.shape[0], lower.shape[1:]
         low, high = lower.flatten(1), upper.flatten(1)
         wide = (high > low).any(0).nonzero().flatten()
-        middle = (low.to(COMPUTE_DTYPE) + high.to(COMPUTE_DTYPE)).div(2).to(low.dtype)
-        reach = torch.maximum(
-            high.to(COMPUTE_DTYPE) - middle.to(COMPUTE_DTYPE),
-            middle.to(COMPUTE_DTYPE) - low.to(COMPUTE_DTYPE),
-        )
-        radius = round_up(reach, low.dtype)
+        # Predicates are the features themselves, bounded by the box: no midpoint or radius to round.
         basis = low.new_zeros(size, 1 + len(wide), low.shape[1])
-        basis[:, 0] = middle
-        basis[:, 1 + torch.arange(len(wide), device=low.device), wide] = radius[:, wide]
-        ones = low.new_ones(size, len(wide))
+        basis[:, 0] = low
+        basis[:, 0, wide] = 0
+        basis[:, 1 + torch.arange(len(wide), device=low.device), wide] = 1
         return StarBatch(
             basis.reshape(size, -1, *shape),
             low.new_zeros(size, 0, len(wide)),
             low.new_zeros(size, 0),
-            -ones,
-            ones,
+            low[:, wide],
+            high[:, wide],
             torch.arange(size, device=low.device),
         )
 
@@ -198,8 +193,8 @@ class StarBatch:
 
     @property
     def center(self) -> Tensor:
-        """[S, *shape] centre c (the point of predicate 0, which constraints may exclude)."""
-        return self.basis[:, 0]
+        """[S, *shape] image of the middle of the predicate bounds (which constraints may exclude)."""
+        return self.point(self.lower.new_zeros(len(self), 1, self.dim))[:, 0].to(self.dtype)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> StarBatch:
         """The same stars elsewhere or in another dtype (float64 to float32 rounds the set itself)."""
@@ -332,7 +327,7 @@ class StarBatch:
 
     def sample(self, count: int, seed: int = 0) -> Tensor:
         """[S, count, *shape] random points of each star: uniform on boxes, hit-and-run under constraints."""
-        rows, A, b = self.normalised()
+        _, A, b = self.normalised()
         generator = torch.Generator(device=self.device).manual_seed(seed)
 
         def uniform(*shape: int) -> Tensor:
@@ -350,14 +345,18 @@ class StarBatch:
                 ahead = torch.where(pace > 0, space / pace, torch.inf).amin(2, keepdim=True)
                 behind = torch.where(pace < 0, space / pace, -torch.inf).amax(2, keepdim=True)
                 a = a + (behind + (ahead - behind) * uniform(*a.shape[:2], 1)) * way
-        flat = rows[:, :1] + a @ rows[:, 1:]
-        return flat.reshape(len(self), count, *self.shape).to(self.dtype)
+        return self.point(a).to(self.dtype)
 
     def point(self, predicate: Tensor) -> Tensor:
-        """Features c + V a at normalised predicate points [S, B, M] in [-1, 1]: [S, B, *shape], float64."""
-        rows, _, _ = self.normalised()
-        flat = rows[:, :1] + predicate.to(COMPUTE_DTYPE) @ rows[:, 1:]
-        return flat.reshape(len(self), -1, *self.shape)
+        """Features c + V a at predicate points [S, B, M] over the unit box: [S, B, *shape], float64.
+
+        Coordinates are mapped to the predicate bounds and kept inside them.
+        """
+        lower, upper = (bound.to(COMPUTE_DTYPE)[:, None] for bound in (self.lower, self.upper))
+        a = (lower + upper) / 2 + (upper - lower) / 2 * predicate.to(COMPUTE_DTYPE)
+        a = torch.minimum(torch.maximum(a, lower), upper)
+        rows = self.basis.flatten(2).to(COMPUTE_DTYPE)
+        return (rows[:, :1] + a @ rows[:, 1:]).reshape(len(self), -1, *self.shape)
 
     def _interior(self, A: Tensor, b: Tensor) -> Tensor:
         """[S, M] points near the analytic centre; flat stars are thickened by the sign tolerance."""
