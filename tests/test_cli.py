@@ -1,0 +1,337 @@
+"""The command line: exit statuses, one clear line for bad input, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from torchreach.cli import app
+from torchreach.networks.save import save
+
+BOX = "-1,1;-1,1;0,0.5"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Two small networks as .onnx files, one its nearly equal copy, and one with other inputs."""
+    folder = tmp_path_factory.mktemp("networks")
+    generator = torch.Generator().manual_seed(0)
+    original = _network(3, generator)
+    compressed = _network(3, generator)
+    compressed.load_state_dict({k: (v * 64).round() / 64 for k, v in original.state_dict().items()})
+    for name, network in (("a", original), ("b", compressed), ("other", _network(4, generator))):
+        save(network, folder / f"{name}.onnx", (network[0].in_features,))
+    (folder / "corrupt.onnx").write_bytes(b"not a network")
+    np.save(folder / "x.npy", np.array([0.0, 0.5, 0.2]))
+    np.save(folder / "nan.npy", np.array([0.0, np.nan, 0.2]))
+    np.save(folder / "short.npy", np.zeros(2))
+    np.save(folder / "mask.npy", np.array([1, 0, 1]))
+    np.save(folder / "two.npy", np.array([[0.0, 0.5, 0.2], [0.3, -0.5, 0.1]]))
+    return folder
+
+
+def _network(inputs, generator):
+    network = nn.Sequential(nn.Linear(inputs, 8), nn.ReLU(), nn.Linear(8, 2))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.rand(parameter.shape, generator=generator) - 0.5)
+    return network
+
+
+def run(*args):
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def compare(files, *args, b="b.onnx"):
+    return run("compare", files / "a.onnx", files / b, *args)
+
+
+def test_help_names_every_command_and_option():
+    text = run("--help").output
+    for command in ("demo", "compare", "repair"):
+        assert command in text
+    for option in (
+        "--box",
+        "--vnnlib",
+        "--center",
+        "--eps",
+        "--tolerance",
+        "--seconds",
+        "--output",
+        "--device",
+    ):
+        assert option in run("compare", "--help").output
+    for option in ("--target", "--target-max", "--alpha", "--iterations", "--seed", "--save"):
+        assert option in run("repair", "--help").output
+    for option in ("--data", "--root", "--bits", "--prune", "--images", "--seed"):
+        assert option in run("demo", "--help").output
+
+
+def test_version_and_no_arguments():
+    import torchreach
+
+    assert run("--version").output == f"torchreach {torchreach.__version__}\n"
+    assert "Usage" in run().output
+    assert run().exit_code == 0
+
+
+def test_interval_without_tolerance_is_reported(files):
+    result = compare(files, "--box", BOX)
+    assert result.exit_code == 0
+    last = result.stdout.strip().splitlines()[-1]
+    assert last.startswith("certified: |y1 - y2| <= ")
+    assert "EXACT" in last
+    assert "regions" in last
+    assert result.stderr == ""  # no terminal, no progress
+
+
+def test_exit_status_follows_the_tolerance(files):
+    within = compare(files, "--box", BOX, "--tolerance", 1)
+    assert within.exit_code == 0
+    assert "within tolerance 1" in within.stdout
+    exceeded = compare(files, "--box", BOX, "--tolerance", 1e-6)
+    assert exceeded.exit_code == 1
+    assert "exceeds tolerance 1e-06" in exceeded.stdout
+    assert "x  = [" in exceeded.stdout
+    assert "y1 = [" in exceeded.stdout
+    assert "y2 = [" in exceeded.stdout
+
+
+def test_tolerance_inside_the_interval_is_undecided(files, tmp_path):
+    args = ("--box", BOX, "--seconds", 1e-9, "--output", tmp_path / "out")
+    assert compare(files, *args).exit_code == 0
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["discrepancy"]
+    assert found["max_lower"] < found["max_upper"]
+    result = compare(
+        files, "--box", BOX, "--seconds", 1e-9, "--tolerance", (found["max_lower"] + found["max_upper"]) / 2
+    )
+    assert result.exit_code == 1
+    assert "undecided" in result.stdout
+    assert "BOUNDED" in result.stdout
+
+
+def test_input_sets_agree(files, tmp_path):
+    """The same set said in several ways has the same discrepancy."""
+    bounds = [[-0.1, 0.1], [0.5, 0.5], [0.1, 0.3]]
+    (tmp_path / "box.json").write_text(json.dumps(bounds))
+    np.save(tmp_path / "box.npy", np.array(bounds))
+    np.savetxt(tmp_path / "box.csv", np.array(bounds), delimiter=",")
+    names = "".join(f"(declare-const X_{i} Real)" for i in range(3))
+    rows = "".join(f"(assert (>= X_{i} {low}))(assert (<= X_{i} {up}))" for i, (low, up) in enumerate(bounds))
+    (tmp_path / "box.vnnlib").write_text(names + "(declare-const Y_0 Real)(declare-const Y_1 Real)" + rows)
+    sets = [
+        ("--box", "-0.1,0.1; 0.5,0.5; 0.1,0.3"),
+        ("--box", tmp_path / "box.json"),
+        ("--box", tmp_path / "box.npy"),
+        ("--box", tmp_path / "box.csv"),
+        ("--vnnlib", tmp_path / "box.vnnlib"),
+        ("--center", files / "x.npy", "--eps", 0.1, "--mask", files / "mask.npy"),
+    ]
+    lasts = [compare(files, *s).stdout.splitlines()[-1].split(" for every input")[0] for s in sets]
+    assert len(set(lasts)) == 1, lasts
+
+
+def test_several_inputs_get_a_star_each(files, tmp_path):
+    result = compare(files, "--center", files / "two.npy", "--eps", 0.1, "--output", tmp_path / "out")
+    assert result.exit_code == 0
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [star["label"] for star in found["discrepancy"]["stars"]] == ["input 0", "input 1"]
+
+
+def test_float32_contains_float64(files, tmp_path):
+    found = {}
+    for dtype in ("float32", "float64"):
+        out = tmp_path / dtype
+        compare(
+            files,
+            "--center",
+            files / "x.npy",
+            "--eps",
+            0.1,
+            "--clip",
+            "-1,1",
+            "--dtype",
+            dtype,
+            "--output",
+            out,
+        )
+        report = json.loads((out / "report.json").read_text())
+        assert report["dtype"] == dtype
+        found[dtype] = report["discrepancy"]["max_upper"]
+    assert found["float64"] <= found["float32"] < found["float64"] + 1e-5
+
+
+def test_fixed_inputs_cost_no_variable_in_float32(files, tmp_path):
+    box = ("--box", "-0.1,0.1; 0.1,0.1; 0.3,0.3", "--dtype", "float32", "--output", tmp_path / "out")
+    assert compare(files, *box).exit_code == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["input_set"]["variables"] == 1
+
+
+def _bad(files):
+    f = files
+    a_b = (f / "a.onnx", f / "b.onnx")
+    box = ("--box", BOX)
+    return {
+        "missing network": ((f / "none.onnx", f / "b.onnx", *box), "no such file: "),
+        "corrupt onnx": ((f / "corrupt.onnx", f / "b.onnx", *box), "is not a readable ONNX file"),
+        "unknown kind": ((f / "x.npy", f / "b.onnx", *box), "must end in .onnx or .pt2"),
+        "unknown option": ((*a_b, *box, "--tolerence", "1"), "No such option: --tolerence"),
+        "missing argument": ((f / "a.onnx",), "Missing argument 'B'"),
+        "not a number": ((*a_b, *box, "--tolerance", "x"), "Invalid value for '--tolerance'"),
+        "two sets": (
+            (*a_b, *box, "--center", f / "x.npy", "--eps", "0.1"),
+            "exactly one input set is required (--box, --vnnlib or --center with --eps), got --box and --center",
+        ),
+        "no set": (a_b, "exactly one input set is required"),
+        "eps without center": ((*a_b, *box, "--eps", "1"), "belong to --center, got --box"),
+        "center without eps": ((*a_b, "--center", f / "x.npy"), "--center needs --eps"),
+        "negative eps": (
+            (*a_b, "--center", f / "x.npy", "--eps", "-1"),
+            "--eps must be a finite number >= 0, got -1.0",
+        ),
+        "box size": ((*a_b, "--box", "0,1;0,1"), "--box must give bounds for 3 inputs, as the networks do, got 2"),
+        "box order": (
+            (*a_b, "--box", "0,1;2,1;0,1"),
+            "--box: lower must not exceed upper, got 2 > 1 for input 1",
+        ),
+        "box grammar": ((*a_b, "--box", "0,1;2;0,1"), "pair 1 is '2'"),
+        "box infinite": ((*a_b, "--box", "0,1;0,inf;0,1"), "--box must be finite, got inf at index [1, 1]"),
+        "box file": ((*a_b, "--box", f / "x.npy"), "--box must have shape [inputs, 2], got [3]"),
+        "no box file": ((*a_b, "--box", "gone.json"), "--box: no such file: gone.json"),
+        "nan": ((*a_b, "--center", f / "nan.npy", "--eps", "0.1"), "must be finite, got nan at index [0, 1]"),
+        "center size": (
+            (*a_b, "--center", f / "short.npy", "--eps", "0.1"),
+            "--center must hold 3 values per input, as the networks do, got shape [2]",
+        ),
+        "center outside clip": (
+            (*a_b, "--center", f / "x.npy", "--eps", "0.1", "--clip", "0,0.3"),
+            "must lie within --clip 0,0.3",
+        ),
+        "corrupt center": (
+            (*a_b, "--center", f / "a.onnx", "--eps", "0.1"),
+            "must end in .json, .npy, .csv, got '.onnx'",
+        ),
+        "no vnnlib": ((*a_b, "--vnnlib", "gone.vnnlib"), "no such file: gone.vnnlib"),
+        "device": ((*a_b, *box, "--device", "tpu"), "--device must be cpu, cuda or cuda:N, got 'tpu'"),
+        "no such cuda": ((*a_b, *box, "--device", "cuda:99"), "--device cuda:99: this machine has"),
+        "dtype": ((*a_b, *box, "--dtype", "int8"), "--dtype must be one of float32, float64, got 'int8'"),
+        "method": ((*a_b, *box, "--method", "magic"), "--method must be one of auto, vertices, programs"),
+        "seconds": ((*a_b, *box, "--seconds", "0"), "--seconds must be positive, got 0"),
+        "tolerance": ((*a_b, *box, "--tolerance", "-1"), "--tolerance must be a number >= 0, got -1"),
+        "other inputs": ((f / "a.onnx", f / "other.onnx", *box), "networks must have equally many inputs"),
+    }  # fmt: skip
+
+
+CASES = list(_bad(__import__("pathlib").Path()))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_gives_one_line_and_leaves_nothing(files, tmp_path, case):
+    args, message = _bad(files)[case]
+    result = run("compare", *args, "--output", tmp_path / "out")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("torchreach: error: ")
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_command_is_one_line():
+    result = run("compere")
+    assert result.exit_code == 2
+    assert "No such command 'compere'" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_output_that_is_a_file_is_refused_before_any_work(files, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    result = compare(files, "--box", BOX, "--output", tmp_path / "file")
+    assert result.exit_code == 2
+    assert "--output must name a folder, but" in result.stderr
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_installed_program_exits_with_the_status(files):
+    """The real entry point in its own process: 0, 1 and 2, without a traceback."""
+    code = "from torchreach.cli import main; main()"
+    for args, status in (
+        (["--box", BOX, "--tolerance", "1"], 0),
+        (["--box", BOX, "--tolerance", "0"], 1),
+        (["--box", "0,1"], 2),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "compare", str(files / "a.onnx"), str(files / "b.onnx"), *args],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == status
+        assert "Traceback" not in done.stderr
+        assert (done.stderr == "") == (status != 2)
+
+
+REPAIR = ("--iterations", 4, "--epochs", 20)
+
+
+@pytest.fixture(scope="module")
+def coarse(files):
+    """A copy of the first network on a 4-bit grid."""
+    from torchreach.networks.load import load
+    from torchreach.networks.quantized import quantize_weights
+
+    path = files / "coarse.onnx"
+    save(load(quantize_weights(load(files / "a.onnx"), 4)), path, (3,))
+    return path
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_repair_saves_a_network_with_the_certified_discrepancy(files, coarse, tmp_path, ending):
+    saved = tmp_path / f"better.{ending}"
+    box = ("--box", BOX)
+    result = run(
+        "repair", files / "a.onnx", coarse, *box, *REPAIR, "--target", 0.9, "--save", saved, "--output", tmp_path / "o"
+    )
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1].startswith("repaired: certified |y1 - y2| <= ")
+    repaired = json.loads((tmp_path / "o" / "report.json").read_text())["repair"]
+    assert repaired["satisfied"]
+    assert {path.name for path in tmp_path.iterdir()} == {"o", saved.name}
+    again = run("compare", files / "a.onnx", saved, *box, "--output", tmp_path / "again")
+    found = json.loads((tmp_path / "again" / "report.json").read_text())["discrepancy"]
+    assert again.exit_code == 0
+    assert found["max_upper"] == pytest.approx(repaired["after"]["max_upper"], abs=1e-12)
+
+
+def test_missed_target_exits_1_and_says_so(files, coarse):
+    result = run("repair", files / "a.onnx", coarse, "--box", BOX, *REPAIR, "--target-max", 1e-9)
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[-1].startswith("target missed, closest network kept: certified")
+    assert "target: at most 1e-09" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--target", 2), "--target must lie in (0, 1), got 2"),
+        (("--target", 0.5, "--target-max", 1), "at most one of --target and --target-max may be given, got both"),
+        (("--target-max", -1), "--target-max must be a number >= 0, got -1"),
+        (("--alpha", 0), "--alpha must be positive, got 0"),
+        (("--iterations", 0), "--iterations must be at least 1, got 0"),
+        (("--epochs", 0), "--epochs must be at least 1, got 0"),
+        (("--save", "better.txt"), "a network is saved as .onnx or .pt2, got '.txt'"),
+        (("--save", "nowhere/better.onnx"), "cannot save a network in nowhere"),
+    ],
+)
+def test_bad_repair_options(files, tmp_path, args, message):
+    result = run("repair", files / "a.onnx", files / "b.onnx", "--box", BOX, *args, "--output", tmp_path / "out")
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,349 @@
+"""Command line: `torchreach demo`, `torchreach compare A B`, `torchreach repair A B`.
+
+Exit status 0: within tolerance (or the target is met, or none was asked for); 1: not; 2: bad input, with one
+line on stderr.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+from typer.core import TyperGroup
+
+import torchreach
+from torchreach.errors import TorchreachError
+
+# typer carries its own copy of click since 0.2x; before that it used the package.
+_ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+class _Group(TyperGroup):
+    """Commands whose every bad input ends in one line and status 2."""
+
+    def main(self, args: Any = None, standalone_mode: bool = True, **extra: Any) -> Any:
+        """As typer's; errors are printed here."""
+        args = list(sys.argv[1:] if args is None else args)
+        args = args or ["--help"]
+        try:
+            status = super().main(args, standalone_mode=False, obj=shlex.join(["torchreach", *args]), **extra)
+        except (_ClickException, TorchreachError, OSError) as error:
+            message = getattr(error, "format_message", error.__str__)()
+            print(f"torchreach: error: {' '.join(message.split())}", file=sys.stderr)
+            status = 2
+        except typer.Abort:
+            status = 130
+        status = status if isinstance(status, int) else 0
+        if standalone_mode:
+            sys.exit(status)
+        return status
+
+
+app = typer.Typer(
+    cls=_Group,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_SET, _ANSWER, _ENGINE, _REPAIR = "Input set (exactly one)", "Answer", "How to compute", "Repair"
+
+Original = Annotated[Path, typer.Argument(metavar="A", help="The original network: an .onnx or .pt2 file.")]
+Compressed = Annotated[Path, typer.Argument(metavar="B", help="The compressed network: an .onnx or .pt2 file.")]
+Box = Annotated[
+    str | None,
+    typer.Option(
+        help="One box: 'lower,upper' per input, separated by ';', for example '0,1; -0.5,0.5'. Or a .json, .npy or "
+        ".csv file with the same numbers as an array of shape (inputs, 2).",
+        metavar="PAIRS|FILE",
+        rich_help_panel=_SET,
+    ),
+]
+Vnnlib = Annotated[
+    Path | None,
+    typer.Option(
+        help="The input boxes of a VNN-LIB file; its output constraints are not read.",
+        metavar="FILE",
+        rich_help_panel=_SET,
+    ),
+]
+Center = Annotated[
+    Path | None,
+    typer.Option(
+        help="Inputs to look around: a .npy, .json or .csv array of one input, or of several along its first axis. "
+        "Needs --eps.",
+        metavar="FILE",
+        rich_help_panel=_SET,
+    ),
+]
+Eps = Annotated[
+    float | None,
+    typer.Option(help="With --center: how far each value may move, in units of the input.", rich_help_panel=_SET),
+]
+Mask = Annotated[
+    Path | None,
+    typer.Option(
+        help="With --center: array of 0 and 1, the values that may move. Default: all of them.",
+        metavar="FILE",
+        rich_help_panel=_SET,
+    ),
+]
+Clip = Annotated[
+    str | None,
+    typer.Option(
+        help="With --center: valid range of an input value, for example 0,1. Default: none.",
+        metavar="LO,HI",
+        rich_help_panel=_SET,
+    ),
+]
+Seconds = Annotated[
+    float | None,
+    typer.Option(
+        help="Time limit of one analysis, in seconds. When it ends the answer is still certified, only wider "
+        "(BOUNDED). Default: no limit.",
+        rich_help_panel=_ENGINE,
+    ),
+]
+Stars = Annotated[
+    int | None,
+    typer.Option(help="The same as a limit on enumerated linear regions. Default: no limit.", rich_help_panel=_ENGINE),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", rich_help_panel=_ENGINE)]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="float64 or float32, of the input set and the results; the geometry is computed in float64 either way.",
+        rich_help_panel=_ENGINE,
+    ),
+]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="auto, vertices (few inputs that vary) or programs (linear programs, many inputs that vary).",
+        rich_help_panel=_ENGINE,
+    ),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for report.json, report.html and the pictures, made if missing. Default: write no files.",
+        metavar="DIR",
+        rich_help_panel=_ANSWER,
+    ),
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"torchreach {torchreach.__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    help="How far can a compressed neural network be from the original, for every input of a region?\n\n"
+    "torchreach answers with a certificate, not a sample: an upper bound on |y1 - y2| that no input exceeds, and an "
+    "input that comes close to it. Start with [bold]torchreach demo[/bold].",
+    epilog="Exit status: 0 within tolerance, 1 not, 2 bad input.",
+)
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """The program without a command."""
+
+
+@app.command(epilog="Exit status: 0 within tolerance or none given, 1 exceeded or undecided, 2 bad input.")
+def compare(
+    ctx: typer.Context,
+    original: Original,
+    compressed: Compressed,
+    box: Box = None,
+    vnnlib: Vnnlib = None,
+    center: Center = None,
+    eps: Eps = None,
+    mask: Mask = None,
+    clip: Clip = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest |y1 - y2| allowed for any output, in units of the output. Default: none, the interval is "
+            "reported and the exit status is 0.",
+            rich_help_panel=_ANSWER,
+        ),
+    ] = None,
+    output: Output = None,
+    seconds: Seconds = None,
+    stars: Stars = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float64",
+    method: Method = "auto",
+) -> None:
+    """Certify how far the outputs of networks A and B can differ over an input set.
+
+    Example: torchreach compare net.onnx small.onnx --box "0,1; 0,1" --tolerance 0.05
+    """
+    from torchreach import commands, input_sets
+
+    setup = commands.Setup.make(device, dtype, method, seconds, stars, output, ctx.obj)
+
+    def read(network: nn.Sequential, kind: torch.dtype) -> input_sets.InputSet:
+        return input_sets.read_input_set(
+            network, kind, box=box, vnnlib=vnnlib, center=center, eps=eps, mask=mask, clip=clip
+        )
+
+    if not commands.compare(setup, (original, compressed), read, tolerance):
+        raise typer.Exit(1)
+
+
+Target = Annotated[
+    float | None,
+    typer.Option(
+        help="Certified bound to reach, as a factor of each input star's bound before repair. Default: 0.5.",
+        metavar="FACTOR",
+        rich_help_panel=_REPAIR,
+    ),
+]
+TargetMax = Annotated[
+    float | None,
+    typer.Option(
+        help="Instead of --target: largest certified |y1 - y2| allowed, in units of the output.",
+        rich_help_panel=_REPAIR,
+    ),
+]
+Alpha = Annotated[
+    float,
+    typer.Option(
+        help="Each iteration trains the network to move 1/alpha of the way to the original.",
+        rich_help_panel=_REPAIR,
+    ),
+]
+Iterations = Annotated[int, typer.Option(help="Most retrainings.", rich_help_panel=_REPAIR)]
+
+
+@app.command(epilog="Exit status: 0 target met, 1 not met, 2 bad input.")
+def repair(
+    ctx: typer.Context,
+    original: Original,
+    compressed: Compressed,
+    box: Box = None,
+    vnnlib: Vnnlib = None,
+    center: Center = None,
+    eps: Eps = None,
+    mask: Mask = None,
+    clip: Clip = None,
+    target: Target = None,
+    target_max: TargetMax = None,
+    alpha: Alpha = 2.0,
+    iterations: Iterations = 20,
+    epochs: Annotated[int, typer.Option(help="Epochs of each retraining.", rich_help_panel=_REPAIR)] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the training points.", rich_help_panel=_REPAIR)] = 0,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            help="File for the repaired network, .onnx or .pt2. Default: it is not kept.",
+            metavar="FILE",
+            rich_help_panel=_ANSWER,
+        ),
+    ] = None,
+    output: Output = None,
+    seconds: Seconds = None,
+    stars: Stars = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float64",
+    method: Method = "auto",
+) -> None:
+    """Retrain network B until its outputs are certified to be close to those of A over an input set.
+
+    Zero weights stay zero and weights on a grid (int8 and below, float16) stay on it.
+
+    Example: torchreach repair net.onnx small.onnx --box "0,1; 0,1" --target 0.5 --save better.onnx
+    """
+    from torchreach import commands, input_sets
+
+    setup = commands.Setup.make(device, dtype, method, seconds, stars, output, ctx.obj)
+    options = commands.RepairSetup(target, target_max, alpha, iterations, epochs, seed)
+
+    def read(network: nn.Sequential, kind: torch.dtype) -> input_sets.InputSet:
+        return input_sets.read_input_set(
+            network, kind, box=box, vnnlib=vnnlib, center=center, eps=eps, mask=mask, clip=clip
+        )
+
+    if not commands.repair(setup, (original, compressed), read, options, save):
+        raise typer.Exit(1)
+
+
+_DATA, _COMPRESSION = "Data and training", "Compression"
+
+
+@app.command(epilog="Exit status: 0 target met, 1 not met, 2 bad input.")
+def demo(
+    ctx: typer.Context,
+    data: Annotated[
+        str, typer.Option(help="digits (inside scikit-learn, no download) or mnist.", rich_help_panel=_DATA)
+    ] = "digits",
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --data mnist: folder that holds MNIST or to download it to.",
+            metavar="DIR",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Epochs of training the original.", rich_help_panel=_DATA)] = 30,
+    seed: Annotated[int, typer.Option(help="Seed of everything; one seed, one result.", rich_help_panel=_DATA)] = 0,
+    bits: Annotated[
+        int,
+        typer.Option(help="Bits of a weight after compression; 0 keeps floats.", rich_help_panel=_COMPRESSION),
+    ] = 8,
+    prune: Annotated[
+        float,
+        typer.Option(help="Share of the weights of each layer set to zero, 0 to 1.", rich_help_panel=_COMPRESSION),
+    ] = 0.0,
+    images: Annotated[
+        int, typer.Option(help="Test pictures, one of each digit in turn.", rich_help_panel="Input set")
+    ] = 10,
+    pixels: Annotated[
+        int, typer.Option(help="Central pixels that vary in each picture.", rich_help_panel="Input set")
+    ] = 4,
+    eps: Annotated[
+        float,
+        typer.Option(help="How far each of them may move; pixels lie in [0, 1].", rich_help_panel="Input set"),
+    ] = 0.1,
+    target: Target = None,
+    target_max: TargetMax = None,
+    alpha: Alpha = 2.0,
+    iterations: Iterations = 20,
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for report.json, report.html, the pictures and the three networks (.onnx), made if missing.",
+            metavar="DIR",
+            rich_help_panel=_ANSWER,
+        ),
+    ] = Path("torchreach-demo"),
+    seconds: Seconds = None,
+    stars: Stars = None,
+    device: Device = "cpu",
+    method: Method = "auto",
+) -> None:
+    """See it work: train a digit classifier, compress it, certify the difference, repair it.
+
+    Takes well under two minutes on two cores, needs no files and no network.
+    """
+    from torchreach import commands
+
+    setup = commands.Setup.make(device, "float64", method, seconds, stars, output, ctx.obj)
+    options = commands.RepairSetup(target, target_max, alpha, iterations, 50, seed)
+    digits = commands.DemoSetup(data, root, images, pixels, eps, epochs, bits, prune)
+    if not commands.demo(setup, options, digits):
+        raise typer.Exit(1)
+
+
+main = app

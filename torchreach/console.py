@@ -1,0 +1,149 @@
+"""What the command line prints: tables and the verdict on stdout, progress on stderr where it is a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.status import Status as Line
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from torchreach.report import Report
+from torchreach.results import Discrepancy, Progress, RepairStep, Status
+from torchreach.verdict import State, Verdict, at_least, at_most
+
+MOST_TABLES = 3  # with more input stars than this, one table with a row for each
+MOST_ROWS = 20
+
+
+@dataclass(frozen=True)
+class Live:
+    """One line of progress, kept up to date."""
+
+    what: str
+    line: Line
+
+    def stars(self, progress: Progress) -> None:
+        """Progress of one enumeration."""
+        self.line.update(f"{self.what}: {progress_line(progress)}")
+
+    def step(self, step: RepairStep) -> None:
+        """Progress of a repair: its last evaluation."""
+        bound = at_most(float(step.discrepancy.upper.max()), 4)
+        accuracy = "" if step.accuracy is None else f", accuracy {100 * step.accuracy:.1f} %"
+        self.line.update(f"{self.what}: iteration {step.iteration}, certified max |y1 - y2| <= {bound}{accuracy}")
+
+
+@contextmanager
+def live(console: Console, what: str) -> Iterator[Live | None]:
+    """A line of progress on `console`; None where that is not a terminal."""
+    if not console.is_terminal:
+        yield None
+        return
+    with console.status(f"{what}: starting") as line:
+        yield Live(what, line)
+
+
+def progress_line(progress: Progress) -> str:
+    """Stars done and open, and the interval certified so far around max |y1 - y2|."""
+    attained = max(float(progress.attained_upper.max()), -float(progress.attained_lower.min()), 0.0)
+    bound = max(float(progress.upper.max()), -float(progress.lower.min()))
+    return (
+        f"{progress.done:,} stars done, {progress.open:,} open, "
+        f"max |y1 - y2| in {at_least(attained, 4)} .. {at_most(bound, 4)}, {progress.seconds:.1f} s"
+    )
+
+
+def print_discrepancy(console: Console, found: Discrepancy, labels: tuple[str, ...], title: str = "") -> None:
+    """A table per input star, or one for all where there are many."""
+    if title:
+        console.print(Text(title, style="bold"))
+    if len(labels) > MOST_TABLES:
+        console.print(_summary(found, labels))
+        return
+    for s, label in enumerate(labels):
+        console.print(_star_table(found, s, label))
+
+
+def print_comparison(console: Console, before: Discrepancy, after: Discrepancy, labels: tuple[str, ...]) -> None:
+    """Per input star: the certified bound before and after repair."""
+    console.print(Text("certified bound on max |y1 - y2|, before and after repair", style="bold"))
+    table = _table("input star", "before", "after", "ratio", "status")
+    for s, label in enumerate(labels[:MOST_ROWS]):
+        old, new = float(before.max_upper[s]), float(after.max_upper[s])
+        factor = at_most(new / old, 3) if old > 0 else "-"
+        table.add_row(Text(label), at_most(old), at_most(new), factor, after.status[s].name)
+    if len(labels) > MOST_ROWS:
+        table.caption = f"the first {MOST_ROWS} of {len(labels)} stars; --output writes all"
+    console.print(table)
+
+
+def print_line(console: Console, text: str) -> None:
+    """One line of text as it is."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_verdict(console: Console, verdict: Verdict) -> None:
+    """The answer in one line, unwrapped, so that it can be searched for."""
+    color = "green" if verdict.ok else "yellow" if verdict.state is State.UNDECIDED else "red"
+    console.print(Text(verdict.text, style=f"bold {color}"), soft_wrap=True)
+
+
+def print_witness(console: Console, report: Report, found: Discrepancy, values: tuple[Tensor, Tensor]) -> None:
+    """The input that attains the verdict's lower bound, and both networks' outputs there."""
+    star, output = report.verdict.witness
+    print_line(console, f"witness, an input of {report.inputs.labels[star]} for output {output}:")
+    print_line(console, f"  x  = {_vector(found.witness[star, output])}")
+    for name, value in zip(("y1", "y2"), values, strict=True):
+        print_line(console, f"  {name} = {_vector(value)}")
+
+
+def _star_table(found: Discrepancy, s: int, label: str) -> Table:
+    table = _table("output", "max |y1 - y2| in", "y1 - y2 in", title=f"{label} ({found.status[s].name})")
+    count = found.lower.shape[1]
+    order = found.upper[s].argsort(descending=True, stable=True)[:MOST_ROWS].sort().values.tolist()
+    for n in order:
+        signed = f"{at_least(float(found.range_lower[s, n]))} .. {at_most(float(found.range_upper[s, n]))}"
+        table.add_row(str(n), _span(float(found.lower[s, n]), float(found.upper[s, n])), signed)
+    if count > MOST_ROWS:
+        table.caption = f"the {MOST_ROWS} largest of {count} outputs; --output writes all"
+    return table
+
+
+def _summary(found: Discrepancy, labels: tuple[str, ...]) -> Table:
+    table = _table("input star", "max |y1 - y2| in", "at output", "status")
+    worst = found.upper.argmax(1).tolist()
+    for s, label in enumerate(labels[:MOST_ROWS]):
+        table.add_row(Text(label), _interval(found, s), str(worst[s]), found.status[s].name)
+    if len(labels) > MOST_ROWS:
+        open_ = sum(status is not Status.EXACT for status in found.status)
+        table.caption = f"the first {MOST_ROWS} of {len(labels)} stars ({open_} BOUNDED); --output writes all"
+    return table
+
+
+def _interval(found: Discrepancy, s: int) -> str:
+    return _span(float(found.max_lower[s]), float(found.max_upper[s]))
+
+
+def _span(lower: float, upper: float) -> str:
+    return f"{at_least(lower)} .. {at_most(upper)}"
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    from rich import box
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    return table
+
+
+def _vector(values: Tensor) -> str:
+    flat = values.flatten().tolist()
+    if len(flat) > 16:
+        return f"{len(flat)} values (--output writes them to report.json)"
+    return "[" + ", ".join(f"{value:.9g}" for value in flat) + "]"

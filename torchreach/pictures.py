@@ -1,0 +1,154 @@
+"""Pictures of a report, after the paper's Figures 2 and 3 (Mo, Yang, Lu, Xiang 2024).
+
+Ranges: per output, the original's score y1 at the star's centre, written below, and the certified range of the
+deviation y2 - y1 over the star, on its own scale: a good compression would be too thin to see beside the scores.
+History: certified discrepancy and accuracy over the repair.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torchreach.results import Discrepancy
+from torchreach.verdict import at_most
+
+if TYPE_CHECKING:
+    from torchreach.report import Report
+
+ORIGINAL, BEFORE, AFTER, INK = "#222222", "#d9822b", "#2a7f62", "#444444"
+MOST_PANELS = 10
+
+
+def ranges_picture(report: Report) -> bytes:
+    """PNG: one panel per input star, at most ten: the first ones."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    panels = min(len(report.inputs.labels), MOST_PANELS)
+    columns = 1 if panels == 1 else 2
+    rows = -(-panels // columns)
+    figure = _figure(7.5 if columns == 1 else 11, 0.7 + 2.5 * rows)
+    results = [(report.found, BEFORE, -0.16 if report.repaired else 0.0)]
+    if report.repaired is not None:
+        results.append((report.repaired.after, AFTER, 0.16))
+    for s in range(panels):
+        axes = figure.add_subplot(rows, columns, s + 1)
+        _star_panel(axes, report, s, results)
+    handles: list[Any] = [Line2D([], [], color=ORIGINAL, lw=1.1, label="original network")]
+    names = ("compressed", "repaired") if report.repaired else ("compressed",)
+    for name, color in zip(names, (BEFORE, AFTER), strict=False):
+        handles.append(Patch(color=color, alpha=0.75, label=f"certified range of the {name} network"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    return _png(figure)
+
+
+def _star_panel(axes: Any, report: Report, s: int, results: list[tuple[Discrepancy, str, float]]) -> None:
+    score = report.scores[s].cpu().double()
+    place = torch.arange(len(score), dtype=torch.float64)
+    width = 0.3 if len(results) > 1 else 0.5
+    notes = []
+    axes.axhline(0, color=ORIGINAL, lw=1.1)
+    for found, color, shift in results:
+        # y1 - y2 in [low, high] puts y2 - y1 in [-high, -low]
+        low, high = found.range_lower[s].cpu().double(), found.range_upper[s].cpu().double()
+        known = low.isfinite() & high.isfinite()  # a spent budget may leave an end open
+        low, high = torch.where(known, low, 0.0), torch.where(known, high, 0.0)
+        axes.bar(place + shift, high - low, width, bottom=-high, color=color, alpha=0.8, lw=0)
+        # a range thinner than the pen still shows
+        axes.hlines(-(low + high) / 2, place + shift - width / 2, place + shift + width / 2, color, lw=1.2)
+        notes.append(at_most(float(found.upper[s].max()), 3))
+    axes.use_sticky_edges = False  # bars that end away from zero need air beyond them
+    axes.set_title(f"{report.inputs.labels[s]}:  |y2 − y1| ≤ {' → '.join(notes)}", fontsize=9.5, loc="left")
+    if len(score) <= 20:
+        axes.set_xticks(range(len(score)), [f"{n}\n{value:.3g}" for n, value in enumerate(score.tolist())])
+        axes.set_xlabel("output, and the original network's score y1", fontsize=8, labelpad=1)
+    else:
+        axes.set_xlabel("output", fontsize=8, labelpad=1)
+    axes.set_ylabel("y2 − y1", fontsize=8, labelpad=1)
+    _plain(axes)
+    if report.inputs.picture_shape is not None:
+        inset = axes.inset_axes((1.01, 0.35, 0.16, 0.6))
+        picture = report.inputs.stars.center[s].cpu().reshape(report.inputs.picture_shape)
+        inset.imshow(picture, cmap="gray_r", vmin=0, vmax=1)
+        inset.set_xticks([])
+        inset.set_yticks([])
+        moved = report.inputs.stars.basis[s, 1:].abs().sum(0).cpu().reshape(picture.shape) > 0
+        at = moved.nonzero()
+        if len(at) < moved.numel():
+            inset.scatter(at[:, 1], at[:, 0], marker="s", s=9, facecolors="none", edgecolors="#c0392b", lw=0.8)
+
+
+def history_picture(report: Report) -> bytes:
+    """PNG: certified discrepancy per star and over all (left), accuracy (right), over the iterations."""
+    assert report.repaired is not None
+    history = report.repaired.history
+    steps = [step.iteration for step in history]
+    per_star = torch.stack([step.discrepancy.max_upper for step in history]).cpu().double()
+    known = [(step.iteration, step.accuracy) for step in history if step.accuracy is not None]
+    figure = _figure(11 if known else 7.5, 3.8)
+    axes = figure.add_subplot(1, 2 if known else 1, 1)
+    if per_star.shape[1] > 1:
+        axes.plot(steps, per_star, color=BEFORE, lw=0.8, alpha=0.5)
+        axes.plot([], [], color=BEFORE, lw=0.8, label="each input star")
+        axes.plot(steps, per_star.mean(1), color=ORIGINAL, lw=1.2, ls=":", label="mean over stars")
+    axes.plot(steps, per_star.amax(1), color=AFTER, lw=2, marker="o", ms=4, label="largest")
+    target = report.settings["target"]
+    if target["kind"] == "max":
+        axes.axhline(target["value"], color="#c0392b", lw=1, ls="--", label="target")
+    else:
+        label = "target" if per_star.shape[1] == 1 else "target of the star that was largest"
+        axes.axhline(target["value"] * float(per_star[0].max()), color="#c0392b", lw=1, ls="--", label=label)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("repair iteration")
+    axes.set_ylabel("certified max |y1 − y2|")
+    axes.set_title("Certified discrepancy", fontsize=10, loc="left")
+    axes.legend(frameon=False, fontsize=8)
+    _plain(axes)
+    _whole_ticks(axes)
+    if known:
+        axes = figure.add_subplot(1, 2, 2)
+        axes.plot(*zip(*known, strict=True), color=AFTER, lw=2, marker="o", ms=4, label="compressed, being repaired")
+        original = report.networks["original"].accuracy
+        if original is not None:
+            axes.axhline(original, color=ORIGINAL, lw=1, ls="--", label="original network")
+        values = [value for _, value in known] + ([original] if original is not None else [])
+        axes.set_ylim(max(0.0, min(values) - 0.05), min(1.0, max(values) + 0.02))
+        axes.set_xlabel("repair iteration")
+        axes.set_ylabel("accuracy on the test set")
+        axes.set_title("Accuracy", fontsize=10, loc="left")
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+        _plain(axes)
+        _whole_ticks(axes)
+    return _png(figure)
+
+
+def _figure(width: float, height: float) -> Any:
+    # Figure and its own canvas rather than pyplot: no global state, no display needed.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _plain(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8, colors=INK)
+    axes.grid(axis="y", color="#e5e5e5", lw=0.6)
+    axes.set_axisbelow(True)
+
+
+def _whole_ticks(axes: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    return buffer.getvalue()
