@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 # Stars per chunk: enough to hide the cost of launching an operation, few enough to stay in cache.
 CHUNK = {"cpu": 512, "cuda": 65536}
+REPORT_SECONDS = 0.2
 # Numbers in the affine maps of one chunk.
 NUMBERS = {"cpu": 1 << 24, "cuda": 1 << 28}
 
@@ -126,7 +127,7 @@ class Frontier:
         try:
             while self.open:
                 now = time.monotonic()
-                if report is not None and now - reported > 0.2:
+                if report is not None and now - reported >= REPORT_SECONDS:
                     report()
                     reported = now
                 if budget.seconds is not None and now - start > budget.seconds:
