@@ -39,9 +39,7 @@ def check_finite(module: nn.Module) -> None:
     """Raises InvalidNetworkError naming the first parameter or buffer that is not finite or not there yet."""
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         if isinstance(value, UninitializedParameter | UninitializedBuffer):
-            raise InvalidNetworkError(
-                f"parameter {name!r} is not initialised: run the lazy module once first"
-            )
+            raise InvalidNetworkError(f"parameter {name!r} is not initialised: run the lazy module once first")
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             kind = "NaN" if bool(torch.isnan(value).any()) else "infinite"
             raise InvalidNetworkError(f"weights must be finite: parameter {name!r} contains {kind} values")
@@ -128,18 +126,14 @@ class ChainBuilder:
                 self.refuse(name, kind, "a forward hook may change what the layer computes; remove it")
             for hook in part._forward_pre_hooks.values():
                 if not isinstance(hook, prune.BasePruningMethod):
-                    self.refuse(
-                        name, kind, "a forward pre-hook may change what the layer computes; remove it"
-                    )
+                    self.refuse(name, kind, "a forward pre-hook may change what the layer computes; remove it")
         refresh_pruned(layer)
         if isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.padding_mode != "zeros":
             self.refuse(name, kind, f"padding_mode must be 'zeros', got {layer.padding_mode!r}")
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and layer.running_var is None:
             self.refuse(name, kind, "it has no running statistics, so its output depends on the whole batch")
         if isinstance(layer, nn.Flatten) and (layer.start_dim < 1 or 0 <= layer.end_dim < layer.start_dim):
-            self.refuse(
-                name, kind, f"start_dim must be at least 1 (axis 0 is the batch), got {layer.start_dim}"
-            )
+            self.refuse(name, kind, f"start_dim must be at least 1 (axis 0 is the batch), got {layer.start_dim}")
         if isinstance(layer, nn.Unflatten) and not (isinstance(layer.dim, int) and layer.dim >= 1):
             self.refuse(name, kind, f"dim must be at least 1 (axis 0 is the batch), got {layer.dim!r}")
 

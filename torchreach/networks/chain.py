@@ -59,9 +59,7 @@ def _add(builder: ChainBuilder, module: nn.Module, name: str) -> None:
             _add(builder, child, f"{name}.{child_name}" if name else child_name)
         return
     if kind.__module__.startswith("torch.") and not isinstance(module, fx.GraphModule):
-        builder.refuse(
-            name, kind.__name__
-        )  # a library layer, not the user's code: tracing has nothing to find
+        builder.refuse(name, kind.__name__)  # a library layer, not the user's code: tracing has nothing to find
     _trace(builder, module, name)
 
 
@@ -92,9 +90,7 @@ def _export(builder: ChainBuilder, module: nn.Module, name: str, failure: Except
     kind = type(module).__name__
     reason = (str(failure).splitlines() or [type(failure).__name__])[0]
     if builder.shape is None:
-        builder.refuse(
-            name, kind, f"torch.fx cannot trace it ({reason}); pass input_shape=(...) to use torch.export"
-        )
+        builder.refuse(name, kind, f"torch.fx cannot trace it ({reason}); pass input_shape=(...) to use torch.export")
     value = next(iter((*module.parameters(), *module.buffers())), torch.zeros(()))
     example = torch.zeros(2, *builder.shape, dtype=value.dtype, device=value.device)
     try:

@@ -83,10 +83,7 @@ class GraphReader:
         return self._call(node, args, kwargs)
 
     def _call_module(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-        if (
-            not any(isinstance(a, _Value) for a in (*args, *kwargs.values()))
-            and str(node.target) == "_guards_fn"
-        ):
+        if not any(isinstance(a, _Value) for a in (*args, *kwargs.values())) and str(node.target) == "_guards_fn":
             return None
         if len(args) != 1 or kwargs:
             self._refuse_graph(node, "a layer must take one value")
@@ -230,26 +227,15 @@ class GraphReader:
 
     _op_mm = _op_matmul
 
-    def _op_addmm(
-        self, node: fx.Node, bias: Any, x: Any, weight: Any, *, beta: Any = 1, alpha: Any = 1
-    ) -> None:
-        if (
-            not isinstance(weight, Tensor)
-            or not isinstance(bias, Tensor)
-            or (beta, alpha) != (1, 1)
-            or bias.ndim != 1
-        ):
+    def _op_addmm(self, node: fx.Node, bias: Any, x: Any, weight: Any, *, beta: Any = 1, alpha: Any = 1) -> None:
+        if not isinstance(weight, Tensor) or not isinstance(bias, Tensor) or (beta, alpha) != (1, 1) or bias.ndim != 1:
             self._refuse(node, "addmm", "it must add a constant vector to a product with a constant matrix")
         self.builder.append(linear_layer(weight.detach().t(), bias), self._place(node))
 
-    def _op_conv1d(
-        self, node: fx.Node, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any
-    ) -> None:
+    def _op_conv1d(self, node: fx.Node, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> None:
         self._convolution(node, nn.Conv1d, weight, bias, *args, **kwargs)
 
-    def _op_conv2d(
-        self, node: fx.Node, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any
-    ) -> None:
+    def _op_conv2d(self, node: fx.Node, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> None:
         self._convolution(node, nn.Conv2d, weight, bias, *args, **kwargs)
 
     def _convolution(
@@ -266,9 +252,7 @@ class GraphReader:
         if not isinstance(weight, Tensor):
             self._refuse(node, "convolution", "its weight must be constant")
         fit = [v if isinstance(v, int | str) else tuple(v) for v in (stride, padding, dilation)]
-        layer = kind(
-            weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), *fit, groups, device="meta"
-        )
+        layer = kind(weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), *fit, groups, device="meta")
         layer.weight = as_parameter(weight)
         layer.bias = None if bias is None else as_parameter(bias)
         self.builder.append(layer, self._place(node))
@@ -311,9 +295,7 @@ class GraphReader:
 
     def _op_dropout(self, node: fx.Node, x: Any, p: float = 0.5, train: bool = True) -> None:
         if train and p > 0:
-            self._refuse(
-                node, "dropout", "it drops values in evaluation mode too: pass training=self.training"
-            )
+            self._refuse(node, "dropout", "it drops values in evaluation mode too: pass training=self.training")
 
     def _op_F_dropout(  # noqa: N802
         self, node: fx.Node, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False
@@ -332,9 +314,7 @@ class GraphReader:
         # A leading 1 or -1 is read as the batch: torchreach's networks take one input per row.
         batch, features = size[0], tuple(size[1:])
         if (batch is not _BATCH and batch not in (1, -1)) or not all(type(n) is int for n in features):
-            self._refuse(
-                node, "reshape", "it must keep the batch axis first and give the other sizes as integers"
-            )
+            self._refuse(node, "reshape", "it must keep the batch axis first and give the other sizes as integers")
         if features.count(-1) > 1 or (batch == -1 and -1 in features) or not features:
             self._refuse(node, "reshape", f"it must keep the batch axis, got {size}")
         if features == (-1,):

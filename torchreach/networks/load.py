@@ -43,8 +43,7 @@ def load(source: str | Path | nn.Module, *, dtype: torch.dtype | None = None) ->
         network = _read_exported(path)
     else:
         raise FileFormatError(
-            f"{path}: a network file must end in .onnx or .pt2 (torch.export.save), "
-            f"got {path.suffix or 'no ending'!r}"
+            f"{path}: a network file must end in .onnx or .pt2 (torch.export.save), got {path.suffix or 'no ending'!r}"
         )
     return network if dtype is None else network.to(dtype)
 

@@ -127,9 +127,7 @@ class MergedNetwork(nn.Sequential):
         return self._branches[0][1]
 
 
-def merge(
-    original: nn.Module, compressed: nn.Module, input_shape: Shape | None = None
-) -> MergedNetwork:
+def merge(original: nn.Module, compressed: nn.Module, input_shape: Shape | None = None) -> MergedNetwork:
     """Merged network of `original` and `compressed`: merged(x) == original(x) - compressed(x).
 
     Depths and widths may differ; parameters are shared with the given modules. `input_shape` (without batch

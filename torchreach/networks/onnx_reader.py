@@ -74,9 +74,7 @@ class _Reader:
         self.batch = (sizes[0] or 1) if self.batched else 1
         features = sizes[1:] if self.batched else sizes
         if not features or None in features:
-            raise UnsupportedLayerError(
-                f"{path}: input {self.head!r} must have fixed feature sizes, got {sizes}"
-            )
+            raise UnsupportedLayerError(f"{path}: input {self.head!r} must have fixed feature sizes, got {sizes}")
         self.features: tuple[int, ...] = tuple(int(n) for n in features if n is not None)
         self.builder = ChainBuilder(self.features)
         self.product: nn.Linear | None = None  # a product without bias just added, waiting for its Add
@@ -158,9 +156,7 @@ class _Reader:
 
     def _elementwise(self, node: onnx.NodeProto, name: str, values: list, attributes: dict[str, Any]) -> None:
         if "axis" in attributes:
-            self.builder.refuse(
-                name, node.op_type, "broadcasting along an axis (opset 6 and older) is not supported"
-            )
+            self.builder.refuse(name, node.op_type, "broadcasting along an axis (opset 6 and older) is not supported")
         operation = _ARITHMETIC[node.op_type][0 if values[0] is None else 1]
         if operation is None:
             self.builder.refuse(name, node.op_type, "division by a value that depends on the input")
@@ -220,18 +216,14 @@ class _Reader:
     def _matmul(self, node: onnx.NodeProto, name: str, values: list, attributes: dict[str, Any]) -> None:
         constant = _tensor(values[1] if values[0] is None else values[0])
         if constant.ndim != 2:
-            self.builder.refuse(
-                name, "MatMul", f"its constant factor must be a matrix, got {constant.ndim} axes"
-            )
+            self.builder.refuse(name, "MatMul", f"its constant factor must be a matrix, got {constant.ndim} axes")
         if values[0] is None:
             self.product = linear_layer(nn.Parameter(constant.t().contiguous()), None)
             self.builder.append(self.product, name)
             return
         column = len(self.shape) == 2 and self.shape[1] == 1
         if not column and (self.batched or len(self.shape) != 1):
-            self.builder.refuse(
-                name, "MatMul", f"a constant left factor needs a column, got features {self.shape}"
-            )
+            self.builder.refuse(name, "MatMul", f"a constant left factor needs a column, got features {self.shape}")
         self.product = linear_layer(nn.Parameter(constant), None)
         if column:
             self.builder.append(nn.Flatten(), name)
@@ -287,13 +279,9 @@ class _Reader:
         )
         self.builder.append(layer, name)
 
-    def _batchnormalization(
-        self, node: onnx.NodeProto, name: str, values: list, attributes: dict[str, Any]
-    ) -> None:
+    def _batchnormalization(self, node: onnx.NodeProto, name: str, values: list, attributes: dict[str, Any]) -> None:
         if values[0] is not None or attributes.get("training_mode"):
-            self.builder.refuse(
-                name, "BatchNormalization", "it must be in inference mode, with constant statistics"
-            )
+            self.builder.refuse(name, "BatchNormalization", "it must be in inference mode, with constant statistics")
         scale, bias, mean, var = (_tensor(v) for v in values[1:5])
         kind = nn.BatchNorm2d if len(self.shape) == 3 else nn.BatchNorm1d
         layer = kind(len(scale), eps=attributes.get("epsilon", 1e-5), dtype=scale.dtype).eval()
@@ -327,6 +315,4 @@ def _flatten_first(layers: list[nn.Module], features: tuple[int, ...]) -> list[n
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(
-        np.array(array)
-    )  # a writable copy: onnx's arrays may be views on the file's bytes
+    return torch.from_numpy(np.array(array))  # a writable copy: onnx's arrays may be views on the file's bytes

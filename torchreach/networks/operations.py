@@ -15,19 +15,10 @@ from torch.nn import functional
 
 # For torch.fx. The operators of torch.export and tensor methods carry their names (aten::relu, .relu()).
 _FUNCTIONS: dict[Any, str] = {
-    **{
-        getattr(torch, n): n
-        for n in ("relu", "relu_", "clamp", "clamp_min", "flatten", "reshape", "unflatten")
-    },
-    **{
-        getattr(torch, n): n
-        for n in ("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide")
-    },
+    **{getattr(torch, n): n for n in ("relu", "relu_", "clamp", "clamp_min", "flatten", "reshape", "unflatten")},
+    **{getattr(torch, n): n for n in ("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide")},
     **{getattr(torch, n): n for n in ("neg", "rsub", "matmul", "mm", "addmm", "t", "transpose", "dropout")},
-    **{
-        getattr(torch, n): n
-        for n in ("conv1d", "conv2d", "squeeze", "unsqueeze", "clone", "tensor", "ones", "zeros")
-    },
+    **{getattr(torch, n): n for n in ("conv1d", "conv2d", "squeeze", "unsqueeze", "clone", "tensor", "ones", "zeros")},
     functional.relu: "relu",
     functional.relu_: "relu_",
     functional.linear: "linear",
