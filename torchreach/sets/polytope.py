@@ -1,6 +1,6 @@
 """Facet-vertex batch: polytopes as vertices and their incidence with facets.
 
-    P = conv{v_1 .. v_K},  incidence[k, f] = 1 iff vertex k lies on facet f.
+    P = conv{v_1 .. v_K},  bit f of incidence[k] is set iff vertex k lies on facet f.
 
 A hyperplane cuts P without any linear program: the vertices of one side stay, and one vertex is added on
 every edge that crosses. Two vertices share an edge only if they share at least M - 1 facets; pairs that
@@ -14,7 +14,8 @@ point of a child violates its side by more than `tolerance`. Both facts are used
 Reference: Yang, Johnson, Tran, Yamaguchi, Hoxha, Prokhorov: Reachability analysis of deep ReLU neural
 networks using facet-vertex incidence, HSCC 2021.
 
-Axis letters: S polytopes, K vertex slots, M dimension, F facet slots.
+Axis letters: S polytopes, K vertex slots, M dimension, F facets (bits), W words
+of bits, E crossing edges.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Incidence products are small whole numbers: exact in float32, which has the fastest matrix product.
-INCIDENCE_DTYPE = torch.float32
+# Bits used of each int64 word: the sign bit stays clear.
+BITS = 62
 # Children are grouped into batches whose vertex counts round up to the same multiple of this.
 SLOTS = 8
 
@@ -38,8 +39,10 @@ class PolytopeBatch:
         vertices: [S, K, 1 + M] homogeneous coordinates (column 0 is 1), so that an affine map [1 + M, N]
             applies as a matrix product. Unused slots repeat the first vertex.
         count: [S] number of vertices in use.
-        incidence: [S, K, F] zero or one; column 0 is one for every vertex in use, unused slots are zero.
-        facets: [S, F, 1 + M] half-spaces h . (1, a) >= 0, or None when they are not wanted. Column 0 is 0.
+        incidence: [S, K, W] int64, one bit per facet; unused slots are zero. Facets are numbered per
+            polytope, and the number of a facet that no vertex touches is used again.
+        facets: [S, F, 1 + M] half-spaces h . (1, a) >= 0 by facet number, zero where there is none; or None
+            when they are not wanted. Numbers out of use keep half-spaces that still hold.
     """
 
     vertices: Tensor
@@ -51,20 +54,21 @@ class PolytopeBatch:
     def from_cube(size: int, dim: int, *, facets: bool, dtype: torch.dtype, device: torch.device) -> PolytopeBatch:
         """`size` copies of the cube [-1, 1]^dim."""
         corners = 1 << dim
-        bits = (torch.arange(corners, device=device)[:, None] >> torch.arange(dim, device=device)) & 1
-        vertices = torch.cat((torch.ones(corners, 1, device=device), 2.0 * bits - 1), 1).to(dtype)
-        incidence = torch.cat((torch.ones(corners, 1, device=device), 1.0 * bits, 1.0 - bits), 1)
+        high = (torch.arange(corners, device=device)[:, None] >> torch.arange(dim, device=device)) & 1
+        vertices = torch.cat((torch.ones(corners, 1, device=device), 2.0 * high - 1), 1).to(dtype)
+        touched = torch.cat((high, 1 - high), 1)  # facet m is a_m <= 1, facet dim + m is a_m >= -1
+        words = [
+            (part << torch.arange(part.shape[1], device=device)).sum(1) for part in touched.split(BITS, 1)
+        ] or [torch.zeros(corners, dtype=torch.long, device=device)]
         planes = None
         if facets:
             eye = torch.eye(dim, dtype=dtype, device=device)
-            normals = torch.cat((torch.zeros(1, dim, dtype=dtype, device=device), -eye, eye))
-            offsets = torch.ones(2 * dim + 1, 1, dtype=dtype, device=device)
-            offsets[0] = 0
-            planes = torch.cat((offsets, normals), 1).expand(size, -1, -1)
+            planes = torch.cat((torch.ones(2 * dim, 1, dtype=dtype, device=device), torch.cat((-eye, eye))), 1)
+            planes = planes.expand(size, -1, -1)
         return PolytopeBatch(
             vertices.expand(size, -1, -1),
             torch.full((size,), corners, device=device),
-            incidence.to(INCIDENCE_DTYPE).expand(size, -1, -1),
+            torch.stack(words, 1).expand(size, -1, -1),
             planes,
         )
 
@@ -93,96 +97,167 @@ class PolytopeBatch:
         """
         size, slots = values.shape
         device = values.device
+        words = self.incidence.shape[2]
         used = torch.arange(slots, device=device) < self.count[:, None]
         above = (values > tolerance) & used
         below = (values < -tolerance) & used
+        vertices, incidence = self.vertices.flatten(0, 1), self.incidence.flatten(0, 1)
 
-        # Column 0 of the incidence adds one to every product of vertices in use.
-        shared = (self.incidence * above[:, :, None]) @ (self.incidence * below[:, :, None]).transpose(1, 2)
-        star, i, j = (shared >= self.dim).nonzero(as_tuple=True)
-        value_i, value_j = values[star, i], values[star, j]
-        vertex_i = self.vertices[star, i]
-        crossing = vertex_i + (value_i / (value_i - value_j))[:, None] * (self.vertices[star, j] - vertex_i)
-        crossing_incidence = self.incidence[star, i] * self.incidence[star, j]
+        i, j, shared = _edges(above, below, incidence, self.dim)
+        star = i.div(slots, rounding_mode="floor")
+        value_i, value_j = values.flatten()[i], values.flatten()[j]
+        vertex_i = vertices[i]
+        crossing = vertex_i + (value_i / (value_i - value_j))[:, None] * (vertices[j] - vertex_i)
 
         # Members of the 2 S children: kept vertices first, then the new ones; both lists are sorted by child.
-        keep = torch.cat((used & ~below, used & ~above))
-        kept_count = keep.sum(1)
-        new_count = torch.bincount(star, minlength=size).repeat(2)
-        count = kept_count + new_count
-        kept_child, kept_slot = keep.nonzero(as_tuple=True)
-        kept_rank = (keep.cumsum(1) - 1)[kept_child, kept_slot]
-        first_new = new_count[:size].cumsum(0) - new_count[:size]
-        new_rank = torch.arange(len(star), device=device) - first_new[star]
-        kept_star = torch.where(kept_child < size, kept_child, kept_child - size)
-        on = (used & ~above & ~below)[kept_star, kept_slot]
+        keep = torch.stack((used & ~below, used & ~above))  # [2, S, K]
+        kept = keep.sum(2).flatten()
+        fresh = torch.bincount(star, minlength=size)
+        count = kept + fresh.repeat(2)
+        room = (count + SLOTS - 1).div(SLOTS, rounding_mode="floor") * SLOTS
+        order = room.argsort()
+        base = torch.empty_like(room)
+        base[order] = room[order].cumsum(0) - room[order]
+
+        # Where each slot of the children takes its vertex from: parents' slots, then the new vertices.
+        kept_at = keep.flatten().nonzero()[:, 0]
+        child = kept_at.div(slots, rounding_mode="floor")
+        rank = keep.cumsum(2).flatten()[kept_at] - 1
+        new_rank = torch.arange(len(star), device=device) - (fresh.cumsum(0) - fresh)[star]
+        total = int(room.sum())
+        source = torch.empty(total, dtype=torch.long, device=device)
+        source[base[child] + rank] = kept_at % (size * slots)
+        for side in (star, star + size):
+            source[base[side] + kept[side] + new_rank] = size * slots + torch.arange(len(star), device=device)
+        owner = order.repeat_interleave(room[order], output_size=total)
+        spare = torch.arange(total, device=device) - base[owner] >= count[owner]
+        source = torch.where(spare, source[base[owner]], source)
+
+        # The new facet takes the lowest number that no vertex of the child touches; new vertices lie on
+        # facets of kept ones only.
+        touched = _any_bits(torch.where(keep[..., None], self.incidence, 0).flatten(0, 1))  # [2 S, W]
+        bit = _lowest_free(touched)
+        if bit.shape[1] > words:
+            incidence, shared = (torch.nn.functional.pad(part, (0, 1)) for part in (incidence, shared))
+        on_cut = torch.cat(((used & ~above & ~below).flatten(), torch.ones_like(star, dtype=torch.bool)))
+        bits = torch.cat((incidence, shared))[source]
+        bits = bits | torch.where(on_cut[source, None], bit[owner], 0)
+        bits = torch.where(spare[:, None], 0, bits)
+        points = torch.cat((vertices, crossing))[source]
 
         children: list[tuple[PolytopeBatch, Tensor]] = []
-        groups = (count + SLOTS - 1) // SLOTS
-        for group in groups.unique().tolist():
-            if group == 0:
-                continue
-            members = (groups == group).nonzero().flatten()
-            row = torch.full((2 * size,), -1, device=device)
-            row[members] = torch.arange(len(members), device=device)
-            k = group * SLOTS
-            vertices = self.vertices.new_empty(len(members), k, self.dim + 1)
-            incidence = self.incidence.new_zeros(len(members), k, self.incidence.shape[2] + 1)
-            mine = (row[kept_child] >= 0).nonzero().flatten()
-            r, rank, s, slot = row[kept_child[mine]], kept_rank[mine], kept_star[mine], kept_slot[mine]
-            vertices[r, rank] = self.vertices[s, slot]
-            incidence[r, rank, :-1] = self.incidence[s, slot]
-            incidence[r, rank, -1] = on[mine].to(incidence.dtype)
-            for side in (0, size):
-                target = row[star + side]
-                mine = (target >= 0).nonzero().flatten()
-                r, rank = target[mine], kept_count[star[mine] + side] + new_rank[mine]
-                vertices[r, rank] = crossing[mine]
-                incidence[r, rank, :-1] = crossing_incidence[mine]
-                incidence[r, rank, -1] = 1
-            filled = torch.arange(k, device=device) < count[members, None]
-            vertices = torch.where(filled[:, :, None], vertices, vertices[:, :1])
-            facets = None
-            if self.facets is not None:
-                assert plane is not None
-                sign = torch.where(members < size, 1.0, -1.0).to(plane.dtype)
-                parent = members % size
-                facets = torch.cat((self.facets[parent], (sign[:, None] * plane[parent])[:, None]), 1)
-            children.append((_compact(PolytopeBatch(vertices, count[members], incidence, facets)), members))
+        sizes, numbers = room[order].unique_consecutive(return_counts=True)
+        start = first = 0
+        for k, number in zip(sizes.tolist(), numbers.tolist(), strict=True):
+            members = order[first : first + number]
+            stop = start + k * number
+            if k:
+                children.append(
+                    (
+                        PolytopeBatch(
+                            points[start:stop].view(number, k, -1),
+                            count[members],
+                            bits[start:stop].view(number, k, -1),
+                            self._with_facet(members, bit, plane),
+                        ),
+                        members,
+                    )
+                )
+            start, first = stop, first + number
         return children
 
+    def _with_facet(self, child: Tensor, bit: Tensor, plane: Tensor | None) -> Tensor | None:
+        """Facets of children with the cut's half-space at its number."""
+        if self.facets is None:
+            return None
+        assert plane is not None
+        parent = child % len(self)
+        sign = torch.where(child < len(self), 1.0, -1.0).to(plane.dtype)
+        word = (bit[child] != 0).to(torch.uint8).argmax(1)
+        # a power of two below 2^62 is exact in float64
+        number = bit[child].amax(1).double().log2().long() + BITS * word
+        missing = int(number.max()) + 1 - self.facets.shape[1]
+        facets = self.facets[parent]
+        if missing > 0:
+            facets = torch.nn.functional.pad(facets, (0, 0, 0, missing))
+        facets[torch.arange(len(child), device=child.device), number] = sign[:, None] * plane[parent]
+        return facets
 
-def _compact(batch: PolytopeBatch) -> PolytopeBatch:
-    """Renumber facets so that slots which no vertex touches can be dropped (done when it saves a quarter)."""
-    slots = batch.incidence.shape[2]
-    if slots % 4:
-        return batch
-    touched = batch.incidence.amax(1)
-    needed = int(touched.sum(1).max())
-    if needed > slots * 3 // 4:
-        return batch
-    touched[:, 0] = 2  # column 0 stays first
-    order = touched.argsort(dim=1, descending=True, stable=True)[:, :needed]
-    incidence = batch.incidence.gather(2, order[:, None, :].expand(-1, batch.incidence.shape[1], -1))
-    facets = batch.facets
-    if facets is not None:
-        facets = facets.gather(1, order[:, :, None].expand(-1, -1, facets.shape[2]))
-        # Slots beyond a star's own facets repeat other facets that no longer touch it: valid half-spaces.
-    return PolytopeBatch(batch.vertices, batch.count, incidence, facets)
+
+def _edges(above: Tensor, below: Tensor, incidence: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs (i above, j below) of flat vertex slots that share M - 1 facets, and the facets they share."""
+    slots = above.shape[1]
+    up, down = above.flatten().nonzero()[:, 0], below.flatten().nonzero()[:, 0]
+    downs = below.sum(1)
+    star = up.div(slots, rounding_mode="floor")
+    repeats = downs[star]
+    total = int(repeats.sum())
+    # pair number -> its vertex below: the stars' lists of vertices below follow each other in `down`
+    shift = (downs.cumsum(0) - downs)[star] - (repeats.cumsum(0) - repeats)
+    j = down[
+        shift.repeat_interleave(repeats, output_size=total) + torch.arange(total, device=above.device)
+    ]
+    i = up.repeat_interleave(repeats, output_size=total)
+    shared = incidence[up].repeat_interleave(repeats, dim=0, output_size=total) & incidence[j]
+    edge = _has_bits(shared, dim - 1).nonzero()[:, 0]
+    return i[edge], j[edge], shared[edge]
+
+
+def _has_bits(words: Tensor, number: int) -> Tensor:
+    """Whether at least `number` bits are set in each row of [E, W]."""
+    if number <= 0:
+        return torch.ones(len(words), dtype=torch.bool, device=words.device)
+    parts = list(words.unbind(1))
+    for _ in range(number - 1):  # clear the lowest set bit
+        pending = torch.ones_like(parts[0], dtype=torch.bool) if len(parts) > 1 else None
+        for w, part in enumerate(parts):
+            cleared = part & (part - 1)
+            if pending is None:
+                parts[w] = cleared
+            else:
+                parts[w] = torch.where(pending, cleared, part)
+                pending = pending & (part == 0)
+    left = parts[0]
+    for part in parts[1:]:
+        left = left | part
+    return left != 0
+
+
+def _any_bits(words: Tensor) -> Tensor:
+    """Bitwise or over the slots of [S, K, W]: [S, W]."""
+    while words.shape[1] > 1:
+        half = words.shape[1] // 2
+        joined = words[:, :half] | words[:, half : 2 * half]
+        words = torch.cat((joined, words[:, 2 * half :]), 1) if words.shape[1] % 2 else joined
+    return words[:, 0]
+
+
+def _lowest_free(touched: Tensor) -> Tensor:
+    """The lowest bit clear in each row of [S, W]; one word more where a row has none."""
+    free = ~touched & ((1 << BITS) - 1)
+    lowest = free & -free
+    # only the first word with a free bit counts
+    earlier = (lowest != 0).cumsum(1) > 1
+    lowest = torch.where(earlier, 0, lowest)
+    if bool((lowest == 0).all(1).any()):
+        extra = (lowest == 0).all(1).long()
+        return torch.cat((lowest, extra[:, None]), 1)
+    return lowest
 
 
 def merge(batches: list[PolytopeBatch]) -> PolytopeBatch:
     """One batch of several; all must have the same number of vertex slots and the same dimension."""
     if len(batches) == 1:
         return batches[0]
-    width = max(b.incidence.shape[2] for b in batches)
+    words = max(b.incidence.shape[2] for b in batches)
     facets = None
     if batches[0].facets is not None:
-        facets = torch.cat([_widen(b.facets, 1, width) for b in batches if b.facets is not None])
+        numbers = max(b.facets.shape[1] for b in batches if b.facets is not None)
+        facets = torch.cat([_widen(b.facets, 1, numbers) for b in batches if b.facets is not None])
     return PolytopeBatch(
         torch.cat([b.vertices for b in batches]),
         torch.cat([b.count for b in batches]),
-        torch.cat([_widen(b.incidence, 2, width) for b in batches]),
+        torch.cat([_widen(b.incidence, 2, words) for b in batches]),
         facets,
     )
 
