@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from tests.data import require_data
@@ -43,6 +44,20 @@ def test_one_seed_gives_the_same_numbers_twice(monkeypatch, tmp_path):
     networks = [str(tmp_path / "a" / "out" / f"{name}.onnx") for name in ("original", "repaired")]
     again = CliRunner().invoke(app, ["compare", *networks, "--box", str(tmp_path / "box.json")])
     assert again.exit_code == 0, again.output
+
+
+def test_numbers_do_not_depend_on_the_number_of_threads(monkeypatch, tmp_path):
+    threads = torch.get_num_threads()
+    reports = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            reports.append(_demo(monkeypatch, tmp_path / str(count), *SMALL)[1])
+            assert torch.get_num_threads() == count
+            del reports[-1]["timings"]
+    finally:
+        torch.set_num_threads(threads)
+    assert reports[0] == reports[1]
 
 
 def test_another_seed_gives_other_numbers(monkeypatch, tmp_path):

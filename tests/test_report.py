@@ -41,7 +41,7 @@ def report():
         compare_verdict(found),
         found,
         original(stars.center).detach(),
-        settings={"target": {"kind": "factor", "value": 0.5}},
+        settings={"target_bound": 0.25},
         seconds=1.5,
     )
 
@@ -53,7 +53,7 @@ def repaired(report):
     steps = (RepairStep(0, found, 0.9, None, False, 1.0), RepairStep(1, better, 0.95, 0.1, True, 1.0))
     result = RepairResult(nn.Identity(), steps, True, 1)
     networks = {**report.networks, "repaired": report.networks["compressed"]}
-    return replace(report, command="repair", networks=networks, repaired=result, verdict=repair_verdict(result, "half"))
+    return replace(report, command="repair", networks=networks, repaired=result, verdict=repair_verdict(result, 0.25))
 
 
 def test_printed_numbers_are_rounded_outward():
@@ -119,9 +119,10 @@ def test_verdict_states(report):
 def test_missed_repair_speaks_of_the_kept_network(repaired):
     steps = tuple(replace(step, satisfied=False) for step in repaired.repaired.history)
     worse = RepairResult(nn.Identity(), (*steps, replace(steps[0], iteration=2)), False, 1)
-    verdict = repair_verdict(worse, "half")
+    verdict = repair_verdict(worse, 0.25)
     assert not verdict.ok
     assert verdict.upper == float(steps[1].discrepancy.upper.max())
+    assert verdict.tolerance == 0.25
     assert "2 iterations" in verdict.text
 
 

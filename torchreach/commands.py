@@ -92,7 +92,8 @@ class Setup:
 class RepairSetup:
     """Options of the repair loop, as `torchreach.repair.repair` takes them.
 
-    target: factor of the first certified bound of each input star; largest: absolute bound, instead of it.
+    Both targets speak of the certified bound on |y1 - y2| over all input stars and outputs: `target` is a factor
+    of the first one, `largest` an absolute value.
     """
 
     target: float | None
@@ -120,12 +121,9 @@ class RepairSetup:
         """Factor in use where no absolute bound is given."""
         return TARGET if self.target is None else self.target
 
-    @property
-    def target_text(self) -> str:
-        """The target in words."""
-        if self.largest is not None:
-            return f"at most {self.largest:g}"
-        return f"each star at most {self.factor:g} x its first bound"
+    def wanted(self, first: Discrepancy) -> float:
+        """The bound to reach, once the first discrepancy is known."""
+        return self.factor * float(first.upper.max()) if self.largest is None else self.largest
 
     def settings(self) -> dict[str, Any]:
         """The options as JSON values."""
@@ -150,7 +148,11 @@ class RepairSetup:
         """The repair, with progress; `first` is called with the discrepancy before it."""
         from torchreach.repair import RepairOptions, Target, repair
 
-        target = Target.factor(self.factor) if self.largest is None else Target.bounds(-self.largest, self.largest)
+        target = (
+            Target.factor(self.factor, over="all")
+            if self.largest is None
+            else Target.bounds(-self.largest, self.largest)
+        )
         with show.live(setup.err, "repair") as live:
 
             def report(step: RepairStep) -> None:
@@ -324,11 +326,11 @@ def repair_report(
         setup.command_line,
         described,
         inputs,
-        repair_verdict(result, options.target_text),
+        repair_verdict(result, options.wanted(result.before)),
         result.before,
         evaluate(networks["original"], inputs.stars.center),
         repaired=result,
-        settings=setup.settings(**options.settings(), **settings),
+        settings=setup.settings(**options.settings(), target_bound=options.wanted(result.before), **settings),
         seconds=time.monotonic() - setup.began,
     )
 

@@ -95,12 +95,7 @@ def history_picture(report: Report) -> bytes:
         axes.plot([], [], color=BEFORE, lw=0.8, label="each input star")
         axes.plot(steps, per_star.mean(1), color=ORIGINAL, lw=1.2, ls=":", label="mean over stars")
     axes.plot(steps, per_star.amax(1), color=AFTER, lw=2, marker="o", ms=4, label="largest")
-    target = report.settings["target"]
-    if target["kind"] == "max":
-        axes.axhline(target["value"], color="#c0392b", lw=1, ls="--", label="target")
-    else:
-        label = "target" if per_star.shape[1] == 1 else "target of the star that was largest"
-        axes.axhline(target["value"] * float(per_star[0].max()), color="#c0392b", lw=1, ls="--", label=label)
+    axes.axhline(report.settings["target_bound"], color="#c0392b", lw=1, ls="--", label="target")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("repair iteration")
     axes.set_ylabel("certified max |y1 − y2|")

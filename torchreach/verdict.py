@@ -29,7 +29,7 @@ class Verdict:
 
     Attributes:
         lower, upper: certified interval around the largest |y1 - y2| over all input stars and outputs.
-        tolerance: what was asked for, or None.
+        tolerance: what was asked for (a repair's target), or None.
         witness: (star, output) whose witness attains `lower`.
         text: the answer in one line.
     """
@@ -74,18 +74,19 @@ def compare_verdict(found: Discrepancy, tolerance: float | None = None) -> Verdi
     return Verdict(state, lower, upper, tolerance, (star, output), text)
 
 
-def repair_verdict(result: RepairResult, target: str) -> Verdict:
-    """Verdict on a repair: the kept network's certificate against the target, described by `target`."""
+def repair_verdict(result: RepairResult, target: float) -> Verdict:
+    """Verdict on a repair: the kept network's certificate, beside the bound that was asked for."""
     after = compare_verdict(result.after)
     rounds = len(result.history) - 1
+    before = at_most(float(result.before.upper.max()))
     text = (
-        f"certified |y1 - y2| <= {at_most(after.upper)} for every input, {at_most(float(result.before.upper.max()))} "
-        f"before; target: {target} ({rounds} iteration{'s' * (rounds != 1)}; {effort(result.after)})"
+        f"certified |y1 - y2| <= {at_most(after.upper)} for every input, target {target:.5g}, {before} before "
+        f"({rounds} iteration{'s' * (rounds != 1)}; {effort(result.after)})"
     )
     state, start = State.REPAIRED, "repaired"
     if not result.satisfied:
         state, start = State.NOT_REPAIRED, "target missed, closest network kept"
-    return Verdict(state, after.lower, after.upper, None, after.witness, f"{start}: {text}")
+    return Verdict(state, after.lower, after.upper, target, after.witness, f"{start}: {text}")
 
 
 def effort(found: Discrepancy) -> str:
