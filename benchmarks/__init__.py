@@ -1,0 +1,1 @@
+"""Benchmarks: each script runs by itself; see README.md here."""

@@ -1,0 +1,167 @@
+"""The benchmarks run on small cases, and notice wrong counts and failing tools."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import common, exact_acasxu, exact_mnist, peers, split_counts
+from tests.data import require_data
+from tests.networks import from_arrays, random_network
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Benchmarks set the number of threads of their process; the other tests keep theirs."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def report(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def test_measure_runs_the_warm_up_and_takes_the_median():
+    pauses = iter([0.0, 0.05, 0.5, 0.0])
+
+    def work() -> float:
+        pause = next(pauses)
+        time.sleep(pause)
+        return pause
+
+    last, timing = common.measure(work, repeats=3, warmup=1)
+    assert last == 0.0
+    assert len(timing.every_second) == 3
+    assert 0.05 <= timing.seconds < 0.5
+    assert timing.cpu_seconds < 0.05  # sleep is no work
+    assert timing.peak_rss_mb > 1
+    assert timing.peak_device_mb is None
+
+
+def test_a_table_prints_every_column_whole(capsys):
+    common.show(
+        [{"case": "x" * 150, "n": 71930, "s": 0.12345}, {"case": "b", "n": None, "s": True}], ["case", "n", "s"], "T"
+    )
+    printed = capsys.readouterr().out
+    assert "x" * 150 in printed
+    assert "71,930" in printed
+    assert "0.123" in printed
+
+
+def test_unknown_case_names_are_refused():
+    cases = [common.Case("a", {}, 1), common.Case("b", {}, 2)]
+    assert common.choose(cases, ["b", "a"]) == cases[::-1]
+    with pytest.raises(SystemExit, match="no case is called 'c'; there are: a, b"):
+        common.choose(cases, ["c"])
+
+
+def test_exact_acasxu_counts_as_recorded(tmp_path, capsys):
+    require_data("exact", "acasxu.json")
+    assert exact_acasxu.main(["--regions", "60", "--repeats", "1", "--json", str(tmp_path / "out.json")]) == 0
+    rows = report(tmp_path / "out.json")["rows"]
+    assert [(row["regions"], row["expected"]) for row in rows] == [(38, 38), (52, 52)]
+    assert all(row["CPU s"] > 0 and row["veritex CPU s*"] > 0 for row in rows)
+    assert "1_1 prop_1 centre 0.02" in capsys.readouterr().out
+
+
+def test_exact_acasxu_notices_a_wrong_count_and_a_wrong_range():
+    row = {"case": "x", "regions": 5, "expected": 5, "deviation": 1e-12}
+    assert exact_acasxu.problems(row) == []
+    assert exact_acasxu.problems(row | {"regions": 6}) == ["x: 6 regions, expected 5"]
+    assert exact_acasxu.problems(row | {"deviation": 1e-3}) == ["x: the range deviates by 0.001 from the recorded one"]
+    assert exact_acasxu.problems(row | {"expected": None}) == []
+
+
+def test_exact_mnist_counts_as_recorded(tmp_path):
+    require_data("fnn_repair", "scaling.json")
+    out = tmp_path / "out.json"
+    assert exact_mnist.main(["--case", "img3_p4_eps0.02", "--repeats", "1", "--warmup", "0", "--json", str(out)]) == 0
+    (row,) = report(out)["rows"]
+    assert (row["stars"], row["inputs"], row["status"]) == (5, 4, "exact")
+    assert row["deviation"] < 1e-5
+
+
+def test_exact_mnist_notices_a_budget_that_ended_too_early():
+    row = {"case": "x", "stars": 5, "expected": 9, "status": "bounded", "deviation": None}
+    assert exact_mnist.problems(row) == ["x: the budget ended after 5 stars"]
+    assert exact_mnist.problems(row | {"expected": None}) == []
+    assert exact_mnist.problems(row | {"status": "exact"}) == ["x: 5 stars, expected 9"]
+
+
+def test_counts_agree_over_dtypes_bounds_and_methods(tmp_path):
+    require_data("exact", "acasxu.json")
+    out = tmp_path / "out.json"
+    command = ["--case", "1_1 prop_1 centre 0.02", "--repeats", "1", "--method", "vertices", "programs"]
+    assert split_counts.main([*command, "--json", str(out)]) == 0
+    found = report(out)
+    devices = 2 if torch.cuda.is_available() else 1
+    assert len(found["rows"]) == 2 * 3 * 2 * devices
+    assert {row["regions"] for row in found["rows"]} == {38}
+    assert found["problems"] == []
+
+
+def test_counts_that_differ_are_named():
+    layer = {"name": "relu 1", "stars": 3, "splits": 2, "settled": {"vertices": 7}}
+    row = {
+        **{"case": "x", "device": "cpu", "dtype": "float64", "root bounds": "none", "method": "vertices"},
+        **{"regions": 3, "layers": [layer]},
+    }
+    other = row | {"device": "cuda", "layers": [layer | {"splits": 4}]}
+    said = "x: splits of relu 1: 4 (cuda, float64, none, vertices), 2 (cpu, float64, none, vertices)"
+    assert split_counts.disagreements([row, other]) == [said]
+    fewer = row | {"dtype": "float32", "layers": [layer | {"settled": {"vertices": 6}}]}
+    (said,) = split_counts.disagreements([row, fewer])
+    assert "neurons of relu 1 settled by vertices: 6 (cpu, float32, none, vertices), 7" in said
+    # other root bounds settle other neurons, but leave the regions
+    bounded = row | {"root bounds": "zonotope", "layers": [layer | {"settled": {"root": 7}}]}
+    assert split_counts.disagreements([row, bounded]) == []
+    assert len(split_counts.disagreements([row, bounded | {"regions": 4}])) == 1
+
+
+def test_dense_merged_weights_give_the_difference():
+    first, second = (peers.affine(random_network(seed, [3, 4, 5, 2])) for seed in (1, 2))
+    x = torch.rand(7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    difference = from_arrays(*first)(x) - from_arrays(*second)(x)
+    torch.testing.assert_close(from_arrays(*peers.merged(first, second))(x), difference)
+
+
+PEER = """
+class FFNN:
+    def __init__(self, model, exact_outputd):
+        pass
+    def compute_state(self, state):
+        raise SystemExit("Hyperplane intersect with vertices!")
+"""
+CUBE = """
+class CubeDomain:
+    def __init__(self, lower, upper):
+        pass
+    def to_FVIM(self):
+        return None
+"""
+
+
+def test_a_peer_that_ends_the_process_is_recorded_as_failed(tmp_path):
+    require_data("exact", "acasxu.json")
+    for folder, file, source in (("networks", "ffnn.py", PEER), ("sets", "cubedomain.py", CUBE)):
+        path = tmp_path / "src" / "veritex" / folder / file
+        path.parent.mkdir(parents=True)
+        path.write_text(source)
+    out = tmp_path / "out.json"
+    case = "1_1 prop_1 centre 0.02"
+    assert peers.main(["--veritex", str(tmp_path), "--case", case, "--repeats", "1", "--json", str(out)]) == 0
+    ours, theirs = report(out)["rows"]
+    assert (ours["tool"], ours["status"], ours["regions"]) == ("torchreach", "done", 38)
+    assert theirs["status"] == "exit 1: Hyperplane intersect with vertices!"
+    assert "CPU s" not in theirs
+
+
+def test_a_peer_that_takes_too_long_is_ended():
+    ended = peers.run_once([sys.executable, "-c", "import time; time.sleep(60)"], 0.5, None)
+    assert ended == {"status": "not finished in 0.5 s"}
