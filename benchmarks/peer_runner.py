@@ -108,7 +108,7 @@ def nnenum(problem, checkout: str | None) -> Run:
     return run
 
 
-TOOLS = {"torchreach": torchreach, "veritex": veritex, "nnenum": nnenum}
+TOOLS = {"torchreach": torchreach, "baseline": torchreach, "veritex": veritex, "nnenum": nnenum}
 
 
 def main(tool: str, path: str, checkout: str | None = None) -> None:

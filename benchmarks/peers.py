@@ -2,7 +2,8 @@
 
 The tools are taken from checkouts that the caller names; both are CPU tools. Each run is a process of its own,
 so that a tool that ends it is recorded as having failed, and imports are not timed. The table gives medians of
-CPU seconds and, for each tool, its median divided by that of torchreach in the same run.
+CPU seconds and, for each tool, its median divided by that of torchreach in the same run. `--baseline` adds another
+version of torchreach.
 
     Veritex: https://github.com/Shaddadi/veritex    nnenum: https://github.com/stanleybak/nnenum
 """
@@ -157,6 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     for tool in ("veritex", "nnenum"):
         parser.add_argument(f"--{tool}", type=Path, metavar="PATH", help=f"checkout of {tool}; left out if not given")
         parser.add_argument(f"--{tool}-python", default=sys.executable, help="interpreter with what it needs")
+    parser.add_argument("--baseline", type=Path, metavar="PATH", help="another checkout of torchreach, run in turn too")
     parser.add_argument("--case", action="append", help="case, may be repeated (default: eight of them)")
     parser.add_argument("--seconds", type=float, default=600.0, help="limit of one run (default: 600)")
     parser.add_argument("--core", type=int, help="pin every run to this core")
@@ -164,12 +166,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads != 1:
         parser.error("peers are compared on one thread; --threads must be 1")
     tools = {"torchreach": [sys.executable]}
-    for tool in ("veritex", "nnenum"):
+    for tool in ("baseline", "veritex", "nnenum"):
         path = getattr(args, tool)
         if path is not None:
             if not path.is_dir():
                 parser.error(f"--{tool}: no folder {path}")
-            tools[tool] = [getattr(args, f"{tool}_python"), str(path.resolve())]
+            tools[tool] = [getattr(args, f"{tool}_python", sys.executable), str(path.resolve())]
     common.headline(args)
     rows = []
     for case in common.choose(common.acasxu_cases(10**9), args.case or CASES):
