@@ -10,8 +10,10 @@ version of torchreach.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -80,17 +82,27 @@ def run_once(command: list[str], seconds: float, core: int | None) -> dict[str, 
         if core is not None:
             os.sched_setaffinity(0, {core})
 
-    try:
-        ended = subprocess.run(
-            command, capture_output=True, text=True, timeout=seconds, env=os.environ | ONE_THREAD, preexec_fn=pin
+    # Files, not pipes, and a session of its own: a tool's helper processes may outlive it and hold a pipe open.
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=err, env=os.environ | ONE_THREAD, preexec_fn=pin, start_new_session=True
         )
-    except subprocess.TimeoutExpired:
-        return {"status": f"not finished in {seconds:g} s"}
-    if ended.returncode == 0 and ended.stdout.strip():
-        return {"status": "done", **json.loads(ended.stdout.strip().splitlines()[-1])}
-    said = (ended.stderr.strip() or ended.stdout.strip() or "nothing said").splitlines()[-1]
-    how = f"signal {-ended.returncode}" if ended.returncode < 0 else f"exit {ended.returncode}"
-    return {"status": f"{how}: {said[:120]}", "output": (ended.stdout + ended.stderr)[-4000:]}
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return {"status": f"not finished in {seconds:g} s"}
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        out.seek(0)
+        err.seek(0)
+        printed, complaint = out.read().strip(), err.read().strip()
+    if code == 0 and printed:
+        return {"status": "done", **json.loads(printed.splitlines()[-1])}
+    said = (complaint or printed or "nothing said").splitlines()[-1]
+    how = f"signal {-code}" if code < 0 else f"exit {code}"
+    return {"status": f"{how}: {said[:120]}", "output": f"{printed}\n{complaint}"[-4000:]}
 
 
 def summary(case: common.Case, tool: str, runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -162,6 +162,16 @@ def test_a_peer_that_ends_the_process_is_recorded_as_failed(tmp_path):
     assert "CPU s" not in theirs
 
 
-def test_a_peer_that_takes_too_long_is_ended():
-    ended = peers.run_once([sys.executable, "-c", "import time; time.sleep(60)"], 0.5, None)
-    assert ended == {"status": "not finished in 0.5 s"}
+def test_a_peer_that_takes_too_long_is_ended_with_its_children(tmp_path):
+    child = f"import time; time.sleep(1.5); open({str(tmp_path / 'alive')!r}, 'w')"
+    parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    ended = peers.run_once([sys.executable, "-c", parent], 1.0, None)
+    assert ended == {"status": "not finished in 1 s"}
+    time.sleep(2)
+    assert not (tmp_path / "alive").exists()
+
+
+def test_the_outcome_of_a_peer_is_its_last_line():
+    code = "print('so many stars'); print('{\"regions\": 3}')"
+    assert peers.run_once([sys.executable, "-c", code], 60, None) == {"status": "done", "regions": 3}
+    assert peers.run_once([sys.executable, "-c", "import os; os.abort()"], 60, None)["status"].startswith("signal 6: ")
