@@ -29,9 +29,7 @@ class Exact:
         if self.method not in METHODS:
             raise OptionError(f"Exact.method must be one of {', '.join(METHODS)}, got {self.method!r}")
         if self.root_bounds not in ROOT_BOUNDS:
-            raise OptionError(
-                f"Exact.root_bounds must be one of {', '.join(ROOT_BOUNDS)}, got {self.root_bounds!r}"
-            )
+            raise OptionError(f"Exact.root_bounds must be one of {', '.join(ROOT_BOUNDS)}, got {self.root_bounds!r}")
 
 
 @dataclass(frozen=True)

@@ -183,18 +183,12 @@ class _Run:
 
     def _keep(self, chunk: Any) -> None:
         assert self.kept is not None
-        planes = chunk.halfspaces()
-        void = (planes[:, :, 1:] == 0).all(2)  # unused slots say 0 . a <= 1
-        ones = torch.ones_like(chunk.rows[:, 1:, 0])
-        star = StarBatch.trusted(
-            chunk.rows,
-            -planes[:, :, 1:],
-            torch.where(void, 1.0, planes[:, :, 0]),
-            -ones,
-            ones,
-            chunk.origin,
-        )
-        self.kept.append(star.to(dtype=self.stars.dtype))
+        for rows, planes, origin in chunk.stars():
+            void = (planes[:, :, 1:] == 0).all(2)  # unused slots say 0 . a <= 1
+            ones = torch.ones_like(rows[:, 1:, 0])
+            b = torch.where(void, 1.0, planes[:, :, 0])
+            star = StarBatch.trusted(rows, -planes[:, :, 1:], b, -ones, ones, origin)
+            self.kept.append(star.to(dtype=self.stars.dtype))
 
     def _stars(self) -> StarBatch | None:
         return StarBatch.cat(self.kept) if self.kept else None

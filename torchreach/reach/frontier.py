@@ -19,7 +19,7 @@ from torchreach.reach.record import RangeRecord
 log = logging.getLogger(__name__)
 
 # Stars per chunk: enough to hide the cost of launching an operation, few enough to stay in cache.
-CHUNK = {"cpu": 512, "cuda": 65536}
+CHUNK = {"cpu": 1024, "cuda": 65536}
 REPORT_SECONDS = 0.2
 # Numbers in the affine maps of one chunk.
 NUMBERS = {"cpu": 1 << 24, "cuda": 1 << 28}
@@ -38,7 +38,7 @@ class Chunk(Protocol):
     def __len__(self) -> int: ...
     def select(self, index: Any) -> Any: ...
     def box(self) -> tuple[Tensor, Tensor]: ...
-    def halfspaces(self) -> Tensor: ...
+    def stars(self) -> list[tuple[Tensor, Tensor, Tensor]]: ...
 
 
 class Engine(Protocol):

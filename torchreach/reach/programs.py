@@ -64,9 +64,9 @@ class Chunk:
         ones = torch.ones_like(self.points[:, 0])
         return -ones, ones
 
-    def halfspaces(self) -> Tensor:
-        """[S, P, 1 + M] half-spaces h . (1, a) >= 0 of each star."""
-        return torch.cat((self.b[:, :, None], -self.A), 2)
+    def stars(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(rows, half-spaces [S, P, 1 + M] with h . (1, a) >= 0, origin) of groups of stars."""
+        return [(self.rows, torch.cat((self.b[:, :, None], -self.A), 2), self.origin)]
 
     def programs(self, star: Tensor, objective: Tensor, constant: Tensor) -> LPBatch:
         return LPBatch(objective, constant, self.A[star], self.b[star])

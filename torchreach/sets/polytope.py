@@ -28,7 +28,7 @@ from torch import Tensor
 # Bits used of each int64 word: the sign bit stays clear.
 BITS = 62
 # Children are grouped into batches whose vertex counts round up to the same multiple of this.
-SLOTS = 8
+SLOTS = 16
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class PolytopeBatch:
         high = (torch.arange(corners, device=device)[:, None] >> torch.arange(dim, device=device)) & 1
         vertices = torch.cat((torch.ones(corners, 1, device=device), 2.0 * high - 1), 1).to(dtype)
         touched = torch.cat((high, 1 - high), 1)  # facet m is a_m <= 1, facet dim + m is a_m >= -1
-        words = [
-            (part << torch.arange(part.shape[1], device=device)).sum(1) for part in touched.split(BITS, 1)
-        ] or [torch.zeros(corners, dtype=torch.long, device=device)]
+        words = [(part << torch.arange(part.shape[1], device=device)).sum(1) for part in touched.split(BITS, 1)] or [
+            torch.zeros(corners, dtype=torch.long, device=device)
+        ]
         planes = None
         if facets:
             eye = torch.eye(dim, dtype=dtype, device=device)
@@ -191,32 +191,30 @@ def _edges(above: Tensor, below: Tensor, incidence: Tensor, dim: int) -> tuple[T
     downs = below.sum(1)
     star = up.div(slots, rounding_mode="floor")
     repeats = downs[star]
+    ends = repeats.cumsum(0)
     total = int(repeats.sum())
     # pair number -> its vertex below: the stars' lists of vertices below follow each other in `down`
-    shift = (downs.cumsum(0) - downs)[star] - (repeats.cumsum(0) - repeats)
-    j = down[
-        shift.repeat_interleave(repeats, output_size=total) + torch.arange(total, device=above.device)
-    ]
-    i = up.repeat_interleave(repeats, output_size=total)
-    shared = incidence[up].repeat_interleave(repeats, dim=0, output_size=total) & incidence[j]
+    partner = ((downs.cumsum(0) - downs)[star] - (ends - repeats)).repeat_interleave(repeats, output_size=total)
+    partner += torch.arange(total, device=above.device)
+    shared = incidence[up].repeat_interleave(repeats, dim=0, output_size=total)
+    shared &= incidence[down].index_select(0, partner)
     edge = _has_bits(shared, dim - 1).nonzero()[:, 0]
-    return i[edge], j[edge], shared[edge]
+    return up[torch.searchsorted(ends, edge, right=True)], down[partner[edge]], shared[edge]
 
 
 def _has_bits(words: Tensor, number: int) -> Tensor:
     """Whether at least `number` bits are set in each row of [E, W]."""
     if number <= 0:
         return torch.ones(len(words), dtype=torch.bool, device=words.device)
-    parts = list(words.unbind(1))
-    for _ in range(number - 1):  # clear the lowest set bit
-        pending = torch.ones_like(parts[0], dtype=torch.bool) if len(parts) > 1 else None
+    parts = [part.clone() for part in words.unbind(1)]
+    for _ in range(number - 1):  # clear the lowest set bit, of the first word that has one
+        if len(parts) == 1:
+            parts[0] &= parts[0] - 1
+            continue
+        pending = torch.ones_like(parts[0], dtype=torch.bool)
         for w, part in enumerate(parts):
-            cleared = part & (part - 1)
-            if pending is None:
-                parts[w] = cleared
-            else:
-                parts[w] = torch.where(pending, cleared, part)
-                pending = pending & (part == 0)
+            parts[w] = torch.where(pending, part & (part - 1), part)
+            pending = pending & (part == 0)
     left = parts[0]
     for part in parts[1:]:
         left = left | part
