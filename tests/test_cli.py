@@ -261,17 +261,13 @@ def test_output_that_is_a_file_is_refused_before_any_work(files, tmp_path):
 def test_installed_program_exits_with_the_status(files):
     """The real entry point in its own process: 0, 1 and 2, without a traceback."""
     code = "from torchreach.cli import main; main()"
+    networks = ("compare", str(files / "a.onnx"), str(files / "b.onnx"))
     for args, status in (
-        (["--box", BOX, "--tolerance", "1"], 0),
-        (["--box", BOX, "--tolerance", "0"], 1),
-        (["--box", "0,1"], 2),
+        (("--version",), 0),
+        ((*networks, "--box", BOX, "--tolerance", "0"), 1),
+        ((*networks, "--box", "0,1"), 2),
     ):
-        done = subprocess.run(
-            [sys.executable, "-c", code, "compare", str(files / "a.onnx"), str(files / "b.onnx"), *args],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
         assert done.returncode == status
         assert "Traceback" not in done.stderr
         assert (done.stderr == "") == (status != 2)
@@ -323,6 +319,7 @@ def test_missed_target_exits_1_and_says_so(files, coarse):
         (("--target", 0.5, "--target-max", 1), "at most one of --target and --target-max may be given, got both"),
         (("--target-max", -1), "--target-max must be a number >= 0, got -1"),
         (("--alpha", 0), "--alpha must be positive, got 0"),
+        (("--rate", 0), "--rate must be positive, got 0"),
         (("--iterations", 0), "--iterations must be at least 1, got 0"),
         (("--epochs", 0), "--epochs must be at least 1, got 0"),
         (("--save", "better.txt"), "a network is saved as .onnx or .pt2, got '.txt'"),

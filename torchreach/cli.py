@@ -225,6 +225,7 @@ Alpha = Annotated[
     ),
 ]
 Iterations = Annotated[int, typer.Option(help="Most retrainings.", rich_help_panel=_REPAIR)]
+Rate = Annotated[float, typer.Option(help="Learning rate of Adam at first; it adapts.", rich_help_panel=_REPAIR)]
 
 
 @app.command(epilog="Exit status: 0 target met, 1 not met, 2 bad input.")
@@ -242,6 +243,7 @@ def repair(
     target_max: TargetMax = None,
     alpha: Alpha = 2.0,
     iterations: Iterations = 20,
+    rate: Rate = 1e-3,
     epochs: Annotated[int, typer.Option(help="Epochs of each retraining.", rich_help_panel=_REPAIR)] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the training points.", rich_help_panel=_REPAIR)] = 0,
     save: Annotated[
@@ -268,7 +270,7 @@ def repair(
     from torchreach import commands, input_sets
 
     setup = commands.Setup.make(device, dtype, method, seconds, stars, output, ctx.obj)
-    options = commands.RepairSetup(target, target_max, alpha, iterations, epochs, seed)
+    options = commands.RepairSetup(target, target_max, alpha, iterations, epochs, rate, seed)
 
     def read(network: nn.Sequential, kind: torch.dtype) -> input_sets.InputSet:
         return input_sets.read_input_set(
@@ -320,6 +322,7 @@ def demo(
     target_max: TargetMax = None,
     alpha: Alpha = 2.0,
     iterations: Iterations = 20,
+    rate: Rate = 1e-3,
     output: Annotated[
         Path,
         typer.Option(
@@ -341,7 +344,7 @@ def demo(
     from torchreach.demo import one_thread
 
     setup = commands.Setup.make(device, "float64", method, seconds, stars, output, ctx.obj)
-    options = commands.RepairSetup(target, target_max, alpha, iterations, 50, seed)
+    options = commands.RepairSetup(target, target_max, alpha, iterations, 50, rate, seed)
     digits = commands.DemoSetup(data, root, images, pixels, eps, epochs, bits, prune)
     with one_thread():
         ok = commands.demo(setup, options, digits)

@@ -21,7 +21,7 @@ from torchreach.networks.load import load
 from torchreach.networks.save import check_target, onnx_bytes, save
 from torchreach.options import Budget, Exact
 from torchreach.report import NetworkInfo, Report, check_folder, render, write_files
-from torchreach.results import Discrepancy, RepairResult, RepairStep
+from torchreach.results import Discrepancy, RepairResult
 from torchreach.verdict import State, compare_verdict, repair_verdict
 
 TARGET = 0.5  # factor of the first certified bound
@@ -101,6 +101,7 @@ class RepairSetup:
     alpha: float
     iterations: int
     epochs: int
+    rate: float
     seed: int
 
     def __post_init__(self) -> None:
@@ -112,6 +113,8 @@ class RepairSetup:
             raise OptionError(f"--target-max must be a number >= 0, got {self.largest:g}")
         if not self.alpha > 0:
             raise OptionError(f"--alpha must be positive, got {self.alpha:g}")
+        if not 0 < self.rate < float("inf"):
+            raise OptionError(f"--rate must be positive, got {self.rate:g}")
         for option, value in (("--iterations", self.iterations), ("--epochs", self.epochs)):
             if value < 1:
                 raise OptionError(f"{option} must be at least 1, got {value}")
@@ -133,6 +136,7 @@ class RepairSetup:
             "alpha": self.alpha,
             "iterations": self.iterations,
             "epochs": self.epochs,
+            "rate": self.rate,
             "seed": self.seed,
         }
 
@@ -143,9 +147,8 @@ class RepairSetup:
         compressed: nn.Module,
         inputs: InputSet,
         evaluate: Callable[[nn.Module], float] | None = None,
-        first: Callable[[Discrepancy], None] | None = None,
     ) -> RepairResult:
-        """The repair, with progress; `first` is called with the discrepancy before it."""
+        """The repair, with progress."""
         from torchreach.repair import RepairOptions, Target, repair
 
         target = (
@@ -154,13 +157,6 @@ class RepairSetup:
             else Target.bounds(-self.largest, self.largest)
         )
         with show.live(setup.err, "repair") as live:
-
-            def report(step: RepairStep) -> None:
-                if first is not None and step.iteration == 0:
-                    first(step.discrepancy)
-                if live is not None:
-                    live.step(step)
-
             return repair(
                 original,
                 compressed,
@@ -168,12 +164,12 @@ class RepairSetup:
                 target=target,
                 alpha=self.alpha,
                 iterations=self.iterations,
-                training=RepairOptions(epochs=self.epochs),
+                training=RepairOptions(epochs=self.epochs, learning_rate=self.rate),
                 evaluate=evaluate,
                 seed=self.seed,
                 method=setup.method,
                 budget=setup.budget,
-                progress=report,
+                progress=live and live.step,
             )
 
 
@@ -282,7 +278,8 @@ def demo(setup: Setup, options: RepairSetup, digits: DemoSetup) -> bool:
     digits.check()
     data = parts.load_data(digits.data, digits.root, options.seed)
     inputs = parts.input_set(data, digits.images, digits.pixels, digits.eps).to(setup.device)
-    original = parts.train(data, digits.epochs, options.seed)
+    with show.live(setup.err, f"training on {data.name}"):
+        original = parts.train(data, digits.epochs, options.seed)
     compressed, how = parts.compress(original, digits.bits, digits.prune)
     networks = {"original": original.to(setup.device), "compressed": compressed.to(setup.device)}
     names = {"original": f"trained on {data.name}", "compressed": how}
@@ -290,11 +287,9 @@ def demo(setup: Setup, options: RepairSetup, digits: DemoSetup) -> bool:
     for role, name in names.items():
         show.print_line(setup.out, f"{role + ':':<12}{name}, test accuracy {100 * right[role]:.2f} %")
     show.print_line(setup.out, f"input set:  {inputs.text}")
-    result = options.run(
-        setup, original, compressed, inputs, evaluate=lambda network: parts.accuracy(network, data),
-        first=lambda found: show.print_discrepancy(setup.out, found, inputs.labels, "before repair"),
-    )  # fmt: skip
+    result = options.run(setup, original, compressed, inputs, lambda network: parts.accuracy(network, data))
     report = repair_report("demo", setup, options, networks, names, inputs, result, right, **digits.settings())
+    show.print_discrepancy(setup.out, result.before, inputs.labels, "before repair")
     show.print_comparison(setup.out, result.before, result.after, inputs.labels)
     accuracy = report.networks["repaired"].accuracy or 0.0
     show.print_line(setup.out, f"{'repaired:':<12}test accuracy {100 * accuracy:.2f} %")

@@ -44,7 +44,7 @@ def live(console: Console, what: str) -> Iterator[Live | None]:
     if not console.is_terminal:
         yield None
         return
-    with console.status(f"{what}: starting") as line:
+    with console.status(f"{what} ...") as line:
         yield Live(what, line)
 
 

@@ -77,7 +77,7 @@ def compare_verdict(found: Discrepancy, tolerance: float | None = None) -> Verdi
 def repair_verdict(result: RepairResult, target: float) -> Verdict:
     """Verdict on a repair: the kept network's certificate, beside the bound that was asked for."""
     after = compare_verdict(result.after)
-    rounds = len(result.history) - 1
+    rounds = result.history[-1].iteration
     before = at_most(float(result.before.upper.max()))
     text = (
         f"certified |y1 - y2| <= {at_most(after.upper)} for every input, target {target:.5g}, {before} before "
