@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 import sys
 
 import pytest
@@ -176,9 +178,10 @@ def test_an_interrupt_leaves_a_valid_answer(monkeypatch: pytest.MonkeyPatch) -> 
     def stop(progress: tr.Progress) -> None:
         calls.append(progress)
         if len(calls) == 5:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
 
     slow = tr.reach(network, unit_box(4), progress=stop)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert slow.status == (tr.Status.BOUNDED,)
     assert (slow.upper >= full.upper - 1e-9).all()
 

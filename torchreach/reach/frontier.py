@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -124,15 +128,19 @@ class Frontier:
         """
         last = len(self.steps) - 1
         start = reported = time.monotonic()
-        try:
-            while self.open:
+        closing = None  # seconds per open star that `_close` will need
+        with _first_interrupt() as interrupted:
+            while self.open and not interrupted:
                 now = time.monotonic()
                 if report is not None and now - reported >= REPORT_SECONDS:
                     report()
                     reported = now
-                if budget.seconds is not None and now - start > budget.seconds:
-                    log.info("budget of %g s spent with %d stars open", budget.seconds, self.open)
-                    break
+                if budget.seconds is not None:
+                    if closing is None and now - start > budget.seconds / 10:
+                        closing = self._cost_of_closing()
+                    if now - start + (closing or 0.0) * self.open > budget.seconds:
+                        log.info("budget of %g s spent with %d stars open", budget.seconds, self.open)
+                        break
                 if budget.stars is not None and self.done >= budget.stars:
                     log.info("budget of %d stars spent with %d stars open", budget.stars, self.open)
                     break
@@ -145,9 +153,18 @@ class Frontier:
                 self.done += len(chunk)
                 if keep is not None:
                     keep(chunk)
-        except KeyboardInterrupt:
-            log.warning("interrupted with %d stars open: the interval returned is valid but not exact", self.open)
-        return self._close(record)
+            if interrupted:
+                log.warning("interrupted with %d stars open: the interval is valid but not exact", self.open)
+            return self._close(record)
+
+    def _cost_of_closing(self) -> float:
+        """Seconds per star to bound open stars, measured on a few of them."""
+        chunk = self.pop()
+        self.push([chunk])
+        sample = chunk.select(slice(0, 64))
+        began = time.monotonic()
+        self._bound(sample)
+        return (time.monotonic() - began) / len(sample)
 
     def _close(self, record: RangeRecord) -> Tensor:
         """Bound whatever is still open by zonotopes, so that the record covers every input star."""
@@ -181,3 +198,27 @@ class Frontier:
             return lower, upper
         rows, slack = relu_band(rows, slack, lower, upper, step.relu)
         return zonotope_bounds(self.steps, rows, slack, chunk.layer + 1)[-1]
+
+
+@contextmanager
+def _first_interrupt() -> Iterator[list[int]]:
+    """Make the first Ctrl-C fill the list this yields instead of raising; the second one raises as usual.
+
+    An exception could come between taking work off the frontier and putting its children back, and lose it.
+    """
+    pressed: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)

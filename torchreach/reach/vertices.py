@@ -25,7 +25,6 @@ from torchreach.sets import polytope
 from torchreach.sets.polytope import PolytopeBatch
 from torchreach.tolerances import UNIT_ROUNDOFF, Tolerances
 
-
 # Batches that one call of `advance` looks at before it hands back: bounds the time between budget checks.
 ROUNDS = 64
 
