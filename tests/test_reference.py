@@ -114,7 +114,8 @@ def discrepancy_of(reference, status: Status, widen: float = 0.0, **changed: Ten
         **changed,
     }
     stats = ReachStats(layers=(), method="vertices", root_bounds="none", seconds=0.0)
-    return Discrepancy(**claims, status=(status,) * len(reference.max_abs), stats=stats)
+    regions = torch.ones(len(reference.max_abs), dtype=torch.long)
+    return Discrepancy(**claims, regions=regions, status=(status,) * len(reference.max_abs), stats=stats)
 
 
 class TestLinearProgram:
