@@ -496,6 +496,12 @@ def test_float_weights_are_not_taken_for_a_grid():
         constraints = Constraints.read(network(seed, sizes=(4, 5, 3)))
         assert not constraints.grids
         assert not constraints.masks
+    blank = network(sizes=(4, 5, 3))
+    with torch.no_grad():
+        blank[0].weight.zero_()
+    constraints = Constraints.read(blank)
+    assert not constraints.grids
+    assert not bool(constraints.masks["0.weight"].any())
 
 
 def test_straight_through_has_the_constrained_value_and_the_free_gradient():

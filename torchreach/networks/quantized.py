@@ -284,7 +284,7 @@ def _half_precision(network: nn.Module) -> dict[str, FloatGrid]:
 
 def _infer_grid(weight: Tensor) -> Grid | None:
     """The coarsest grid that gives `weight` bit for bit, per layer or else per output channel."""
-    if weight.numel() < INFERRED_WEIGHTS:
+    if weight.numel() < INFERRED_WEIGHTS or not bool((weight != 0).any()):
         return None
     # A float32 network read as float64 still has the grid it was multiplied on in float32.
     single = weight.to(torch.float32)
