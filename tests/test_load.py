@@ -23,9 +23,7 @@ def test_all_acasxu_networks_agree_with_onnxruntime():
         network = load(file)
         assert [type(m) for m in network] == [nn.Flatten, *[nn.Linear, nn.ReLU] * 6, nn.Linear]
         session = onnxruntime.InferenceSession(str(file))
-        expected = np.concatenate(
-            [session.run(None, {"input": row.reshape(1, 1, 1, 5).numpy()})[0] for row in x]
-        )
+        expected = np.concatenate([session.run(None, {"input": row.reshape(1, 1, 1, 5).numpy()})[0] for row in x])
         with torch.no_grad():
             torch.testing.assert_close(network(x).numpy(), expected, rtol=0, atol=1e-6)
             torch.testing.assert_close(network(x.reshape(10, 1, 1, 5)).numpy(), expected, rtol=0, atol=1e-6)
@@ -40,9 +38,7 @@ def _onnx(path, nodes, tensors, shape):
     for k, (kind, inputs, *attributes) in enumerate(nodes):
         names = [last if name == "_" else name for name in inputs.split()]
         last = "noise" if kind == "RandomNormal" else f"v{k}"
-        made.append(
-            helper.make_node(kind, names, [last], name=f"n{k}", **(attributes[0] if attributes else {}))
-        )
+        made.append(helper.make_node(kind, names, [last], name=f"n{k}", **(attributes[0] if attributes else {})))
     graph = helper.make_graph(
         made,
         "graph",
@@ -129,9 +125,7 @@ def test_onnx_operators_agree_with_onnxruntime(tmp_path, name):
     expected = onnxruntime.InferenceSession(str(path)).run(None, {"x": x})[0]
     rows = torch.from_numpy(x) if name != "column" else torch.from_numpy(x)[None]
     with torch.no_grad():
-        torch.testing.assert_close(
-            network(rows).numpy().reshape(expected.shape), expected, rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(network(rows).numpy().reshape(expected.shape), expected, rtol=1e-5, atol=1e-5)
         if name == "normalised":
             torch.testing.assert_close(network(rows.reshape(1, 5)), network(rows))
 

@@ -536,3 +536,19 @@ def test_network_off_its_grid_is_refused():
         FAST(network(), small, boxes(), target=0.5)
     free = FAST(network(), small, boxes(), target=0.5, constraints=Constraints({}, {}))
     assert free.satisfied
+
+
+def test_convolutions_and_image_stars_are_repaired():
+    generator = torch.Generator().manual_seed(0)
+    original = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
+    with torch.no_grad():
+        for value in original.parameters():
+            value.copy_(0.4 * torch.randn(value.shape, generator=generator))
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+    mask[0, 1:3, 1] = True
+    stars = StarBatch.from_image(torch.rand(2, 1, 4, 4, generator=generator), 0.1, mask)
+    small = quantize_weights(prune_weights(original, 0.3), 4, per_channel=True)
+    assert small[0].weight_scale.shape == (3, 1, 1, 1)
+    result = FAST(original, small, stars, target=0.5)
+    assert result.satisfied
+    Constraints.read(small).check(result.network)

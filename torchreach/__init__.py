@@ -9,8 +9,10 @@ from torchreach.lp.certify import Certification, certify
 from torchreach.lp.mixed_integer import MixedIntegerResult, mixed_integer_discrepancy
 from torchreach.networks.load import load
 from torchreach.networks.merge import Comparison, MergedLinear, MergedNetwork, MergedReLU, merge
+from torchreach.networks.quantized import prune_weights, quantize_weights
 from torchreach.options import Budget, Exact
 from torchreach.reach.api import reach
+from torchreach.repair import RepairOptions, Target, repair
 from torchreach.results import (
     Discrepancy,
     Progress,
@@ -38,10 +40,12 @@ __all__ = [
     "Progress",
     "ReachResult",
     "ReachStats",
+    "RepairOptions",
     "RepairResult",
     "RepairStep",
     "StarBatch",
     "Status",
+    "Target",
     "Tolerances",
     "TorchreachError",
     "certify",
@@ -49,5 +53,8 @@ __all__ = [
     "load",
     "merge",
     "mixed_integer_discrepancy",
+    "prune_weights",
+    "quantize_weights",
     "reach",
+    "repair",
 ]
