@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -78,6 +79,8 @@ class Frontier:
         self.groups: dict[tuple[int, int], _Group] = {}
         self.open = 0
         self.done = 0
+        self.workers = torch.get_num_threads() if device.type == "cpu" else 1
+        self._results = threading.Lock()
 
     def push(self, chunks: list[Any]) -> None:
         """Add open chunks."""
@@ -126,11 +129,10 @@ class Frontier:
             keep: called with every finished chunk.
             report: called now and then.
         """
-        last = len(self.steps) - 1
         start = reported = time.monotonic()
         closing = None  # seconds per open star that `_close` will need
-        with _first_interrupt() as interrupted:
-            while self.open and not interrupted:
+        with _first_interrupt() as interrupted, _Workers(self) as work:
+            while (self.open or work.running) and not interrupted:
                 now = time.monotonic()
                 if report is not None and now - reported >= REPORT_SECONDS:
                     report()
@@ -144,18 +146,23 @@ class Frontier:
                 if budget.stars is not None and self.done >= budget.stars:
                     log.info("budget of %d stars spent with %d stars open", budget.stars, self.open)
                     break
-                chunk = self.pop()
-                if chunk.layer < last:
-                    self.push(self.engine.advance(chunk))
-                    continue
-                self.engine.finish(chunk, record)
-                count.index_add_(0, chunk.origin, torch.ones_like(chunk.origin))
-                self.done += len(chunk)
-                if keep is not None:
-                    keep(chunk)
+                work.start(self._step, record, count, keep)
+            work.finish()
             if interrupted:
                 log.warning("interrupted with %d stars open: the interval is valid but not exact", self.open)
             return self._close(record)
+
+    def _step(self, chunk: Any, record: RangeRecord, count: Tensor, keep: Callable[[Any], None] | None) -> list[Any]:
+        """Advance a chunk, or take it into the results; returns the chunks it leaves open."""
+        if chunk.layer < len(self.steps) - 1:
+            return self.engine.advance(chunk)
+        with self._results:
+            self.engine.finish(chunk, record)
+            count.index_add_(0, chunk.origin, torch.ones_like(chunk.origin))
+            self.done += len(chunk)
+            if keep is not None:
+                keep(chunk)
+        return []
 
     def _cost_of_closing(self) -> float:
         """Seconds per star to bound open stars, measured on a few of them."""
@@ -198,6 +205,48 @@ class Frontier:
             return lower, upper
         rows, slack = relu_band(rows, slack, lower, upper, step.relu)
         return zonotope_bounds(self.steps, rows, slack, chunk.layer + 1)[-1]
+
+
+class _Workers:
+    """Runs steps of a frontier: on the CPU in as many threads as torch has, one operation per thread.
+
+    Operations here are too small to be worth splitting: torch's own threads would spend their time waiting
+    for each other. Chunks are independent, so threads take one each; only this object touches the frontier.
+    """
+
+    def __init__(self, frontier: Frontier) -> None:
+        self.frontier = frontier
+        self.running: set[Future[list[Any]]] = set()
+        self.pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> _Workers:
+        self.threads = torch.get_num_threads()
+        if self.frontier.workers > 1:
+            self.pool = ThreadPoolExecutor(self.frontier.workers, initializer=torch.set_num_threads, initargs=(1,))
+            torch.set_num_threads(1)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown()
+            torch.set_num_threads(self.threads)
+
+    def start(self, step: Callable[..., list[Any]], *args: Any) -> None:
+        """Give every free thread a chunk, and put back what has been done since."""
+        if self.pool is None:
+            self.frontier.push(step(self.frontier.pop(), *args))
+            return
+        while self.frontier.open and len(self.running) < self.frontier.workers:
+            self.running.add(self.pool.submit(torch.no_grad()(step), self.frontier.pop(), *args))
+        done, self.running = wait(self.running, return_when=FIRST_COMPLETED)
+        for future in done:
+            self.frontier.push(future.result())
+
+    def finish(self) -> None:
+        """Wait for what is running, and put it back."""
+        for future in self.running:
+            self.frontier.push(future.result())
+        self.running = set()
 
 
 @contextmanager

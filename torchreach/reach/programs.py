@@ -137,7 +137,7 @@ class ProgramEngine:
             chunks.append(self._activate(chunk.select(~cut), step))
         if cut.any():
             chunks += self._split(chunk.select(cut), neuron[cut])
-            self.tally.splits[chunk.layer] += int(cut.sum())
+            self.tally.count(chunk.layer, splits=int(cut.sum()))
         return chunks
 
     def finish(self, chunk: Chunk, record: RangeRecord) -> None:
@@ -161,7 +161,7 @@ class ProgramEngine:
                 star, output = wanted.nonzero(as_tuple=True)
                 if len(star) == 0:
                     continue
-                self.tally.programs[-1] += len(star)
+                self.tally.count(-1, programs=len(star))
                 floor = record.attained[direction][chunk.origin[star], output]
                 lower, bound, points = self._solve(chunk, part, star, output, below=floor)
                 upper[star, output] = torch.minimum(upper[star, output], bound)
@@ -220,7 +220,7 @@ class ProgramEngine:
         self.tally.settle(chunk.layer, "dual", stable)
         star, column = (asked & ~stable & (value <= tolerance)).nonzero(as_tuple=True)
         if len(star):
-            self.tally.programs[chunk.layer] += len(star)
+            self.tally.count(chunk.layer, programs=len(star))
             lower, bound, point = self._solve(
                 chunk, rows, star, column, above=tolerance, below=tolerance, gap=tolerance / 4
             )
@@ -344,7 +344,7 @@ class ProgramEngine:
 
     def _activate(self, chunk: Chunk, step: Step) -> Chunk:
         assert step.relu is not None
-        self.tally.stars[chunk.layer] += len(chunk)
+        self.tally.count(chunk.layer, stars=len(chunk))
         free = torch.full_like(chunk.over, torch.inf)
         low = torch.where(chunk.side > 0, -chunk.over, -free)
         high = torch.where(chunk.side > 0, free, chunk.over)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from torch import Tensor
 
 from torchreach.networks.steps import Step
@@ -17,11 +19,20 @@ class Tally:
         self.splits = [0] * len(steps)
         self.programs = [0] * len(steps)
         self._settled: list[dict[str, Tensor]] = [{} for _ in steps]
+        self._lock = threading.Lock()
+
+    def count(self, layer: int, *, stars: int = 0, splits: int = 0, programs: int = 0) -> None:
+        """Add to the counters of one layer."""
+        with self._lock:
+            self.stars[layer] += stars
+            self.splits[layer] += splits
+            self.programs[layer] += programs
 
     def settle(self, layer: int, test: str, which: Tensor) -> None:
         """Count the true entries of `which` as neurons settled by `test`."""
-        counts = self._settled[layer]
-        counts[test] = counts[test] + which.sum() if test in counts else which.sum()
+        counts, number = self._settled[layer], which.sum()
+        with self._lock:
+            counts[test] = counts[test] + number if test in counts else number
 
     def layers(self) -> tuple[LayerStats, ...]:
         """The counts of every activation layer."""

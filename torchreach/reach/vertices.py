@@ -251,7 +251,7 @@ class VertexEngine:
                 for body, child in part.body.cut(values[index, :, which], plane, tolerance):
                     parent = child % len(index)
                     waiting.add(Pieces(body, part.star[parent], part.cuts[parent] + 1))
-                self.tally.splits[chunk.layer] += len(index)
+                self.tally.count(chunk.layer, splits=len(index))
 
         chunks = [chunk.split(list(waiting.all()))] if waiting.groups else []
         if done:
@@ -275,7 +275,7 @@ class VertexEngine:
         high[:, live] = torch.where(settled, high[:, live], upper)
         self.tally.settle(chunk.layer, "root", sign[:, step.relu] != 0)
         self.tally.settle(chunk.layer, "vertices", sign[:, step.relu] == 0)
-        self.tally.stars[chunk.layer] += len(chunk)
+        self.tally.count(chunk.layer, stars=len(chunk))
         drift = torch.cat([p.drift for p in chunk.pieces])  # pieces are in the order of the stars here
         rows, slack = activation.relu(chunk.rows, chunk.slack, low, high, step.relu, drift)
         rows, slack = activation.affine(self.steps[chunk.layer + 1], rows, slack)
