@@ -11,7 +11,7 @@ import pytest
 def data_folder() -> Path | None:
     """Folder named by TORCHREACH_DATA, else ../shared/data beside the checkout, else None."""
     root = Path(__file__).resolve().parents[1]
-    folder = Path(os.environ.get("TORCHREACH_DATA", root.parent / "shared" / "data"))
+    folder = Path(os.environ.get("TORCHREACH_DATA") or root.parent / "shared" / "data")
     return folder if folder.is_dir() else None
 
 

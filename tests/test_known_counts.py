@@ -111,8 +111,9 @@ def mnist_pair() -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 def scaling_cases() -> list[str]:
-    if data_folder() is None:
-        return []
+    folder = data_folder()
+    if folder is None or not (folder / "fnn_repair" / "scaling.json").exists():
+        return []  # pytest shows one skipped test in their place
     every = cases("fnn_repair", "scaling.json")
     return [c["name"] for c in every if c["seed_code_status"] == "ok" and c["seed_code_stars"] <= 700]
 
