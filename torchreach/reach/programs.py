@@ -151,16 +151,19 @@ class ProgramEngine:
             record.attain(direction, chunk.origin, best, lambda s, n, slot=slot: chunk.points[s, slot[s, n]])
             upper, value, reach = self._from_centre(chunk, part)
             record.attain(direction, chunk.origin, value, lambda s, n, reach=reach: reach[s, :, n])
-            # Only stars whose bound exceeds what is already attained can matter: the best candidate of each
-            # output first, because its optimum rules most others out.
-            for first in (True, False):
-                wanted = upper > record.attained[direction][chunk.origin] + self.tolerances.gap
-                if first:
-                    top = upper == upper.amax(0, keepdim=True)
-                    wanted &= top
-                star, output = wanted.nonzero(as_tuple=True)
+            # Only stars whose bound exceeds what is already attained can matter. The best candidates of each
+            # output go first, because their optima rule most others out.
+            solved = torch.zeros_like(upper, dtype=torch.bool)
+            batch = len(chunk.origin.unique())
+            while True:
+                excess = upper - record.attained[direction][chunk.origin] - self.tolerances.gap
+                excess = torch.where(solved, -torch.inf, excess)
+                least = excess.topk(min(batch, len(excess)), dim=0).values[-1:]
+                star, output = ((excess > 0) & (excess >= least)).nonzero(as_tuple=True)
                 if len(star) == 0:
-                    continue
+                    break
+                batch *= 4
+                solved[star, output] = True
                 self.tally.count(-1, programs=len(star))
                 floor = record.attained[direction][chunk.origin[star], output]
                 lower, bound, points = self._solve(chunk, part, star, output, below=floor)

@@ -236,7 +236,7 @@ class VertexEngine:
                 break
             part = waiting.largest()
             values = part.body.vertices @ planes[part.star]  # [S', K, C]
-            low, high = values.amin(1), values.amax(1)
+            low, high = torch.aminmax(values, dim=1)
             crosses = (high > tolerance) & (low < -tolerance)
             cut = crosses.any(1)
             index, rest = cut.nonzero().flatten(), (~cut).nonzero().flatten()
@@ -245,7 +245,8 @@ class VertexEngine:
                 lows.append(low[rest])
                 highs.append(high[rest])
             if len(index):
-                which = crosses[index].to(torch.uint8).argmax(1)
+                # the deepest cut: halves of like size keep few vertices and finish early
+                which = torch.minimum(high, -low)[index].argmax(1)
                 part = part.select(index)
                 plane = planes[part.star, :, which]
                 for body, child in part.body.cut(values[index, :, which], plane, tolerance):
