@@ -134,3 +134,23 @@ def test_digit_networks_on_growing_sets_of_pixels(name: str) -> None:
     torch.testing.assert_close(found.range_lower[0], exact(case["lower"]), atol=1e-5, rtol=0)
     torch.testing.assert_close(found.range_upper[0], exact(case["upper"]), atol=1e-5, rtol=0)
     assert (found.upper - found.lower).max() < 1e-8
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_halves_of_a_box_count_the_whole_and_the_regions_their_border_cuts(method: str) -> None:
+    case = find("exact", net="3_7", case="prop_3 full")
+    network = tr.load(require_data(*case["onnx"].split("/")))
+    box = exact(case["box"])
+    middle = box[3].mean()
+
+    def count(lower: torch.Tensor, upper: torch.Tensor) -> int:
+        return len(tr.reach(network, tr.StarBatch.from_box(lower, upper), tr.Exact(method), keep_stars=False))
+
+    to_middle, from_middle = box[:, 1].clone(), box[:, 0].clone()
+    to_middle[3] = from_middle[3] = middle
+    # on the dividing plane input 3 is fixed: the regions there are those that it cuts in two
+    low, high = box[:, 0].clone(), box[:, 1].clone()
+    low[3] = high[3] = middle
+    border = count(low, high)
+    assert border > 0
+    assert count(box[:, 0], to_middle) + count(from_middle, box[:, 1]) == case["regions"] + border

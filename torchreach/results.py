@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class Status(enum.Enum):
     """How an interval was obtained, per input star."""
 
-    EXACT = "exact"  # every linear region was enumerated: lower and upper meet up to tolerance
-    BOUNDED = "bounded"  # the budget ended first: the interval is certified but may be wide
+    EXACT = "exact"  # every linear region was enumerated and lower and upper meet: within 1e-6 (1 + magnitude)
+    # in float64, 1e-4 (1 + magnitude) in float32
+    BOUNDED = "bounded"  # the budget ended first, or numerical limits left a gap: certified but may be wide
 
 
 @dataclass(frozen=True)

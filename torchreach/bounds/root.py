@@ -12,6 +12,7 @@ from torchreach.bounds.zonotope import Bounds, interval_bounds, zonotope_bounds
 from torchreach.networks.chain import chain
 from torchreach.networks.merge import MergedNetwork, MergedReLU
 from torchreach.networks.steps import Step
+from torchreach.tolerances import UNIT_ROUNDOFF
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,15 @@ def _lirpa(module: nn.Module, steps: tuple[Step, ...], rows: Tensor, slack: Tens
         _say_once(f"neurons are bounded by zonotopes only, so exact reach splits less early: {error}")
         return None
     flat = [(low.flatten(1), high.flatten(1)) for low, high in bounds]
-    return [(low - margin * (1 + low.abs()), high + margin * (1 + high.abs())) for low, high in flat]
+    # auto_LiRPA's rounding is in proportion to the terms that cancel in a bound, not to the bound.
+    terms, size = 0, spread + rows[:, 0].abs()
+    result: Bounds = []
+    for (low, high), step in zip(flat, steps, strict=True):
+        terms += step.terms + 8
+        size = step.magnitude(size) + step.bias_magnitude
+        extra = margin + 16 * terms * UNIT_ROUNDOFF * size
+        result.append((low - margin * low.abs() - extra, high + margin * high.abs() + extra))
+    return result
 
 
 def _side_by_side(module: MergedNetwork, first: Bounds, second: Bounds) -> Bounds:

@@ -244,7 +244,7 @@ def centre(A: Tensor, b: Tensor, start: Tensor, steps: int) -> Tensor:
     start: [B, M] strictly interior; every step stays strictly interior.
     """
     a = start
-    for _ in range(steps):
+    for _ in range(steps if start.shape[1] else 0):
         s = b - (A @ a[:, :, None])[:, :, 0]
         p, q = 1 - a, 1 + a
         gradient = _transposed(A, 1 / s) + 1 / p - 1 / q

@@ -89,7 +89,10 @@ def fan_in(layer: nn.Module) -> int:
         return size * size if isinstance(size, int) else int(torch.tensor(size).prod())
     if isinstance(layer, PASS_THROUGH + RESHAPING):
         return 0
-    return max((fan_in(child) for child in layer.children()), default=0) + 3
+    if isinstance(layer, nn.Sequential):
+        return sum(fan_in(child) for child in layer)
+    # batch norm, elementwise layers and comparison: a few operations; merged layers: the longer branch
+    return max((fan_in(child) for child in layer.children()), default=0) + 8
 
 
 def _part(layer: nn.Module, x: Tensor, *, magnitude: bool) -> Tensor:

@@ -99,6 +99,11 @@ def steps(
 def _bias_magnitude(block: nn.Sequential, zero: Tensor) -> Tensor:
     total = zero
     for layer in block:
-        # layer(0) is the layer's own bias: every product vanishes.
-        total = magnitude(layer, total) + layer(torch.zeros_like(total)).abs()
+        # layer(0) is the layer's own bias: every product vanishes. Batch norm's is itself a difference.
+        bias = layer(torch.zeros_like(total)).abs()
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            assert layer.running_mean is not None
+            mean = layer.running_mean.abs().reshape(-1, *[1] * (total.ndim - 2)).expand_as(total)
+            bias = bias + 2 * magnitude(layer, mean)
+        total = magnitude(layer, total) + bias
     return total.flatten()

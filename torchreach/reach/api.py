@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +24,12 @@ from torchreach.reach.tally import Tally
 from torchreach.reach.vertices import VertexEngine
 from torchreach.results import Progress, ProgressCallback, ReachResult, ReachStats, Status
 from torchreach.sets.star import StarBatch
-from torchreach.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF, Tolerances, round_down, round_up
+from torchreach.tolerances import COMPUTE_DTYPE, Tolerances, round_down, round_up
 
 # Vertices of a polytope grow exponentially with its dimension; beyond this linear programs are cheaper.
 VERTEX_DIM = 8
+# Relative gap between certified and attained up to which an enumeration is called exact.
+EXACT_GAP = defaultdict(lambda: 1e-2, {torch.float64: 1e-6, torch.float32: 1e-4})
 
 
 def reach(
@@ -86,7 +89,7 @@ class _Run:
         device = stars.device
         network = steps(module, stars.shape, dtype=COMPUTE_DTYPE, device=device)
         rows, A, b = stars.normalised()
-        slack = (rows.shape[1] + 8) * UNIT_ROUNDOFF * rows.abs().sum(1)
+        slack, loose = stars.rounding()
         bounds, name = root_bounds(module, network, rows, slack, method.root_bounds, tolerances.root_margin)
         signs = [(low >= 0).long() - (high <= 0).long() for low, high in bounds]
         tally = Tally(network)
@@ -102,7 +105,7 @@ class _Run:
         record = RangeRecord(len(stars), outputs, stars.dim, COMPUTE_DTYPE, device)
         # b >= A a as half-spaces b - A a >= 0, thickened by the sign tolerance so that flat stars have depth
         size = A.abs().sum(2).clamp(min=1e-300)
-        planes = torch.cat(((b / size + tolerances.sign)[:, :, None], -A / size[:, :, None]), 2)
+        planes = torch.cat((((b + loose) / size + tolerances.sign)[:, :, None], -A / size[:, :, None]), 2)
         frontier.push(engine.start(rows, slack, planes, torch.arange(len(stars), device=device)))
         return _Run(
             stars,
@@ -137,16 +140,22 @@ class _Run:
         value, error = value.reshape(size, 2, outputs, outputs), error.reshape(size, 2, outputs, outputs)
         value, error = value.diagonal(dim1=2, dim2=3), error.diagonal(dim1=2, dim2=3)  # [S, 2, N]
         points = points.reshape(size, 2, outputs, *self.stars.shape)
+        # A witness rounded to the caller's dtype may leave a constrained or mapped star: claim no more than holds.
+        met_lower = torch.maximum(value[:, 0] + error[:, 0], lower)
+        met_upper = torch.minimum(value[:, 1] - error[:, 1], upper)
+        gap = torch.maximum(met_lower - lower, upper - met_upper)
+        met = gap <= EXACT_GAP[dtype] * (1 + torch.maximum(lower.abs(), upper.abs()))
+        exact = ~self.left & met.all(1)
         return ReachResult(
             lower=round_down(lower, dtype),
             upper=round_up(upper, dtype),
-            attained_lower=round_up(value[:, 0] + error[:, 0], dtype),
-            attained_upper=round_down(value[:, 1] - error[:, 1], dtype),
+            attained_lower=round_up(met_lower, dtype),
+            attained_upper=round_down(met_upper, dtype),
             argmin=points[:, 0],
             argmax=points[:, 1],
             count=self.count,
             stars=self._stars(),
-            status=tuple(Status.BOUNDED if open_ else Status.EXACT for open_ in self.left.tolist()),
+            status=tuple(Status.EXACT if ok else Status.BOUNDED for ok in exact.tolist()),
             stats=ReachStats(
                 layers=self.tally.layers(),
                 method=self.engine.name,

@@ -350,10 +350,11 @@ class ProgramEngine:
         self.tally.count(chunk.layer, stars=len(chunk))
         free = torch.full_like(chunk.over, torch.inf)
         low = torch.where(chunk.side > 0, -chunk.over, -free)
-        high = torch.where(chunk.side > 0, free, chunk.over)
+        # a sign that is still open (a program met NaN) has an unbounded excursion
+        high = torch.where(chunk.side > 0, free, torch.where(chunk.side < 0, chunk.over, free))
         # Where root bounds or the predicate box settled the sign of the real network, nothing sticks out.
         low = torch.where((chunk.side > 0) & (chunk.over == 0), free, low)
-        high = torch.where((chunk.side <= 0) & (chunk.over == 0), -free, high)
+        high = torch.where((chunk.side < 0) & (chunk.over == 0), -free, high)
         rows, slack = activation.relu(chunk.rows, chunk.slack, low, high, step.relu, 0.0)
         rows, slack = activation.affine(self.steps[chunk.layer + 1], rows, slack)
         points = chunk.points[:, :KNOWN_POINTS]

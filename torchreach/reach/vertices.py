@@ -213,10 +213,13 @@ class VertexEngine:
         Only the columns of neurons that cross a star when it arrives are followed while it is cut, and its
         pieces share its affine map until the layer is done. Work left after a while is handed back, uncut.
         """
-        step, live, tolerance = self.steps[chunk.layer], self.live[chunk.layer], self.tolerances.sign
+        step, live = self.steps[chunk.layer], self.live[chunk.layer]
         assert step.relu is not None
         assert live is not None
         arrived = chunk.rows[:, :, live]
+        # A vertex on a cut is known to be on it only up to rounding, which grows with the pre-activation.
+        rounding = 16 * arrived.shape[1] * UNIT_ROUNDOFF * arrived.abs().sum(1)
+        tolerance = rounding.clamp(min=self.tolerances.sign)  # [S, L]
         lower, upper = (arrived.new_empty(len(chunk), len(live)) for _ in range(2))
         for part in chunk.pieces:
             values = part.body.vertices @ arrived[part.star]  # [S', K, L]
@@ -225,6 +228,7 @@ class VertexEngine:
         width = int(crosses.sum(1).max()) if crosses.numel() else 0
         column = crosses.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]  # [S, C]
         followed = crosses.gather(1, column)
+        tolerance = tolerance.gather(1, column)  # [S, C]
         planes = arrived.gather(2, column[:, None, :].expand(-1, arrived.shape[1], -1))
         planes = planes * followed[:, None, :]  # a zero column crosses nothing
 
@@ -237,7 +241,8 @@ class VertexEngine:
             part = waiting.largest()
             values = part.body.vertices @ planes[part.star]  # [S', K, C]
             low, high = torch.aminmax(values, dim=1)
-            crosses = (high > tolerance) & (low < -tolerance)
+            near = tolerance[part.star]
+            crosses = (high > near) & (low < -near)
             cut = crosses.any(1)
             index, rest = cut.nonzero().flatten(), (~cut).nonzero().flatten()
             if len(rest):
@@ -246,10 +251,10 @@ class VertexEngine:
                 highs.append(high[rest])
             if len(index):
                 # the deepest cut: halves of like size keep few vertices and finish early
-                which = torch.minimum(high, -low)[index].argmax(1)
+                which = torch.where(crosses, torch.minimum(high, -low), -torch.inf)[index].argmax(1)
                 part = part.select(index)
-                plane = planes[part.star, :, which]
-                for body, child in part.body.cut(values[index, :, which], plane, tolerance):
+                plane, near = planes[part.star, :, which], tolerance[part.star, which][:, None]
+                for body, child in part.body.cut(values[index, :, which], plane, near):
                     parent = child % len(index)
                     waiting.add(Pieces(body, part.star[parent], part.cuts[parent] + 1))
                 self.tally.count(chunk.layer, splits=len(index))

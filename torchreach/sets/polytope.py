@@ -84,13 +84,15 @@ class PolytopeBatch:
         facets = None if self.facets is None else self.facets[index]
         return PolytopeBatch(self.vertices[index], self.count[index], self.incidence[index], facets)
 
-    def cut(self, values: Tensor, plane: Tensor | None, tolerance: float) -> list[tuple[PolytopeBatch, Tensor]]:
+    def cut(
+        self, values: Tensor, plane: Tensor | None, tolerance: Tensor | float
+    ) -> list[tuple[PolytopeBatch, Tensor]]:
         """Both sides of a hyperplane each, grouped by number of vertices.
 
         Args:
             values: [S, K] value of the hyperplane's function at each vertex slot.
             plane: [S, 1 + M] its coefficients (needed only when facets are kept).
-            tolerance: vertices with |value| <= tolerance lie on the hyperplane.
+            tolerance: vertices with |value| <= tolerance lie on the hyperplane; a number or [S, 1].
 
         Returns: list of (children, child), child [S'] holding s for the side >= 0 of polytope s and S + s
             for the side <= 0. A side without vertices is left out.

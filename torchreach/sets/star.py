@@ -24,7 +24,7 @@ from torchreach.errors import InvalidSetError, ShapeError
 from torchreach.lp.interior_point import centre, interior, maximize
 from torchreach.lp.problem import LPBatch
 from torchreach.networks.layers import linear
-from torchreach.tolerances import COMPUTE_DTYPE, Tolerances, round_down, round_up
+from torchreach.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF, Tolerances, round_down, round_up
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,9 @@ class StarBatch:
     def intersect(self, normal: Tensor, offset: Tensor | float) -> StarBatch:
         """Intersection with half-spaces normal . x <= offset on the features x.
 
-        normal: [H, N] or [N] (N flattened features); offset: [H] or a number.
+        normal: [H, N] or [N] (N flattened features); offset: [H] or a number. The half-space is rounded to
+        the stars' dtype. Analyses thicken constraints by 1e-10 of the predicate's radius, so that flat stars
+        have an interior: certified bounds stay valid, and a witness may lie that far outside a constraint.
         Raises InvalidSetError naming the stars that become empty.
         """
         normal = torch.atleast_2d(torch.as_tensor(normal, dtype=self.dtype, device=self.device))
@@ -263,6 +265,14 @@ class StarBatch:
         A = self.A.to(COMPUTE_DTYPE)
         b = self.b.to(COMPUTE_DTYPE) - (A @ middle[:, :, None])[:, :, 0]
         return rows, A * radius[:, None, :], b
+
+    def rounding(self) -> tuple[Tensor, Tensor]:
+        """Error bounds of `normalised`: of its features [S, N] at any predicate, and of its b [S, P]."""
+        reach = torch.maximum(self.lower.abs(), self.upper.abs()).to(COMPUTE_DTYPE)[:, None]
+        basis, A = self.basis.flatten(2).to(COMPUTE_DTYPE).abs(), self.A.to(COMPUTE_DTYPE).abs()
+        share = (self.dim + 12) * UNIT_ROUNDOFF
+        features = basis[:, 0] + 2 * (reach @ basis[:, 1:])[:, 0]
+        return share * features, share * (self.b.to(COMPUTE_DTYPE).abs() + 2 * (A @ reach.transpose(1, 2))[:, :, 0])
 
     def is_empty(self) -> Tensor:
         """[S] bool: proven to contain no point."""
