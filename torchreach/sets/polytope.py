@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 # Bits used of each int64 word: the sign bit stays clear.
 BITS = 62
@@ -140,7 +141,7 @@ class PolytopeBatch:
         touched = _any_bits(torch.where(keep[..., None], self.incidence, 0).flatten(0, 1))  # [2 S, W]
         bit = _lowest_free(touched)
         if bit.shape[1] > words:
-            incidence, shared = (torch.nn.functional.pad(part, (0, 1)) for part in (incidence, shared))
+            incidence, shared = (pad(part, (0, 1)) for part in (incidence, shared))
         on_cut = torch.cat(((used & ~above & ~below).flatten(), torch.ones_like(star, dtype=torch.bool)))
         bits = torch.cat((incidence, shared))[source]
         bits = bits | torch.where(on_cut[source, None], bit[owner], 0)
@@ -181,7 +182,7 @@ class PolytopeBatch:
         missing = int(number.max()) + 1 - self.facets.shape[1]
         facets = self.facets[parent]
         if missing > 0:
-            facets = torch.nn.functional.pad(facets, (0, 0, 0, missing))
+            facets = pad(facets, (0, 0, 0, missing))
         facets[torch.arange(len(child), device=child.device), number] = sign[:, None] * plane[parent]
         return facets
 
@@ -253,19 +254,12 @@ def merge(batches: list[PolytopeBatch]) -> PolytopeBatch:
     facets = None
     if batches[0].facets is not None:
         numbers = max(b.facets.shape[1] for b in batches if b.facets is not None)
-        facets = torch.cat([_widen(b.facets, 1, numbers) for b in batches if b.facets is not None])
+        facets = torch.cat(
+            [pad(b.facets, (0, 0, 0, numbers - b.facets.shape[1])) for b in batches if b.facets is not None]
+        )
     return PolytopeBatch(
         torch.cat([b.vertices for b in batches]),
         torch.cat([b.count for b in batches]),
-        torch.cat([_widen(b.incidence, 2, words) for b in batches]),
+        torch.cat([pad(b.incidence, (0, words - b.incidence.shape[2])) for b in batches]),
         facets,
     )
-
-
-def _widen(tensor: Tensor, dim: int, width: int) -> Tensor:
-    missing = width - tensor.shape[dim]
-    if missing == 0:
-        return tensor
-    shape = list(tensor.shape)
-    shape[dim] = missing
-    return torch.cat((tensor, tensor.new_zeros(shape)), dim)
