@@ -46,10 +46,11 @@ def maximize(
     size, dim = problem.objective.shape
     lower = (problem.objective * start).sum(1) + problem.constant
     point = start.clone()
-    upper = problem.bound(torch.zeros_like(problem.b))
+    dual = torch.zeros_like(problem.b)
+    upper = problem.bound(dual)
     if problem.b.shape[1] == 0:  # a box: the dual bound is exact and its corner attains it
         corner = torch.where(problem.objective >= 0, 1.0, -1.0).to(start.dtype)
-        return LPSolution((problem.objective * corner).sum(1) + problem.constant, upper, corner, 0)
+        return LPSolution((problem.objective * corner).sum(1) + problem.constant, upper, corner, dual, 0)
 
     above = torch.as_tensor(above, dtype=start.dtype, device=start.device).expand(size)
     below = torch.as_tensor(below, dtype=start.dtype, device=start.device).expand(size)
@@ -71,8 +72,10 @@ def maximize(
         lower[todo] = torch.where(better, value, lower[todo])
         point[todo] = torch.where(better[:, None], state.a, point[todo])
         bound = work.bound(state.y)
-        upper[todo] = torch.where(bound < upper[todo], bound, upper[todo])
-    return LPSolution(lower, upper, point, used)
+        tighter = bound < upper[todo]
+        upper[todo] = torch.where(tighter, bound, upper[todo])
+        dual[todo] = torch.where(tighter[:, None], state.y, dual[todo])
+    return LPSolution(lower, upper, point, dual, used)
 
 
 class _State:

@@ -46,12 +46,14 @@ class LPSolution:
         lower: [B] objective at `point`.
         upper: [B] certified upper bound, from a dual point; allowance for rounding included.
         point: [B, M] strictly feasible point.
+        dual: [B, P] multipliers that give `upper`.
         iterations: number of interior-point iterations of the whole batch.
     """
 
     lower: Tensor
     upper: Tensor
     point: Tensor
+    dual: Tensor
     iterations: int
 
 

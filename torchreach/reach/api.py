@@ -14,6 +14,7 @@ from torchreach.bounds.root import root_bounds
 from torchreach.bounds.zonotope import Bounds
 from torchreach.errors import ShapeError
 from torchreach.networks.propagate import propagate
+from torchreach.networks.reduced import reduce
 from torchreach.networks.steps import Step, steps
 from torchreach.options import Budget, Exact
 from torchreach.reach import activation
@@ -92,15 +93,17 @@ class _Run:
         slack, loose = stars.rounding()
         bounds, name = root_bounds(module, network, rows, slack, method.root_bounds, tolerances.root_margin)
         signs = [(low >= 0).long() - (high <= 0).long() for low, high in bounds]
-        tally = Tally(network)
+        smaller = reduce(network, signs, bounds)
+        walked, signs, waypoints, left_out = smaller or (network, signs, bounds, [0] * len(network))
+        tally = Tally(network, left_out)
         chosen = method.method
         if chosen == "auto":
             chosen = "vertices" if stars.dim <= VERTEX_DIM else "programs"
         if stars.dim == 0:  # points: there is nothing to program
             chosen = "vertices"
         maker = VertexEngine if chosen == "vertices" else ProgramEngine
-        engine = maker(network, signs, tolerances, tally, keep_facets=keep_stars)
-        frontier = Frontier(engine, network, bounds, stars.dim, device)
+        engine = maker(walked, signs, tolerances, tally, keep_facets=keep_stars)
+        frontier = Frontier(engine, walked, waypoints, stars.dim, device)
         outputs = network[-1].features
         record = RangeRecord(len(stars), outputs, stars.dim, COMPUTE_DTYPE, device)
         # b >= A a as half-spaces b - A a >= 0, thickened by the sign tolerance so that flat stars have depth

@@ -24,7 +24,7 @@ from torchreach.lp.interior_point import centre, factor, interior, maximize
 from torchreach.lp.problem import LPBatch, dual_bound
 from torchreach.networks.steps import Step
 from torchreach.reach import activation
-from torchreach.reach.record import RangeRecord
+from torchreach.reach.record import PointOf, RangeRecord
 from torchreach.reach.tally import Tally
 from torchreach.tolerances import UNIT_ROUNDOFF, Tolerances
 
@@ -141,39 +141,67 @@ class ProgramEngine:
         return chunks
 
     def finish(self, chunk: Chunk, record: RangeRecord) -> None:
-        """Take the output range of stars at the last layer into the record, by linear programs."""
-        rows = torch.cat((-chunk.rows, chunk.rows), 2)
+        """Take the output range of stars at the last layer into the record, by linear programs.
+
+        Only stars whose bound exceeds what is already attained can matter. The best candidate of each output
+        is solved first: its optimum rules out many others, and so do its multipliers (see `_echo`).
+        """
         outputs = chunk.rows.shape[2]
-        slack = chunk.slack
-        for direction, part in enumerate(rows.split(outputs, 2)):
-            values = part[:, :1] + chunk.points @ part[:, 1:]  # [S, W, N]
-            best, slot = values.max(1)
-            record.attain(direction, chunk.origin, best, lambda s, n, slot=slot: chunk.points[s, slot[s, n]])
-            upper, value, reach = self._from_centre(chunk, part)
-            record.attain(direction, chunk.origin, value, lambda s, n, reach=reach: reach[s, :, n])
-            # Only stars whose bound exceeds what is already attained can matter. The best candidates of each
-            # output go first, because their optima rule most others out.
-            solved = torch.zeros_like(upper, dtype=torch.bool)
-            batch = len(chunk.origin.unique())
-            while True:
-                excess = upper - record.attained[direction][chunk.origin] - self.tolerances.gap
-                excess = torch.where(solved, -torch.inf, excess)
-                least = excess.topk(min(batch, len(excess)), dim=0).values[-1:]
-                star, output = ((excess > 0) & (excess >= least)).nonzero(as_tuple=True)
-                if len(star) == 0:
-                    break
-                batch *= 4
-                solved[star, output] = True
-                self.tally.count(-1, programs=len(star))
-                floor = record.attained[direction][chunk.origin[star], output]
-                lower, bound, points = self._solve(chunk, part, star, output, below=floor)
-                upper[star, output] = torch.minimum(upper[star, output], bound)
-                found = torch.full_like(upper, -torch.inf)
-                found[star, output] = lower
-                number = torch.full_like(upper, -1, dtype=torch.long)
-                number[star, output] = torch.arange(len(star), device=star.device)
-                record.attain(direction, chunk.origin, found, lambda s, n, p=points, k=number: p[k[s, n]])
-            record.certify(direction, chunk.origin, upper + slack)
+        rows = torch.cat((-chunk.rows, chunk.rows), 2)  # columns: -f of every output, then f
+        values = rows[:, :1] + chunk.points @ rows[:, 1:]  # [S, W, 2 N]
+        best, slot = values.max(1)
+        upper, value, reach = self._from_centre(chunk, rows)
+        attained = _Attained(record, chunk.origin, outputs)
+        attained.take(best, lambda s, n: chunk.points[s, slot[s, n]])
+        attained.take(value, lambda s, n: reach[s, :, n])
+        solved = torch.zeros_like(upper, dtype=torch.bool)
+        inputs = int(chunk.origin.max()) + 1
+        while True:
+            excess = torch.where(solved, -torch.inf, upper - attained.floor() - self.tolerances.gap)
+            top = excess.new_full((inputs, 2 * outputs), -torch.inf)
+            top.scatter_reduce_(0, chunk.origin[:, None].expand_as(excess), excess, "amax")
+            star, output = ((excess > 0) & (excess == top[chunk.origin])).nonzero(as_tuple=True)
+            if len(star) == 0:
+                break
+            solved[star, output] = True
+            self.tally.count(-1, programs=len(star))
+            floor = attained.floor()[star, output]
+            lower, bound, points, dual = self._solve(chunk, rows, star, output, below=floor)
+            upper[star, output] = torch.minimum(upper[star, output], bound)
+            found = torch.full_like(upper, -torch.inf)
+            found[star, output] = lower
+            number = torch.full_like(upper, -1, dtype=torch.long)
+            number[star, output] = torch.arange(len(star), device=star.device)
+            attained.take(found, lambda s, n, p=points, k=number: p[k[s, n]])
+            box = rows[star, 1:, output] - (dual[:, None] @ chunk.A[star])[:, 0]  # [B, M]
+            shadow = rows.new_zeros(inputs, 2 * outputs, rows.shape[1] - 1)
+            shadow[chunk.origin[star], output] = box
+            known = torch.zeros_like(top, dtype=torch.bool)
+            known[chunk.origin[star], output] = True
+            self._echo(chunk, rows, shadow, known, upper, attained.floor())
+        upper = upper + chunk.slack.repeat(1, 2)
+        for direction, part in enumerate(upper.split(outputs, 1)):
+            record.certify(direction, chunk.origin, part)
+
+    def _echo(self, chunk: Chunk, rows: Tensor, shadow: Tensor, known: Tensor, upper: Tensor, floor: Tensor) -> None:
+        """Tighten `upper` [S, L] by multipliers that leave the box the gradient it had at a solved optimum."""
+        star, output = (known[chunk.origin] & (upper > floor + self.tolerances.gap)).nonzero(as_tuple=True)
+        if len(star) == 0:
+            return
+        g, constant, A, b = rows[star, 1:, output], rows[star, 0, output], chunk.A[star], chunk.b[star]
+        problem = LPBatch(g, constant, A, b)
+        right = g - shadow[chunk.origin[star], output]
+        gram = A @ A.transpose(1, 2)
+        along = (A @ right[:, :, None])[:, :, 0]
+        free = torch.ones_like(b)
+        for _ in range(3):
+            system = gram * free[:, :, None] * free[:, None, :]
+            system.diagonal(dim1=1, dim2=2).add_(1e-9 + (1 - free))
+            y = torch.linalg.solve_ex(system, along * free)[0] * free
+            free = free * (y > 0)
+            y = y.clamp(min=0).nan_to_num()
+            bound = problem.bound(y)
+            upper[star, output] = torch.minimum(upper[star, output], bound)
 
     # -- signs ----------------------------------------------------------------------------------------
 
@@ -224,7 +252,7 @@ class ProgramEngine:
         star, column = (asked & ~stable & (value <= tolerance)).nonzero(as_tuple=True)
         if len(star):
             self.tally.count(chunk.layer, programs=len(star))
-            lower, bound, point = self._solve(
+            lower, bound, point, _ = self._solve(
                 chunk, rows, star, column, above=tolerance, below=tolerance, gap=tolerance / 4
             )
             upper[star, column] = torch.minimum(upper[star, column], bound)
@@ -291,8 +319,8 @@ class ProgramEngine:
         above: float = torch.inf,
         below: Tensor | float,
         gap: float | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Programs max rows[s, :, l] over star s, in batches of bounded memory: lower, upper, point."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Programs max rows[s, :, l] over star s, in batches of bounded memory: lower, upper, point, dual."""
         below = torch.as_tensor(below, dtype=rows.dtype, device=rows.device).expand(len(star))
         size = max(1, PROGRAM_NUMBERS // max(1, chunk.A.shape[1] * chunk.A.shape[2]))
         parts = []
@@ -308,7 +336,7 @@ class ProgramEngine:
                 )
             )
         lower, upper = torch.cat([p.lower for p in parts]), torch.cat([p.upper for p in parts])
-        return lower, upper, torch.cat([p.point for p in parts])
+        return lower, upper, torch.cat([p.point for p in parts]), torch.cat([p.dual for p in parts])
 
     # -- cut and activate -----------------------------------------------------------------------------
 
@@ -359,6 +387,23 @@ class ProgramEngine:
         rows, slack = activation.affine(self.steps[chunk.layer + 1], rows, slack)
         points = chunk.points[:, :KNOWN_POINTS]
         return self._enter(chunk.layer + 1, chunk.A, chunk.b, points, rows, slack, chunk.origin)
+
+
+class _Attained:
+    """What the record has attained, both directions side by side, as stars of its input stars see it."""
+
+    def __init__(self, record: RangeRecord, origin: Tensor, outputs: int) -> None:
+        self.record, self.origin, self.outputs = record, origin, outputs
+
+    def floor(self) -> Tensor:
+        """[S, 2 N] best value met for -f and f of every output."""
+        return self.record.attained[:, self.origin].transpose(0, 1).flatten(1)
+
+    def take(self, value: Tensor, point: PointOf) -> None:
+        """Values [S, 2 N] and the points where they are met."""
+        for direction, part in enumerate(value.split(self.outputs, 1)):
+            first = direction * self.outputs
+            self.record.attain(direction, self.origin, part, lambda s, n, first=first: point(s, n + first))
 
 
 def _pad(tensor: Tensor, width: int, fill: Tensor) -> Tensor:

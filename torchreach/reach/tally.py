@@ -13,8 +13,9 @@ from torchreach.results import LayerStats
 class Tally:
     """Work per activation layer; see `torchreach.results.LayerStats`."""
 
-    def __init__(self, steps: tuple[Step, ...]) -> None:
+    def __init__(self, steps: tuple[Step, ...], left_out: list[int]) -> None:
         self.steps = steps
+        self.left_out = left_out  # neurons of each layer that root bounds settled for every input star
         self.stars = [0] * len(steps)
         self.splits = [0] * len(steps)
         self.programs = [0] * len(steps)
@@ -36,15 +37,20 @@ class Tally:
 
     def layers(self) -> tuple[LayerStats, ...]:
         """The counts of every activation layer."""
-        return tuple(
-            LayerStats(
-                name=step.name,
-                neurons=int(step.relu.sum()),
-                stars=self.stars[i],
-                splits=self.splits[i],
-                linear_programs=self.programs[i],
-                settled={test: int(n) for test, n in self._settled[i].items() if int(n)},
+        result = []
+        for i, step in enumerate(self.steps):
+            if step.relu is None:
+                continue
+            settled = {test: int(n) for test, n in self._settled[i].items()}
+            settled["root"] = settled.get("root", 0) + self.left_out[i] * self.stars[i]
+            result.append(
+                LayerStats(
+                    name=step.name,
+                    neurons=int(step.relu.sum()),
+                    stars=self.stars[i],
+                    splits=self.splits[i],
+                    linear_programs=self.programs[i],
+                    settled={test: n for test, n in settled.items() if n},
+                )
             )
-            for i, step in enumerate(self.steps)
-            if step.relu is not None
-        )
+        return tuple(result)
