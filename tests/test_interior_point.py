@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.networks import DEVICES
 from torchreach.lp.interior_point import centre, interior, maximize
+from torchreach.lp.halfspaces import Halfspaces
 from torchreach.lp.problem import LPBatch
 from torchreach.lp.reference import solve_reference
 
@@ -24,19 +25,19 @@ def programs(size: int, constraints: int, dim: int, *, whole: bool = False) -> L
         inside = torch.rand(size, dim, generator=g, dtype=torch.float64) * 1.6 - 0.8
         b = (A @ inside[:, :, None])[:, :, 0] + torch.rand(size, constraints, generator=g, dtype=torch.float64)
         objective = torch.randn(size, dim, generator=g, dtype=torch.float64)
-    return LPBatch(objective, objective.new_zeros(size), A, b)
+    return LPBatch(objective, objective.new_zeros(size), Halfspaces(A, b))
 
 
 def start(problem: LPBatch) -> Tensor:
-    point, depth, empty = interior(problem.A, problem.b, 1e-10)
+    point, depth, empty = interior(problem.sets, 1e-10)
     assert (depth > 0).all()
     assert not empty.any()
-    return centre(problem.A, problem.b, point, 5)
+    return centre(problem.sets, point, 5)
 
 
 def optimum(problem: LPBatch) -> Tensor:
     ones = torch.ones_like(problem.objective)
-    return solve_reference(problem.objective, problem.A, problem.b, -ones, ones)[0]
+    return solve_reference(problem.objective, problem.sets.A, problem.sets.b, -ones, ones)[0]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -45,12 +46,13 @@ def optimum(problem: LPBatch) -> Tensor:
 def test_certified_interval_meets_the_optimum(device: str, constraints: int, dim: int, whole: bool) -> None:
     problem = programs(12, constraints, dim, whole=whole)
     wanted = optimum(problem)
-    moved = LPBatch(*(getattr(problem, name).to(device) for name in ("objective", "constant", "A", "b")))
+    sets = Halfspaces(problem.sets.A.to(device), problem.sets.b.to(device))
+    moved = LPBatch(problem.objective.to(device), problem.constant.to(device), sets)
     solution = maximize(moved, start(moved), gap=1e-9)
     assert (solution.upper.cpu() >= wanted - 1e-9).all()
     assert (solution.lower.cpu() <= wanted + 1e-9).all()
     assert (solution.upper - solution.lower).max() < 1e-8
-    inside = moved.b - (moved.A @ solution.point[:, :, None])[:, :, 0]
+    inside = moved.sets.room(solution.point)
     assert constraints == 0 or inside.min() >= 0
     assert solution.point.abs().max() <= 1
 
@@ -79,7 +81,7 @@ def test_a_question_ends_at_its_answer() -> None:
 def test_emptiness_is_proven_and_flatness_is_not_emptiness() -> None:
     A = torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]] * 3, dtype=torch.float64)
     b = torch.tensor([[-0.5, 0.2], [0.3, -0.3], [0.3, 0.1]], dtype=torch.float64)  # empty, a line, a strip
-    point, depth, empty = interior(A, b, 1e-9)
+    point, depth, empty = interior(Halfspaces(A, b), 1e-9)
     assert empty.tolist() == [True, False, False]
     assert depth[2] > 0.05
     assert abs(depth[1]) < 1e-8
@@ -88,7 +90,7 @@ def test_emptiness_is_proven_and_flatness_is_not_emptiness() -> None:
 
 def test_a_batch_does_not_fail_because_of_one_program() -> None:
     problem = programs(4, 6, 3)
-    problem.A[2] = float("nan")
+    problem.sets.A[2] = float("nan")
     solution = maximize(problem, torch.zeros_like(problem.objective), gap=1e-9)
     good = [0, 1, 3]
     wanted = optimum(problem.select(torch.tensor(good)))

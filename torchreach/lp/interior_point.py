@@ -18,10 +18,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from torchreach.lp.halfspaces import Halfspaces, Sets
 from torchreach.lp.problem import LPBatch, LPSolution
 
 TO_BOUNDARY = 0.995
-REFINEMENTS = 1
 REGULARISATION = 1e-14
 
 
@@ -44,13 +44,13 @@ def maximize(
         iterations: limit; what is left then keeps its (valid, wider) interval.
     """
     size, dim = problem.objective.shape
-    lower = (problem.objective * start).sum(1) + problem.constant
+    lower = problem.value(start)
     point = start.clone()
-    dual = torch.zeros_like(problem.b)
+    dual = torch.zeros_like(problem.sets.b)
     upper = problem.bound(dual)
-    if problem.b.shape[1] == 0:  # a box: the dual bound is exact and its corner attains it
+    if problem.sets.constraints == 0:  # a box: the dual bound is exact and its corner attains it
         corner = torch.where(problem.objective >= 0, 1.0, -1.0).to(start.dtype)
-        return LPSolution((problem.objective * corner).sum(1) + problem.constant, upper, corner, dual, 0)
+        return LPSolution(problem.value(corner), upper, corner, dual, 0)
 
     above = torch.as_tensor(above, dtype=start.dtype, device=start.device).expand(size)
     below = torch.as_tensor(below, dtype=start.dtype, device=start.device).expand(size)
@@ -66,7 +66,7 @@ def maximize(
         if len(left) < len(todo):
             todo, work, state = todo[left], work.select(left), state.select(left)
         state.step(work)
-        value = (work.objective * state.a).sum(1) + work.constant
+        value = work.value(state.a)
         # The iterate stays strictly feasible up to rounding; a point that is not is not taken.
         better = (value > lower[todo]) & state.feasible(work)
         lower[todo] = torch.where(better, value, lower[todo])
@@ -86,7 +86,7 @@ class _State:
 
     @staticmethod
     def start(problem: LPBatch, a: Tensor) -> _State:
-        s = (problem.b - (problem.A @ a[:, :, None])[:, :, 0]).clamp(min=1e-14)
+        s = problem.sets.room(a).clamp(min=1e-14)
         # mu such that multipliers are of the size of the objective
         scale = problem.objective.abs().amax(1, keepdim=True).clamp(min=1e-12)
         p, q = 1 - a, 1 + a
@@ -97,22 +97,21 @@ class _State:
         return _State(self.a[index], self.s[index], self.y[index], self.u[index], self.v[index])
 
     def feasible(self, problem: LPBatch) -> Tensor:
-        inside = (problem.b - (problem.A @ self.a[:, :, None])[:, :, 0]).amin(1) >= 0
-        return inside & (self.a.abs().amax(1) <= 1)
+        return (problem.sets.room(self.a).amin(1) >= 0) & (self.a.abs().amax(1) <= 1)
 
     def step(self, problem: LPBatch) -> None:
-        A = problem.A
+        sets = problem.sets
         a, s, y, u, v = self.a, self.s, self.y, self.u, self.v
         p, q = 1 - a, 1 + a
         slots = s.shape[1] + 2 * a.shape[1]
         mu = ((s * y).sum(1) + (p * u).sum(1) + (q * v).sum(1)) / slots
-        residual = problem.objective - _transposed(A, y) - u + v
-        solve = factor(A, y / s, u / p + v / q)
+        residual = problem.objective - sets.mix(y[:, None])[:, 0] - u + v
+        solve = factor(sets, y / s, u / p + v / q)
 
         def direction(rs: Tensor, rp: Tensor, rq: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-            right = residual - _transposed(A, rs / s) - rp / p + rq / q
-            da, w = (part[:, :, 0] for part in solve(right[:, :, None]))
-            return da, -(A @ da[:, :, None])[:, :, 0], rs / s + w, rp / p + u / p * da, rq / q - v / q * da
+            right = residual - sets.mix((rs / s)[:, None])[:, 0] - rp / p + rq / q
+            da, w = (part[:, 0] for part in solve(right[:, None]))
+            return da, -sets.dot(da[:, None])[:, 0], rs / s + w, rp / p + u / p * da, rq / q - v / q * da
 
         da, ds, dy, du, dv = direction(-s * y, -p * u, -q * v)
         primal, dual = _lengths((s, p, q), (ds, -da, da)), _lengths((y, u, v), (dy, du, dv))
@@ -130,51 +129,52 @@ class _State:
         primal, dual = torch.where(ok, primal, 0.0), torch.where(ok, dual, 0.0)
         zero = torch.nan_to_num
         self.a = a + primal * zero(da)
-        self.s = (problem.b - (A @ self.a[:, :, None])[:, :, 0]).clamp(min=1e-15)
+        self.s = sets.room(self.a).clamp(min=1e-15)
         self.y, self.u, self.v = y + dual * zero(dy), u + dual * zero(du), v + dual * zero(dv)
-
-
-def _transposed(A: Tensor, y: Tensor) -> Tensor:
-    return (y[:, None, :] @ A)[:, 0, :]
 
 
 def _lengths(values: tuple[Tensor, ...], deltas: tuple[Tensor, ...]) -> Tensor:
     """[B] longest step in [0, 1] that keeps every value nonnegative."""
-    value, delta = torch.cat(values, 1), torch.cat(deltas, 1)
-    ratio = torch.where(delta < 0, -value / delta, torch.inf)
-    return ratio.amin(1).clamp(max=1.0)
+    return longest(values, deltas).clamp(max=1.0)
 
 
-def factor(A: Tensor, weights: Tensor, diagonal: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def longest(values: tuple[Tensor, ...], deltas: tuple[Tensor, ...]) -> Tensor:
+    """[B] longest step that keeps every value positive, inf where every step does."""
+    pairs = zip(values, deltas, strict=True)
+    parts = [torch.where(d < 0, v / -d, torch.inf).amin(1) for v, d in pairs if v.shape[1]]
+    return torch.stack(parts).amin(0)
+
+
+def factor(
+    sets: Sets, weights: Tensor, diagonal: Tensor, refinements: int = 1
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """Solver r -> (x, w) of D x + A^T w = r, w = E A x, with E = diag(weights), D = diag(diagonal).
 
-    A [B, P, M], weights [B, P] > 0, diagonal [B, M] > 0; r and x [B, M, R], w [B, P, R]: one factorisation
-    serves R right-hand sides.
+    weights [B, P] > 0, diagonal [B, M] > 0; r and x [B, R, M], w [B, R, P]: one factorisation serves R
+    right-hand sides.
     """
-    At = A.transpose(1, 2)
-    D, E = diagonal[:, :, None], weights[:, :, None]
-    if A.shape[1] < A.shape[2]:  # fewer constraints than variables: eliminate x, factor P x P
-        scaled = A / diagonal[:, None, :]
-        eliminated = _Scaled(scaled @ At + torch.diag_embed(1 / weights))
+    D, E = diagonal[:, None], weights[:, None]
+    if sets.constraints < sets.variables:  # fewer constraints than variables: eliminate x, factor P x P
+        eliminated = _Scaled(sets.over_constraints(1 / diagonal) + torch.diag_embed(1 / weights))
 
-        def reduced(r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
-            w = eliminated.solve(scaled @ r1 - r2)
-            return (r1 - At @ w) / D, w
+        def reduced(r1: Tensor, r2: Tensor | None) -> tuple[Tensor, Tensor]:
+            right = sets.dot(r1 / D)
+            w = eliminated.solve(right if r2 is None else right - r2)
+            return (r1 - sets.mix(w)) / D, w
 
     else:  # eliminate w, factor M x M
-        weighted = (A * E).transpose(1, 2)
-        eliminated = _Scaled(weighted @ A + torch.diag_embed(diagonal))
+        eliminated = _Scaled(sets.over_variables(weights) + torch.diag_embed(diagonal))
 
-        def reduced(r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
-            x = eliminated.solve(r1 + weighted @ r2)
-            return x, E * (A @ x - r2)
+        def reduced(r1: Tensor, r2: Tensor | None) -> tuple[Tensor, Tensor]:
+            x = eliminated.solve(r1 if r2 is None else r1 + sets.mix(E * r2))
+            return x, E * (sets.dot(x) if r2 is None else sets.dot(x) - r2)
 
     def solve(r: Tensor) -> tuple[Tensor, Tensor]:
-        x, w = reduced(r, torch.zeros_like(E))
+        x, w = reduced(r, None)
         # Near the optimum D or 1 / E vanish and digits are lost in the elimination; refining the unreduced
         # system, where neither 1 / D nor E appears, restores them.
-        for _ in range(REFINEMENTS):
-            dx, dw = reduced(r - D * x - At @ w, w / E - A @ x)
+        for _ in range(refinements):
+            dx, dw = reduced(r - D * x - sets.mix(w), w / E - sets.dot(x))
             x, w = x + dx, w + dw
         return x, w
 
@@ -189,25 +189,28 @@ class _Scaled:
     """
 
     def __init__(self, matrix: Tensor) -> None:
-        self.scale = matrix.diagonal(dim1=1, dim2=2).rsqrt()[:, :, None]
+        self.scale = matrix.diagonal(dim1=1, dim2=2).rsqrt()[:, None]
         unit = self.scale * matrix * self.scale.transpose(1, 2)
         unit.diagonal(dim1=1, dim2=2).add_(REGULARISATION)
         self.factor = torch.linalg.cholesky_ex(unit).L
 
     def solve(self, right: Tensor) -> Tensor:
-        return self.scale * torch.cholesky_solve(self.scale * right, self.factor)
+        """[B, R, K] -> [B, R, K]."""
+        scaled = (self.scale * right).transpose(1, 2)
+        return self.scale * torch.cholesky_solve(scaled, self.factor).transpose(1, 2)
 
 
-def interior(A: Tensor, b: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+def interior(sets: Halfspaces, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
     """Deep points of the sets {A a <= b, |a| <= 1}, or proof that there are none.
 
     Maximises the margin t with A a + |A_p| t <= b by `maximize`, from a = 0.
 
-    Args: A [B, P, M], b [B, P]; rows may be zero. tolerance: margin below which a set counts as flat.
+    Args: sets: their rows may be zero. tolerance: margin below which a set counts as flat.
 
     Returns: (point [B, M], depth [B], empty [B]). depth is the margin of `point`: positive for sets with
         interior. `empty` is certified: the margin of every point of the box is below -tolerance.
     """
+    A, b = sets.A, sets.b
     size, constraints, dim = A.shape
     if constraints == 0:
         ones = torch.ones(size, dtype=A.dtype, device=A.device)
@@ -222,8 +225,7 @@ def interior(A: Tensor, b: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Te
     problem = LPBatch(
         torch.cat((torch.zeros(size, dim, dtype=A.dtype, device=A.device), radius[:, None]), 1),
         middle,
-        torch.cat((A, ones * radius[:, None, None]), 2),
-        b - middle[:, None],
+        Halfspaces(torch.cat((A, ones * radius[:, None, None]), 2), b - middle[:, None]),
     )
     start = torch.zeros(size, dim + 1, dtype=A.dtype, device=A.device)
     # strictly below the smallest margin at a = 0
@@ -241,26 +243,20 @@ def interior(A: Tensor, b: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Te
     return point, depth, empty
 
 
-def centre(A: Tensor, b: Tensor, start: Tensor, steps: int) -> Tensor:
+def centre(sets: Sets, start: Tensor, steps: int) -> Tensor:
     """Points [B, M] nearer the analytic centre: damped Newton steps on -sum log of all slacks.
 
     start: [B, M] strictly interior; every step stays strictly interior.
     """
     a = start
     for _ in range(steps if start.shape[1] else 0):
-        s = b - (A @ a[:, :, None])[:, :, 0]
-        p, q = 1 - a, 1 + a
-        gradient = _transposed(A, 1 / s) + 1 / p - 1 / q
-        da = torch.nan_to_num(factor(A, s**-2, p**-2 + q**-2)(-gradient[:, :, None])[0][:, :, 0])
+        s, p, q = sets.room(a), 1 - a, 1 + a
+        gradient = sets.mix((1 / s)[:, None])[:, 0] + 1 / p - 1 / q
+        da = torch.nan_to_num(factor(sets, s**-2, p**-2 + q**-2, 0)(-gradient[:, None])[0][:, 0])
         decrement = (-gradient * da).sum(1).clamp(min=0).sqrt()
         # the damped step of self-concordant analysis, or most of the way to the boundary if that is longer
-        ds = -(A @ da[:, :, None])[:, :, 0]
-        longest = 0.9 * _longest((s, p, q), (ds, -da, da))
-        length = torch.where(decrement < 0.25, torch.ones_like(decrement), longest)
-        a = a + length.minimum(longest).clamp(max=1.0)[:, None] * da
+        ds = -sets.dot(da[:, None])[:, 0]
+        furthest = 0.9 * longest((s, p, q), (ds, -da, da)).clamp(max=1e6)
+        length = torch.where(decrement < 0.25, torch.ones_like(decrement), furthest)
+        a = a + length.minimum(furthest).clamp(max=1.0)[:, None] * da
     return a
-
-
-def _longest(values: tuple[Tensor, ...], deltas: tuple[Tensor, ...]) -> Tensor:
-    value, delta = torch.cat(values, 1), torch.cat(deltas, 1)
-    return torch.where(delta < 0, -value / delta, torch.inf).amin(1).clamp(max=1e6)

@@ -12,30 +12,50 @@ Axis letters: B programs, M variables, P constraints.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
+from torchreach.lp.halfspaces import Sets
 from torchreach.tolerances import UNIT_ROUNDOFF
 
 
 @dataclass(frozen=True)
 class LPBatch:
-    """B linear programs over the unit box: objective [B, M], constant [B], A [B, P, M], b [B, P]."""
+    """B linear programs: objective [B, M], constant [B], over B sets."""
 
     objective: Tensor
     constant: Tensor
-    A: Tensor
-    b: Tensor
+    sets: Sets
 
     def __len__(self) -> int:
         return self.objective.shape[0]
 
-    def bound(self, y: Tensor) -> Tensor:
-        """Certified upper bounds [B] from multipliers y [B, P] >= 0."""
-        return dual_bound(self.objective[:, None], self.constant[:, None], self.A, self.b, y[:, None])[:, 0]
+    def value(self, a: Tensor) -> Tensor:
+        """[B] objective at points a [B, M]."""
+        return self.constant + (self.objective * a).sum(1)
 
-    def select(self, index: Tensor) -> LPBatch:
-        return LPBatch(self.objective[index], self.constant[index], self.A[index], self.b[index])
+    def bound(self, y: Tensor) -> Tensor:
+        """Certified upper bounds [B] from multipliers y [B, P] >= 0; the allowance covers the rounding of every sum."""
+        return self.bound_and_corner(y)[0]
+
+    def bound_and_corner(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The bound of multipliers y, and the corner [B, M] of the box where its Lagrangian is largest."""
+        sets = self.sets
+        left = self.objective - sets.mix(y[:, None])[:, 0]
+        terms = sets.constraints + sets.variables + 8
+        size = self.constant.abs() + self.norm + (y * sets.reach).sum(1)
+        spread = torch.linalg.vector_norm(left, 1, dim=1)
+        return self.constant + (y * sets.b).sum(1) + spread + terms * UNIT_ROUNDOFF * size, left.sign()
+
+    @cached_property
+    def norm(self) -> Tensor:
+        """[B] sum of magnitudes of each objective."""
+        return torch.linalg.vector_norm(self.objective, 1, dim=1)
+
+    def select(self, index: Tensor | slice) -> LPBatch:
+        return LPBatch(self.objective[index], self.constant[index], self.sets.select(index))
 
 
 @dataclass(frozen=True)
@@ -55,16 +75,3 @@ class LPSolution:
     point: Tensor
     dual: Tensor
     iterations: int
-
-
-def dual_bound(objective: Tensor, constant: Tensor, A: Tensor, b: Tensor, y: Tensor) -> Tensor:
-    """Certified upper bounds [B, L] of max objective . a + constant, L objectives on each of B sets.
-
-    objective [B, L, M], constant [B, L], A [B, P, M], b [B, P], multipliers y [B, L, P] >= 0. The allowance
-    covers the rounding of every sum in the bound.
-    """
-    box = (objective - y @ A).abs().sum(2)
-    terms = A.shape[1] + A.shape[2] + 8
-    reach = (b.abs() + A.abs().sum(2))[:, :, None]
-    size = constant.abs() + objective.abs().sum(2) + (y @ reach)[:, :, 0]
-    return constant + (y @ b[:, :, None])[:, :, 0] + box + terms * UNIT_ROUNDOFF * size

@@ -25,14 +25,19 @@ from torchreach.tolerances import UNIT_ROUNDOFF
 
 def affine(step: Step, rows: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [S, 1 + M, N_in] and slack [S, N_in] after an affine step."""
-    variables = rows.shape[1]
-    gamma = (step.terms + variables + 8) * UNIT_ROUNDOFF
     size = rows.abs().sum(1)
     out = step.map_rows(rows)
+    return out, affine_slack(step, out, slack, size)
+
+
+def affine_slack(step: Step, out: Tensor, slack: Tensor, size: Tensor) -> Tensor:
+    """Slack [S, N_out] of rows `out` [S, 1 + M, N_out], from slack and size (sum of magnitudes) [S, N_in] before."""
+    variables = out.shape[1]
+    gamma = (step.terms + variables + 8) * UNIT_ROUNDOFF
     error = step.magnitude(slack + gamma * size) + gamma * step.bias_magnitude
     # The last term covers evaluating the new rows at a point.
     error = error + (variables + 4) * UNIT_ROUNDOFF * out.abs().sum(1)
-    return out, error * (1 + 1e-12)
+    return error * (1 + 1e-12)
 
 
 def relu(

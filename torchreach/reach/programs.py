@@ -1,16 +1,17 @@
 """Exact reach for high-dimensional input: half-space stars and batched linear programs.
 
-Method: every star keeps its constraints, an interior point near its analytic centre and further known
-points. Whether a neuron crosses zero on a star is asked cheapest test first: known points on both sides
-(it does); the predicate box; a dual bound and a point from one factorisation at the centre, shared by all
-neurons; its own linear program, which ends at the first point beyond zero or dual bound below it.
+Method: every piece of a star keeps its half-spaces, an interior point near its analytic centre and further
+known points. Whether a neuron crosses zero on a piece is asked cheapest test first: known points on both sides
+(it does); a point and dual bounds from one factorisation at the centre, shared by all neurons; its own linear
+program, which ends at the first point beyond zero or dual bound below it. Pieces share the affine map of the
+star they were cut from until the layer is done.
 Property: sound and complete; every sign rests on a dual bound or on a point of the star. A program left
 undecided leaves its certified excursion as slack. Requirement: none on the number of predicate variables.
 Reference: Bak, Tran, Hobbs, Johnson: Improved geometric path enumeration for verifying ReLU neural networks,
-CAV 2020 (what to prune before solving programs); Nesterov, Nemirovskii, Interior-Point Polynomial Algorithms,
-SIAM 1994 (Newton directions from the analytic centre as dual points).
+CAV 2020 (what to prune before solving programs).
 
-Axis letters: S stars, P constraints, M predicate variables, N features, L live neurons, W known points.
+Axis letters: S stars as they came to a layer, Q pieces of them, C their live neurons, P constraints,
+M predicate variables, N features, W known points, R questions.
 """
 
 from __future__ import annotations
@@ -20,59 +21,123 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from torchreach.lp.interior_point import centre, factor, interior, maximize
-from torchreach.lp.problem import LPBatch, dual_bound
+from torchreach.lp.halfspaces import Halfspaces, Rows, Sets, SharedHalfspaces
+from torchreach.lp.interior_point import centre, interior
+from torchreach.lp.problem import LPBatch
+from torchreach.lp.questions import look, solve
 from torchreach.networks.steps import Step
 from torchreach.reach import activation
-from torchreach.reach.record import PointOf, RangeRecord
+from torchreach.reach.output_programs import output_range
+from torchreach.reach.record import RangeRecord
 from torchreach.reach.tally import Tally
 from torchreach.tolerances import UNIT_ROUNDOFF, Tolerances
 
 KNOWN_POINTS = 12
 CENTRE_STEPS = 4
-# Numbers in the constraint matrices of one batch of programs: bounds its memory.
-PROGRAM_NUMBERS = 1 << 23
+# Live neurons up to which the pieces of a single star share one matrix of half-spaces.
+SHARED_ROWS = 64
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """A batch of stars waiting at the same layer, before its activation."""
+class Arrivals:
+    """Stars as they came to a layer; their pieces refer to them."""
 
-    layer: int
-    A: Tensor  # [S, P, M]
-    b: Tensor  # [S, P] constraints A a <= b over |a| <= 1
-    points: Tensor  # [S, W, M] points of the star; the first is strictly inside
     rows: Tensor  # [S, 1 + M, N] pre-activations as affine maps of the predicate
     slack: Tensor  # [S, N] certified error of the rows
-    side: Tensor  # [S, N] +1 or -1 where the sign is settled, 0 where it is not
-    over: Tensor  # [S, N] certified excursion beyond the settled side
     origin: Tensor  # [S] index of the input star
-
-    @property
-    def kind(self) -> int:
-        """Chunks of one kind can be joined without much padding."""
-        return (self.A.shape[1] + 7) // 8
+    fixed: Tensor  # [S, N] 1 where the feature passes on all of the star, 0 where it is off or live
+    column: Tensor  # [S, C] features that may cross zero on the star
+    live: Tensor  # [S, C] whether they may; stars with fewer live features are padded
+    planes: Tensor  # [S, C, 1 + M] rows of those features, zero where padded
 
     def __len__(self) -> int:
         return len(self.origin)
 
+    def select(self, index: Tensor) -> Arrivals:
+        return Arrivals(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+
+    @staticmethod
+    def cat(batches: list[Arrivals]) -> Arrivals:
+        width = max(a.column.shape[1] for a in batches)
+        wide = []
+        for a in batches:
+            missing = width - a.column.shape[1]
+            pad = torch.nn.functional.pad
+            wide.append(
+                replace(
+                    a,
+                    column=pad(a.column, (0, missing)),
+                    live=pad(a.live, (0, missing)),
+                    planes=pad(a.planes, (0, 0, 0, missing)),
+                )
+            )
+        return Arrivals(*(torch.cat([getattr(a, name) for a in wide]) for name in Arrivals.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A batch of pieces waiting at the same layer, before its activation."""
+
+    layer: int
+    arrivals: Arrivals
+    star: Tensor  # [Q] which of them
+    sets: Sets
+    points: Tensor  # [Q, W, M] points of the piece; the first is strictly inside
+    values: Tensor  # [Q, W, C] live features at those points
+    side: Tensor  # [Q, C] +1 or -1 where the sign is settled, 0 where it is not
+    over: Tensor  # [Q, C] certified excursion beyond the settled side
+
+    @property
+    def kind(self) -> int:
+        """Chunks of one kind can be joined without much padding."""
+        return -1 if isinstance(self.sets, SharedHalfspaces) else (self.sets.constraints + 7) // 8
+
+    @property
+    def rows(self) -> Tensor:
+        return self.arrivals.rows[self.star]
+
+    @property
+    def slack(self) -> Tensor:
+        return self.arrivals.slack[self.star]
+
+    @property
+    def origin(self) -> Tensor:
+        return self.arrivals.origin[self.star]
+
+    def __len__(self) -> int:
+        return len(self.star)
+
     def select(self, index: Tensor | slice) -> Chunk:
-        return Chunk(self.layer, *(getattr(self, name)[index] for name in PER_STAR))
+        arrivals, star = self.arrivals, self.star[index]
+        if 2 * len(star) < len(arrivals):  # let go of stars that no piece refers to
+            used, star = star.unique(return_inverse=True)
+            arrivals = arrivals.select(used)
+        parts = (getattr(self, name)[index] for name in ("points", "values", "side", "over"))
+        return Chunk(self.layer, arrivals, star, self.sets.select(index), *parts)
+
+    def plane(self, column: Tensor) -> Tensor:
+        """Rows [Q, R, 1 + M] of live features column [Q, R]."""
+        if len(self.arrivals) == 1:
+            return self.arrivals.planes[0][column]
+        return self.arrivals.planes[self.star[:, None], column]
+
+    def at(self, points: Tensor) -> Tensor:
+        """Live features at points [Q, W, M]: [Q, W, C]."""
+        planes = self.arrivals.planes
+        if len(planes) == 1:
+            return torch.addmm(planes[0, :, 0], points.flatten(0, 1), planes[0, :, 1:].T).unflatten(0, points.shape[:2])
+        planes = planes[self.star]
+        return planes[:, None, :, 0] + points @ planes[:, :, 1:].transpose(1, 2)
 
     def box(self) -> tuple[Tensor, Tensor]:
-        """Predicate box [S, M] of each star (the unit box: constraints are not propagated)."""
+        """Predicate box [Q, M] of each piece (the unit box: constraints are not propagated)."""
         ones = torch.ones_like(self.points[:, 0])
         return -ones, ones
 
     def stars(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(rows, half-spaces [S, P, 1 + M] with h . (1, a) >= 0, origin) of groups of stars."""
-        return [(self.rows, torch.cat((self.b[:, :, None], -self.A), 2), self.origin)]
-
-    def programs(self, star: Tensor, objective: Tensor, constant: Tensor) -> LPBatch:
-        return LPBatch(objective, constant, self.A[star], self.b[star])
-
-
-PER_STAR = ("A", "b", "points", "rows", "slack", "side", "over", "origin")
+        """(rows, half-spaces [Q, P, 1 + M] with h . (1, a) >= 0, origin) of groups of pieces."""
+        sets = self.sets.own()
+        return [(self.rows, torch.cat((sets.b[:, :, None], -sets.A), 2), self.origin)]
 
 
 class ProgramEngine:
@@ -87,335 +152,298 @@ class ProgramEngine:
         tolerances: Tolerances,
         tally: Tally,
         *,
-        keep_facets: bool,  # noqa: ARG002  (constraints are kept anyway)
+        keep_facets: bool,  # noqa: ARG002  (half-spaces are kept anyway)
     ) -> None:
         self.steps = steps
         self.signs = signs
         self.tolerances = tolerances
         self.tally = tally
         self.somewhere = torch.empty(0)
+        # While there is one star, its pieces can share the matrix of its live planes.
+        self.whole, self.shared_layer = False, -1
+        # Per layer: the features live at the root, and their weights into the next layer.
+        self._weights: dict[int, tuple[Tensor, Tensor]] = {}
 
     # -- life of a chunk ------------------------------------------------------------------------------
 
     def start(self, rows: Tensor, slack: Tensor, planes: Tensor, origin: Tensor) -> list[Chunk]:
         """Chunks of stars given by input rows [S, 1 + M, N_in] over [-1, 1]^M and half-spaces [S, P, 1 + M]."""
         size = planes[:, :, 1:].norm(dim=2, keepdim=True).clamp(min=1e-300)
-        A, b = -planes[:, :, 1:] / size, (planes[:, :, :1] / size)[:, :, 0].clamp(max=1e6)
-        point, _, _ = interior(A, b, self.tolerances.sign)
-        point = centre(A, b, point, CENTRE_STEPS)
+        sets = Halfspaces(-planes[:, :, 1:] / size, (planes[:, :, :1] / size)[:, :, 0].clamp(max=1e6))
+        point, _, _ = interior(sets, self.tolerances.sign)
+        point = centre(sets, point, CENTRE_STEPS)
         self.somewhere = point
+        self.whole = len(rows) == 1
         rows, slack = activation.affine(self.steps[0], rows, slack)
-        return [self._enter(0, A, b, point[:, None], rows, slack, origin)]
+        return [self._enter(0, sets, point[:, None], rows, slack, origin)]
 
     def join(self, chunks: list[Chunk]) -> Chunk:
-        """One chunk of several of one kind and layer; constraints are padded with 0 . a <= 1."""
+        """One chunk of several of one kind and layer."""
         if len(chunks) == 1:
             return chunks[0]
-        width = max(c.A.shape[1] for c in chunks)
-        known = max(c.points.shape[1] for c in chunks)
-        padded = [
-            replace(
-                c,
-                A=_pad(c.A, width, c.A.new_zeros(len(c), 1, c.A.shape[2])),
-                b=_pad(c.b, width, c.b.new_ones(len(c), 1)),
-                points=_pad(c.points, known, c.points[:, :1]),
-            )
-            for c in chunks
-        ]
-        return Chunk(chunks[0].layer, *(torch.cat([getattr(c, name) for c in padded]) for name in PER_STAR))
+        first = chunks[0]
+        arrivals, stars = first.arrivals, [c.star for c in chunks]
+        if any(c.arrivals is not arrivals for c in chunks):
+            sizes = torch.tensor([0, *(len(c.arrivals) for c in chunks[:-1])]).cumsum(0).tolist()
+            arrivals = Arrivals.cat([c.arrivals for c in chunks])
+            stars = [star + size for star, size in zip(stars, sizes, strict=True)]
+        width, known = arrivals.column.shape[1], max(c.points.shape[1] for c in chunks)
+        parts = [_padded(c, width, known) for c in chunks]
+        points, values, side, over = (torch.cat(column) for column in zip(*parts, strict=True))
+        sets = type(first.sets).cat([c.sets for c in chunks])  # type: ignore[arg-type]
+        return Chunk(first.layer, arrivals, torch.cat(stars), sets, points, values, side, over)
 
     def advance(self, chunk: Chunk) -> list[Chunk]:
-        """Settle the neurons of each star; cut it once where one crosses, else send it through the layer."""
-        step = self.steps[chunk.layer]
-        assert step.relu is not None
-        chunk, low, high = self._settle(chunk, step.relu)  # chunk.points now holds every point found
-        balance = torch.where((chunk.side == 0) & step.relu, torch.minimum(high, -low), torch.zeros_like(low))
-        depth, neuron = balance.max(1)
+        """Settle the neurons of each piece; cut it once where one crosses, else send it through the layer."""
+        chunk, low, high = self._settle(chunk)  # chunk.points now holds every point found
+        balance = torch.where(chunk.side == 0, torch.minimum(high, -low), 0.0)
+        if balance.shape[1] == 0:
+            return [self._activate(chunk)]
+        depth, column = balance.max(1)
         cut = depth > self.tolerances.sign
+        number = int(cut.sum())
         chunks: list[Chunk] = []
-        if not cut.all():
-            chunks.append(self._activate(chunk.select(~cut), step))
-        if cut.any():
-            chunks += self._split(chunk.select(cut), neuron[cut])
-            self.tally.count(chunk.layer, splits=int(cut.sum()))
+        if number < len(cut):
+            chunks.append(self._activate(chunk if number == 0 else chunk.select((~cut).nonzero().flatten())))
+        if number:
+            if number < len(cut):
+                index = cut.nonzero().flatten()
+                chunk, column = chunk.select(index), column[index]
+            chunks.append(self._split(chunk, column))
+            self.tally.count(chunk.layer, splits=number)
         return chunks
 
     def finish(self, chunk: Chunk, record: RangeRecord) -> None:
-        """Take the output range of stars at the last layer into the record, by linear programs.
-
-        Only stars whose bound exceeds what is already attained can matter. The best candidate of each output
-        is solved first: its optimum rules out many others, and so do its multipliers (see `_echo`).
-        """
-        outputs = chunk.rows.shape[2]
-        rows = torch.cat((-chunk.rows, chunk.rows), 2)  # columns: -f of every output, then f
-        values = rows[:, :1] + chunk.points @ rows[:, 1:]  # [S, W, 2 N]
-        best, slot = values.max(1)
-        upper, value, reach = self._from_centre(chunk, rows)
-        attained = _Attained(record, chunk.origin, outputs)
-        attained.take(best, lambda s, n: chunk.points[s, slot[s, n]])
-        attained.take(value, lambda s, n: reach[s, :, n])
-        solved = torch.zeros_like(upper, dtype=torch.bool)
-        inputs = int(chunk.origin.max()) + 1
-        while True:
-            excess = torch.where(solved, -torch.inf, upper - attained.floor() - self.tolerances.gap)
-            top = excess.new_full((inputs, 2 * outputs), -torch.inf)
-            top.scatter_reduce_(0, chunk.origin[:, None].expand_as(excess), excess, "amax")
-            star, output = ((excess > 0) & (excess == top[chunk.origin])).nonzero(as_tuple=True)
-            if len(star) == 0:
-                break
-            solved[star, output] = True
-            self.tally.count(-1, programs=len(star))
-            floor = attained.floor()[star, output]
-            lower, bound, points, dual = self._solve(chunk, rows, star, output, below=floor)
-            upper[star, output] = torch.minimum(upper[star, output], bound)
-            found = torch.full_like(upper, -torch.inf)
-            found[star, output] = lower
-            number = torch.full_like(upper, -1, dtype=torch.long)
-            number[star, output] = torch.arange(len(star), device=star.device)
-            attained.take(found, lambda s, n, p=points, k=number: p[k[s, n]])
-            box = rows[star, 1:, output] - (dual[:, None] @ chunk.A[star])[:, 0]  # [B, M]
-            shadow = rows.new_zeros(inputs, 2 * outputs, rows.shape[1] - 1)
-            shadow[chunk.origin[star], output] = box
-            known = torch.zeros_like(top, dtype=torch.bool)
-            known[chunk.origin[star], output] = True
-            self._echo(chunk, rows, shadow, known, upper, attained.floor())
-        upper = upper + chunk.slack.repeat(1, 2)
-        for direction, part in enumerate(upper.split(outputs, 1)):
-            record.certify(direction, chunk.origin, part)
-
-    def _echo(self, chunk: Chunk, rows: Tensor, shadow: Tensor, known: Tensor, upper: Tensor, floor: Tensor) -> None:
-        """Tighten `upper` [S, L] by multipliers that leave the box the gradient it had at a solved optimum."""
-        star, output = (known[chunk.origin] & (upper > floor + self.tolerances.gap)).nonzero(as_tuple=True)
-        if len(star) == 0:
-            return
-        g, constant, A, b = rows[star, 1:, output], rows[star, 0, output], chunk.A[star], chunk.b[star]
-        problem = LPBatch(g, constant, A, b)
-        right = g - shadow[chunk.origin[star], output]
-        gram = A @ A.transpose(1, 2)
-        along = (A @ right[:, :, None])[:, :, 0]
-        free = torch.ones_like(b)
-        for _ in range(3):
-            system = gram * free[:, :, None] * free[:, None, :]
-            system.diagonal(dim1=1, dim2=2).add_(1e-9 + (1 - free))
-            y = torch.linalg.solve_ex(system, along * free)[0] * free
-            free = free * (y > 0)
-            y = y.clamp(min=0).nan_to_num()
-            bound = problem.bound(y)
-            upper[star, output] = torch.minimum(upper[star, output], bound)
+        """Take the output range of pieces at the last layer into the record, by linear programs."""
+        rows = chunk.rows.transpose(1, 2)
+        programs = output_range(rows, chunk.slack, chunk.sets, chunk.points, chunk.origin, record, self.tolerances.gap)
+        self.tally.count(-1, programs=programs)
 
     # -- signs ----------------------------------------------------------------------------------------
 
-    def _enter(
-        self, layer: int, A: Tensor, b: Tensor, points: Tensor, rows: Tensor, slack: Tensor, origin: Tensor
-    ) -> Chunk:
+    def _enter(self, layer: int, sets: Sets, points: Tensor, rows: Tensor, slack: Tensor, origin: Tensor) -> Chunk:
         """Stars at the door of a layer, with the signs that root bounds and the predicate box settle."""
-        step = self.steps[layer]
-        side, over = self.signs[layer][origin], torch.zeros_like(slack)
-        if step.relu is not None:
-            self.tally.settle(layer, "root", (side != 0)[:, step.relu])
-            spread = rows[:, 1:].abs().sum(1)
-            margin = (rows.shape[1] + 4) * UNIT_ROUNDOFF * (spread + rows[:, 0].abs())
-            low, high = rows[:, 0] - spread - margin, rows[:, 0] + spread + margin
-            unknown = (side == 0) & step.relu
-            boxed = unknown & ((low >= 0) | (high + slack <= 0))
-            side = torch.where(boxed, torch.where(low >= 0, 1, -1), side)
-            self.tally.settle(layer, "box", boxed)
-        return Chunk(layer, A, b, points, rows, slack, side, over, origin)
+        relu = self.steps[layer].relu
+        if relu is None:
+            relu = torch.zeros_like(slack[0], dtype=torch.bool)
+        sign = self.signs[layer][origin]
+        spread = rows[:, 1:].abs().sum(1)
+        margin = (rows.shape[1] + 4) * UNIT_ROUNDOFF * (spread + rows[:, 0].abs())
+        low, high = rows[:, 0] - spread - margin, rows[:, 0] + spread + margin
+        unknown = (sign == 0) & relu
+        boxed = unknown & ((low >= 0) | (high + slack <= 0))
+        self.tally.settle(layer, "box", boxed)
+        live = unknown & ~boxed
+        fixed = ~live & (~relu | (sign > 0) | (boxed & (low >= 0)))
+        width = int(live.sum(1).max())
+        column = live.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
+        present = live.gather(1, column)
+        planes = rows.transpose(1, 2).gather(1, column[:, :, None].expand(-1, -1, rows.shape[1])) * present[:, :, None]
+        arrivals = Arrivals(rows, slack, origin, fixed.to(rows.dtype), column, present, planes)
+        if self.whole and 0 < width <= SHARED_ROWS:
+            sets, self.shared_layer = _share(sets.own(), planes[0]), layer
+        side = torch.where(present, 0, 1)
+        chunk = Chunk(
+            layer,
+            arrivals,
+            torch.arange(len(rows), device=rows.device),
+            sets,
+            points,
+            points.new_zeros(*points.shape[:2], width),
+            side,
+            torch.zeros_like(side, dtype=rows.dtype),
+        )
+        return replace(chunk, values=chunk.at(points))
 
-    def _settle(self, chunk: Chunk, relu: Tensor) -> tuple[Chunk, Tensor, Tensor]:
-        """Ask every open sign. Returns the chunk and the range [S, N] met at points where a neuron crosses."""
+    def _settle(self, chunk: Chunk) -> tuple[Chunk, Tensor, Tensor]:
+        """Ask every open sign. Returns the chunk and the range [Q, C] met at points where a neuron crosses."""
         tolerance = self.tolerances.sign
-        values = chunk.rows[:, :1] + chunk.points @ chunk.rows[:, 1:]
-        low, high = values.amin(1), values.amax(1)
+        low, high = torch.aminmax(chunk.values, dim=1)
         # One side of zero may not be known either: then the second round asks for it.
         for _ in range(2):
-            asked = (chunk.side == 0) & relu & ~((low < -tolerance) & (high > tolerance))
-            if not asked.any():
+            asked = (chunk.side == 0) & ~((low < -tolerance) & (high > tolerance))
+            width = int(asked.sum(1).max()) if asked.numel() else 0
+            if width == 0:
                 break
-            chunk, low, high = self._ask(chunk, asked, low, high)
+            chunk, low, high = self._ask(chunk, asked, width, low, high)
         return chunk, low, high
 
-    def _ask(self, chunk: Chunk, asked: Tensor, low: Tensor, high: Tensor) -> tuple[Chunk, Tensor, Tensor]:
-        """Settle the neurons `asked` [S, N] or meet a point on the side of zero they are not known to reach."""
+    def _ask(self, chunk: Chunk, asked: Tensor, width: int, low: Tensor, high: Tensor) -> tuple[Chunk, Tensor, Tensor]:
+        """Settle the neurons `asked` [Q, C] or meet a point on the side of zero they are not known to reach."""
         tolerance = self.tolerances.sign
-        live = asked.any(0).nonzero().flatten()
-        asked, low_live, high_live = asked[:, live], low[:, live], high[:, live]
-        # max of -h where the star reaches h > 0 (or neither side is known and the points lean there)
+        column = asked.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]  # [Q, R]
+        asked, low_here, high_here = (part.gather(1, column) for part in (asked, low, high))
+        # max of -h where the piece reaches h > 0 (or neither side is known and the points lean there)
         downward = torch.where(
-            (high_live > tolerance) | (low_live < -tolerance), high_live > tolerance, high_live > -low_live
+            (high_here > tolerance) | (low_here < -tolerance), high_here > tolerance, high_here > -low_here
         )
         away = torch.where(downward, -1.0, 1.0).to(low.dtype)
-        rows = chunk.rows[:, :, live] * away[:, None, :]
-        upper, value, reach = self._from_centre(chunk, rows)
+        rows = chunk.plane(column) * away[:, :, None]  # [Q, R, 1 + M]
+        answer = look(rows, asked, chunk.sets, chunk.points[:, 0], tolerance)
+        self.tally.settle(chunk.layer, "dual", asked & (answer.upper <= tolerance))
+        star, question = (asked & (answer.upper > tolerance) & (answer.value <= tolerance)).nonzero(as_tuple=True)
+        upper, value, found = answer.upper, answer.value, answer.point
         stable = asked & (upper <= tolerance)
-        self.tally.settle(chunk.layer, "dual", stable)
-        star, column = (asked & ~stable & (value <= tolerance)).nonzero(as_tuple=True)
         if len(star):
             self.tally.count(chunk.layer, programs=len(star))
-            lower, bound, point, _ = self._solve(
-                chunk, rows, star, column, above=tolerance, below=tolerance, gap=tolerance / 4
-            )
-            upper[star, column] = torch.minimum(upper[star, column], bound)
-            value[star, column] = lower
-            reach[star, :, column] = point
+            row = rows[star, question]
+            problem = LPBatch(row[:, 1:], row[:, 0], chunk.sets.select(star))
+            solution = solve(problem, chunk.points[star, 0], above=tolerance, below=tolerance, gap=tolerance / 4)
+            upper[star, question] = torch.minimum(upper[star, question], solution.upper)
+            value[star, question] = solution.lower
+            found[star, question] = solution.point
             # A program that ended undecided settles the sign too: its excursion is certified and counted.
             decided = torch.zeros_like(asked)
-            decided[star, column] = lower <= tolerance
+            decided[star, question] = solution.lower <= tolerance
             self.tally.settle(chunk.layer, "program", decided)
             stable |= decided
-        side, over = chunk.side.clone(), chunk.over.clone()
-        side[:, live] = torch.where(stable, -away.to(side.dtype), side[:, live])
         # On the flat piece the real pre-activation may stick out further, by the slack of the rows.
-        out = (upper + torch.where(away > 0, chunk.slack[:, live], 0.0)).clamp(min=0)
-        over[:, live] = torch.where(stable, out, over[:, live])
+        slack = chunk.slack.gather(1, chunk.arrivals.column[chunk.star].gather(1, column))
+        out = (upper + torch.where(away > 0, slack, 0.0)).clamp(min=0)
+        side, over = chunk.side.gather(1, column), chunk.over.gather(1, column)
+        side = chunk.side.scatter(1, column, torch.where(stable, -away.to(side.dtype), side))
+        over = chunk.over.scatter(1, column, torch.where(stable, out, over))
         crossed = asked & ~stable
-        low[:, live] = torch.where(crossed & (away < 0), torch.minimum(low_live, -value), low_live)
-        high[:, live] = torch.where(crossed & (away > 0), torch.maximum(high_live, value), high_live)
-        found = torch.where(crossed[:, :, None], reach.transpose(1, 2), chunk.points[:, :1])
-        points = torch.cat((chunk.points, found), 1)
-        return replace(chunk, side=side, over=over, points=points), low, high
-
-    def _from_centre(self, chunk: Chunk, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Certified bound, value and point of max rows[:, :, l], all from one factorisation per star.
-
-        At the analytic centre the barrier's gradient vanishes, so for the Newton direction x = H^-1 g both
-        centre + t x (a point, while inside) and y = (mu + t' A x / s) / s (a dual point, where y >= 0) come
-        without further solves.
-
-        Args: rows [S, 1 + M, L]. Returns upper [S, L], value [S, L], point [S, M, L].
-        """
-        a = chunk.points[:, 0]
-        g, constant = rows[:, 1:], rows[:, 0]
-        objective = g.transpose(1, 2)  # [S, L, M]
-        none = chunk.b.new_zeros(len(chunk), rows.shape[2], chunk.b.shape[1])
-        upper = dual_bound(objective, constant, chunk.A, chunk.b, none)
-        p, q = 1 - a, 1 + a
-        s = (chunk.b - (chunk.A @ a[:, :, None])[:, :, 0]).clamp(min=1e-15)
-        x, w = factor(chunk.A, s**-2, p**-2 + q**-2)(g)
-        x, w = torch.nan_to_num(x), torch.nan_to_num(w)
-        if s.shape[1]:
-            # the smallest mu for which mu / s + w is nonnegative, and no mu at all with negatives cut off
-            mu = (-w * s[:, :, None]).amax(1, keepdim=True).clamp(min=0)
-            trials = [w + share * mu / s[:, :, None] for share in (0.0, 0.3, 1.0)]
-            # Nearly equal networks cut twice along nearly one plane: the best single constraint alone.
-            along = chunk.A @ g  # rows of A have unit length (or are zero)
-            trials.append(torch.where(along == along.amax(1, keepdim=True), along, 0.0))
-            for trial in trials:
-                y = trial.clamp(min=0).transpose(1, 2)
-                upper = torch.minimum(upper, dual_bound(objective, constant, chunk.A, chunk.b, y))
-        room = torch.cat((s, p, q), 1)[:, :, None]
-        pace = torch.cat((chunk.A @ x, x, -x), 1)
-        length = 0.99 * torch.where(pace > 0, room / pace, torch.inf).amin(1, keepdim=True).clamp(max=1e12)
-        point = a[:, :, None] + length * x
-        return upper, constant + (g * point).sum(1), point
-
-    def _solve(
-        self,
-        chunk: Chunk,
-        rows: Tensor,
-        star: Tensor,
-        column: Tensor,
-        *,
-        above: float = torch.inf,
-        below: Tensor | float,
-        gap: float | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Programs max rows[s, :, l] over star s, in batches of bounded memory: lower, upper, point, dual."""
-        below = torch.as_tensor(below, dtype=rows.dtype, device=rows.device).expand(len(star))
-        size = max(1, PROGRAM_NUMBERS // max(1, chunk.A.shape[1] * chunk.A.shape[2]))
-        parts = []
-        for i in range(0, len(star), size):
-            s, c = star[i : i + size], column[i : i + size]
-            parts.append(
-                maximize(
-                    chunk.programs(s, rows[s, 1:, c], rows[s, 0, c]),
-                    chunk.points[s, 0],
-                    gap=gap or self.tolerances.gap,
-                    above=above,
-                    below=below[i : i + size],
-                )
-            )
-        lower, upper = torch.cat([p.lower for p in parts]), torch.cat([p.upper for p in parts])
-        return lower, upper, torch.cat([p.point for p in parts]), torch.cat([p.dual for p in parts])
+        points, values = _with_points(chunk, found, crossed)
+        low = low.minimum(values.amin(1))
+        high = high.maximum(values.amax(1))
+        return replace(chunk, side=side, over=over, points=points, values=values), low, high
 
     # -- cut and activate -----------------------------------------------------------------------------
 
-    def _split(self, chunk: Chunk, neuron: Tensor) -> list[Chunk]:
-        number = torch.arange(len(chunk), device=neuron.device)
-        plane = chunk.rows[number, :, neuron]  # [S, 1 + M]
-        plane = plane / plane[:, 1:].norm(dim=1, keepdim=True)
-        values = plane[:, :1] + (chunk.points @ plane[:, 1:, None])[:, :, 0]  # [S, W]
-        side, over = chunk.side.clone(), chunk.over.clone()
+    def _split(self, chunk: Chunk, column: Tensor) -> Chunk:
+        """Both sides of each piece cut by the plane of its live neuron column [Q]: first all above, then all below."""
+        self.whole = False
+        if chunk.layer != self.shared_layer:
+            chunk = replace(chunk, sets=chunk.sets.own())
+        number = torch.arange(len(chunk), device=column.device)
+        plane = chunk.plane(column[:, None])[:, 0]  # [Q, 1 + M]
+        norm = plane[:, 1:].norm(dim=1, keepdim=True)
+        values = chunk.values[number, :, column] / norm  # [Q, W]
         # The child's half-space is the neuron's up to the rounding of its normalised coefficients.
-        over[number, neuron] = 8 * UNIT_ROUNDOFF * chunk.rows[number, :, neuron].abs().sum(1)
-        children = []
+        over = chunk.over.index_put((number, column), 8 * UNIT_ROUNDOFF * plane.abs().sum(1))
+        unit = plane / norm
+        sets, starts, side = [], [], []
         for sign in (1.0, -1.0):
             mine = sign * values
-            A = torch.cat((chunk.A, -sign * plane[:, None, 1:]), 1)
-            b = torch.cat((chunk.b, sign * plane[:, :1]), 1)
+            sets.append(_cut(chunk, column, unit, sign))
             # An interior point of the child lies on the way from the centre to the point furthest in it.
             best, slot = mine.max(1)
-            target = chunk.points[number, slot]
-            middle = chunk.points[:, 0]
             share = ((0.5 * best - mine[:, 0]) / (best - mine[:, 0])).nan_to_num(0.0).clamp(0, 1)
-            start = middle + share[:, None] * (target - middle)
-            inside = centre(A, b, start, CENTRE_STEPS)
-            side[number, neuron] = int(sign)
-            children.append(
-                replace(
-                    chunk,
-                    A=A,
-                    b=b,
-                    points=_remember(inside, chunk.points, mine >= 0),
-                    side=side.clone(),
-                    over=over,
-                )
-            )
-        return children
+            starts.append(torch.lerp(chunk.points[:, 0], chunk.points[number, slot], share[:, None]))
+            side.append(chunk.side.index_put((number, column), torch.full_like(column, int(sign))))
+        both = type(sets[0]).cat(sets)
+        inside = centre(both, torch.cat(starts), CENTRE_STEPS)
+        signed = torch.cat((values, -values))
+        twice = replace(chunk, star=chunk.star.repeat(2), sets=both)
+        points, known = _remember(chunk, signed >= 0)
+        return replace(
+            twice,
+            points=torch.cat((inside[:, None], points), 1),
+            values=torch.cat((twice.at(inside[:, None]), known), 1),
+            side=torch.cat(side),
+            over=over.repeat(2, 1),
+        )
 
-    def _activate(self, chunk: Chunk, step: Step) -> Chunk:
-        assert step.relu is not None
-        self.tally.count(chunk.layer, stars=len(chunk))
-        free = torch.full_like(chunk.over, torch.inf)
-        low = torch.where(chunk.side > 0, -chunk.over, -free)
-        # a sign that is still open (a program met NaN) has an unbounded excursion
-        high = torch.where(chunk.side > 0, free, torch.where(chunk.side < 0, chunk.over, free))
-        # Where root bounds or the predicate box settled the sign of the real network, nothing sticks out.
-        low = torch.where((chunk.side > 0) & (chunk.over == 0), free, low)
-        high = torch.where((chunk.side < 0) & (chunk.over == 0), -free, high)
-        rows, slack = activation.relu(chunk.rows, chunk.slack, low, high, step.relu, 0.0)
-        rows, slack = activation.affine(self.steps[chunk.layer + 1], rows, slack)
+    def _activate(self, chunk: Chunk) -> Chunk:
+        """Pieces at the next layer, as stars of their own."""
+        arrivals, star = chunk.arrivals, chunk.star
+        step, layer = self.steps[chunk.layer + 1], chunk.layer
+        self.tally.count(layer, stars=len(chunk))
+        relu = self.steps[layer].relu
+        assert relu is not None
+        settled = ((self.signs[layer] != 0) & relu).sum(1)  # per input star
+        self.tally.settle(layer, "root", settled[chunk.origin])
+        live, active = arrivals.live[star], (chunk.side > 0) & arrivals.live[star]
+        size = arrivals.rows.abs().sum(1)
+        column = arrivals.column[star]
+
+        def spread(fixed: Tensor, own: Tensor) -> Tensor:
+            """Features [Q, N] of which the live ones are the pieces' own [Q, C]."""
+            return (fixed * arrivals.fixed)[star].scatter_add(1, column, own)
+
+        rows = step.linear(arrivals.rows * arrivals.fixed[:, None])
+        rows[:, 0] += step.bias
+        rows = rows[star]
+        if column.shape[1]:
+            place, weights = self._live_weights(layer)
+            share = arrivals.planes[star].transpose(1, 2) * active[:, None]  # [Q, 1 + M, C]
+            rows += share @ weights[place[arrivals.column[0] if len(arrivals) == 1 else column]]
+        # Where root bounds or the predicate box settled the sign of the real network, nothing sticks out. A sign
+        # that is still open (a program met NaN) has an unbounded excursion.
+        own = chunk.slack.gather(1, column)
+        excess = torch.where(active, own + chunk.over, torch.where(chunk.over > 0, chunk.over + own, 0.0))
+        excess = torch.where(live, torch.where(chunk.side == 0, torch.inf, excess), 0.0)
+        slack = spread(arrivals.slack, excess)
+        reached = spread(size, torch.where(active, size[star].gather(1, column), 0.0))
+        slack = activation.affine_slack(step, rows, slack, reached)
         points = chunk.points[:, :KNOWN_POINTS]
-        return self._enter(chunk.layer + 1, chunk.A, chunk.b, points, rows, slack, chunk.origin)
+        return self._enter(layer + 1, chunk.sets, points, rows, slack, chunk.origin)
+
+    def _live_weights(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Place [N] of each feature that is live at the root among them, and their weights into the next layer."""
+        if layer not in self._weights:
+            relu = self.steps[layer].relu
+            assert relu is not None
+            live = ((self.signs[layer] == 0).any(0) & relu).nonzero().flatten()
+            place = torch.zeros_like(relu, dtype=torch.long)
+            place[live] = torch.arange(len(live), device=live.device)
+            bias = self.steps[layer].bias
+            units = bias.new_zeros(len(live), len(bias))
+            units[torch.arange(len(live), device=live.device), live] = 1.0
+            self._weights[layer] = place, self.steps[layer + 1].linear(units)
+        return self._weights[layer]
 
 
-class _Attained:
-    """What the record has attained, both directions side by side, as stars of its input stars see it."""
-
-    def __init__(self, record: RangeRecord, origin: Tensor, outputs: int) -> None:
-        self.record, self.origin, self.outputs = record, origin, outputs
-
-    def floor(self) -> Tensor:
-        """[S, 2 N] best value met for -f and f of every output."""
-        return self.record.attained[:, self.origin].transpose(0, 1).flatten(1)
-
-    def take(self, value: Tensor, point: PointOf) -> None:
-        """Values [S, 2 N] and the points where they are met."""
-        for direction, part in enumerate(value.split(self.outputs, 1)):
-            first = direction * self.outputs
-            self.record.attain(direction, self.origin, part, lambda s, n, first=first: point(s, n + first))
+def _share(sets: Halfspaces, planes: Tensor) -> SharedHalfspaces:
+    """One set with its own rows present and planes [C, 1 + M] absent."""
+    unit = planes[:, 1:] / planes[:, 1:].norm(dim=1, keepdim=True).clamp(min=1e-300)
+    absent = sets.b.new_zeros(1, len(planes))
+    return SharedHalfspaces(
+        Rows(torch.cat((sets.A[0], unit))),
+        torch.cat((torch.ones_like(sets.b), absent), 1),
+        torch.cat((sets.b, absent + 1), 1),
+    )
 
 
-def _pad(tensor: Tensor, width: int, fill: Tensor) -> Tensor:
-    """`tensor` [S, X, ...] widened along axis 1 by copies of `fill` [S, 1, ...]."""
-    missing = width - tensor.shape[1]
-    return tensor if missing == 0 else torch.cat((tensor, fill.expand(-1, missing, *tensor.shape[2:])), 1)
+def _cut(chunk: Chunk, column: Tensor, unit: Tensor, sign: float) -> Sets:
+    """Sets of the children on one side of planes unit [Q, 1 + M], of live neurons column [Q]."""
+    sets, bound = chunk.sets, sign * unit[:, 0]
+    if isinstance(sets, SharedHalfspaces):
+        return sets.put(sets.constraints - chunk.side.shape[1] + column, torch.full_like(bound, -sign), bound)
+    return sets.add(-sign * unit[:, 1:], bound)
 
 
-def _remember(inside: Tensor, points: Tensor, valid: Tensor) -> Tensor:
-    """Interior points [S, M], then the newest of `points` [S, W, M] that `valid` [S, W] admits, a few per star."""
-    points, valid = points.flip(1), valid.flip(1)
-    order = valid.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : KNOWN_POINTS - 1]
-    picked = points.gather(1, order[:, :, None].expand(-1, -1, points.shape[2]))
-    picked = torch.where(valid.gather(1, order)[:, :, None], picked, inside[:, None])
-    return torch.cat((inside[:, None], picked), 1)
+def _padded(chunk: Chunk, width: int, known: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Points, values, side and over with as many known points and live neurons as asked."""
+    more, columns = known - chunk.points.shape[1], width - chunk.side.shape[1]
+    points, values = chunk.points, chunk.values
+    if more:
+        points = torch.cat((points, points[:, :1].expand(-1, more, -1)), 1)
+        values = torch.cat((values, values[:, :1].expand(-1, more, -1)), 1)
+    pad = torch.nn.functional.pad
+    return points, pad(values, (0, columns)), pad(chunk.side, (0, columns), value=1), pad(chunk.over, (0, columns))
+
+
+def _with_points(chunk: Chunk, found: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+    """Points and values of the chunk with those of found [Q, R, M] that `which` [Q, R] admits."""
+    width = int(which.sum(1).max())
+    if width == 0:
+        return chunk.points, chunk.values
+    order = which.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
+    picked = found.gather(1, order[:, :, None].expand(-1, -1, found.shape[2]))
+    picked = torch.where(which.gather(1, order)[:, :, None], picked, chunk.points[:, :1])
+    return torch.cat((chunk.points, picked), 1), torch.cat((chunk.values, chunk.at(picked)), 1)
+
+
+def _remember(chunk: Chunk, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """For both children of each piece, the newest of its points that `valid` [2 Q, W] admits, and their values.
+
+    Where a child has fewer than the others, any of those it has is repeated.
+    """
+    count = int(valid.sum(1).max().clamp(max=KNOWN_POINTS - 1))
+    order = valid.flip(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
+    order = valid.shape[1] - 1 - order
+    order = torch.where(valid.gather(1, order), order, order[:, :1])
+    piece = torch.arange(len(chunk), device=valid.device).repeat(2)[:, None]
+    return chunk.points[piece, order], chunk.values[piece, order]

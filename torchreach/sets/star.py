@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from torchreach.errors import InvalidSetError, ShapeError
+from torchreach.lp.halfspaces import Halfspaces
 from torchreach.lp.interior_point import centre, interior, maximize
 from torchreach.lp.problem import LPBatch
 from torchreach.networks.layers import linear
@@ -277,7 +278,7 @@ class StarBatch:
     def is_empty(self) -> Tensor:
         """[S] bool: proven to contain no point."""
         _, A, b = self.normalised()
-        return interior(A, b, Tolerances().sign)[2]
+        return interior(Halfspaces(A, b), Tolerances().sign)[2]
 
     def range(self) -> tuple[Tensor, Tensor]:
         """Certified exact range of every feature, (lower, upper) [S, *shape], by linear programs."""
@@ -289,8 +290,7 @@ class StarBatch:
             programs = LPBatch(
                 sign * rows[:, 1:].transpose(1, 2).flatten(0, 1),
                 sign * rows[:, 0].flatten(),
-                A.repeat_interleave(features, 0),
-                b.repeat_interleave(features, 0),
+                Halfspaces(A.repeat_interleave(features, 0), b.repeat_interleave(features, 0)),
             )
             upper = maximize(programs, start.repeat_interleave(features, 0), gap=Tolerances().gap).upper
             bounds.append(sign * upper.reshape(size, *self.shape))
@@ -327,7 +327,7 @@ class StarBatch:
         objective[:, -1] = -radius.flatten()
         first = torch.cat((start[:, None].expand(-1, batch, -1), torch.full_like(radius, 0.9)[:, :, None]), 2)
         solution = maximize(
-            LPBatch(objective, -radius.flatten(), left.flatten(0, 1), right.flatten(0, 1)),
+            LPBatch(objective, -radius.flatten(), Halfspaces(left.flatten(0, 1), right.flatten(0, 1))),
             first.flatten(0, 1),
             gap=tolerance / 100,
             above=-tolerance,
@@ -370,8 +370,8 @@ class StarBatch:
 
     def _interior(self, A: Tensor, b: Tensor) -> Tensor:
         """[S, M] points near the analytic centre; flat stars are thickened by the sign tolerance."""
-        point, depth, _ = interior(A, b, Tolerances().sign)
-        return torch.where((depth > 0)[:, None], centre(A, b, point, 5), point)
+        point, depth, _ = interior(Halfspaces(A, b), Tolerances().sign)
+        return torch.where((depth > 0)[:, None], centre(Halfspaces(A, b), point, 5), point)
 
 
 def _pad_constraints(A: Tensor, b: Tensor, rows: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,131 @@
+"""What one factorisation at the analytic centre of a set says about many linear programs over it.
+
+At the centre the barrier's gradient vanishes, so for the Newton direction x = H^-1 g of an objective g both
+a + t x (a point, while inside) and w = A x / s^2 (multipliers, where nonnegative) come
+without further solves; H is the barrier's Hessian and s the slacks.
+
+Reference: Nesterov, Nemirovskii, Interior-Point Polynomial Algorithms in Convex Programming, SIAM 1994.
+
+Axis letters: B sets, R questions per set, E questions still open, M variables, P constraints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchreach.lp.halfspaces import Sets
+from torchreach.lp.interior_point import factor, maximize
+from torchreach.lp.problem import LPBatch, LPSolution
+
+# Numbers per tensor in one batch: large enough to hide the cost of a call, small enough to stay in cache.
+NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 26}
+# Polyak's step is longer than it need be by this factor: multipliers only have to get below the level.
+RELAXED = 1.8
+STEPS = 10
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Certified bounds `upper`, and `value` at `point`, of each question [B, R]; points [B, R, M].
+
+    Bounds are infinite where the point answered the question.
+    """
+
+    upper: Tensor
+    value: Tensor
+    point: Tensor
+
+
+def look(rows: Tensor, asked: Tensor, sets: Sets, a: Tensor, tolerance: float) -> Answer:
+    """Does max row . (1, a) exceed `tolerance`? By a point beyond it or a dual bound below it, where one is found.
+
+    Args:
+        rows: [B, R, 1 + M] objectives with their constants; asked: [B, R] which of them matter.
+        a: [B, M] points near the analytic centres.
+    """
+    parts = [
+        _look(rows[i], asked[i], sets.select(i), a[i], tolerance)
+        for i in slices(len(rows), rows[0].numel(), rows.device)
+    ]
+    return parts[0] if len(parts) == 1 else Answer(*(torch.cat([getattr(p, n) for p in parts]) for n in _FIELDS))
+
+
+_FIELDS = ("upper", "value", "point")
+
+
+def _look(rows: Tensor, asked: Tensor, sets: Sets, a: Tensor, tolerance: float) -> Answer:
+    g, constant = rows[:, :, 1:], rows[:, :, 0]
+    p, q, s = 1 - a, 1 + a, sets.room(a).clamp(min=1e-15)
+    x, w = factor(sets, s**-2, p**-2 + q**-2, 0)(g)
+    x, w = torch.nan_to_num(x), torch.nan_to_num(w)
+    pace = torch.maximum(x / p[:, None], x / -q[:, None]).amax(2)
+    if sets.constraints:
+        pace = pace.maximum((sets.dot(x) / s[:, None]).amax(2))
+    length = 0.99 / pace.clamp(min=1e-12)
+    point = a[:, None] + length[:, :, None] * x
+    value = constant + torch.linalg.vecdot(g, point)
+    upper = torch.full_like(value, torch.inf)
+    star, question = (asked & (value <= tolerance)).nonzero(as_tuple=True)
+    if len(star):
+        problem = LPBatch(g[star, question], constant[star, question], sets.select(star))
+        upper[star, question] = refute(problem, w[star, question].clamp(min=0), tolerance, STEPS)
+    return Answer(upper, value, point)
+
+
+def refute(problem: LPBatch, y: Tensor, below: Tensor | float, steps: int) -> Tensor:
+    """Certified bounds [E], with an end as soon as they are at most `below`.
+
+    Dual descent with Polyak's step, which needs a level to aim at: here it is known.
+
+    Args:
+        y: [E, P] multipliers >= 0 to start from; below: [E] or a number.
+    """
+    below = torch.as_tensor(below, dtype=y.dtype, device=y.device).expand(len(y))
+    best = y.new_full((len(y),), torch.inf)
+    todo = torch.arange(len(y), device=y.device)
+    for step in range(steps + 1):
+        bound, corner = problem.bound_and_corner(y)
+        best[todo] = best[todo].minimum(bound)
+        left = (best[todo] > below).nonzero().flatten()
+        if len(left) == 0 or step == steps or problem.sets.constraints == 0:
+            break
+        if 4 * len(left) < 3 * len(todo):
+            todo, problem, below = todo[left], problem.select(left), below[left]
+            y, bound, corner = y[left], bound[left], corner[left]
+        slope = problem.sets.room(corner)
+        slope = torch.where((y <= 0) & (slope > 0), 0.0, slope)  # such multipliers cannot shrink
+        length = RELAXED * (bound - below).clamp(min=0) / (slope * slope).sum(1).clamp(min=1e-300)
+        y = torch.addcmul(y, length[:, None], slope, value=-1).clamp(min=0).nan_to_num()
+    return best
+
+
+def solve(
+    problem: LPBatch,
+    start: Tensor,
+    *,
+    gap: float,
+    above: float = torch.inf,
+    below: Tensor | float = -torch.inf,
+) -> LPSolution:
+    """`maximize` in batches of bounded memory."""
+    below = torch.as_tensor(below, dtype=start.dtype, device=start.device).expand(len(start))
+    sets = problem.sets
+    numbers = sets.variables + (0 if hasattr(sets, "rows") else sets.constraints * sets.variables)
+    parts = [
+        maximize(problem.select(i), start[i], gap=gap, above=above, below=below[i])
+        for i in slices(len(start), numbers, start.device)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    joined = (torch.cat([getattr(p, n) for p in parts]) for n in ("lower", "upper", "point", "dual"))
+    return LPSolution(*joined, iterations=max(p.iterations for p in parts))
+
+
+def slices(count: int, numbers: int, device: torch.device) -> Iterator[slice]:
+    """Slices of a batch of `count` elements of `numbers` numbers each."""
+    size = max(1, NUMBERS.get(device.type, NUMBERS["cuda"]) // max(1, numbers))
+    return (slice(i, i + size) for i in range(0, max(count, 1), size))

@@ -1,0 +1,109 @@
+"""Output range of a batch of stars: a few linear programs, and dual bounds for all others.
+
+Only stars whose bound exceeds what is already attained can matter. A few likely stars are solved first; dual
+descent, which aims at what they attain, rules out most others; what is left is solved, the hardest first.
+
+Axis letters: S stars, N outputs, L = 2 N signed outputs (-f of every output, then f), M predicate variables,
+W known points, P constraints.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchreach.lp.halfspaces import Sets
+from torchreach.lp.problem import LPBatch
+from torchreach.lp.questions import refute, slices, solve
+from torchreach.reach.record import PointOf, RangeRecord
+
+# Stars solved first, per input star and signed output.
+LEADERS = 4
+STEPS = 30
+
+
+def output_range(
+    rows: Tensor, slack: Tensor, sets: Sets, points: Tensor, origin: Tensor, record: RangeRecord, gap: float
+) -> int:
+    """Take outputs rows [S, N, 1 + M] with error slack [S, N] over `sets` into the record.
+
+    Args:
+        points: [S, W, M] points of each star, the first strictly inside; origin: [S] its input star.
+        gap: how far the certified range may end above what is attained.
+
+    Returns: the number of linear programs solved.
+    """
+    rows = torch.cat((-rows, rows), 1)
+    signed, inputs = rows.shape[1], record.attained.shape[1]
+    values = rows[:, None, :, 0] + points @ rows[:, :, 1:].transpose(1, 2)  # [S, W, L]
+    best, slot = values.max(1)
+    attained = _Attained(record, origin, signed // 2)
+    attained.take(best, lambda s, n: points[s, slot[s, n]])
+    solved = torch.zeros_like(best, dtype=torch.bool)
+    upper = torch.full_like(best, torch.inf)
+    programs, batch = 0, LEADERS
+    score = best  # bounds are not known yet
+    while True:
+        floor = attained.floor()
+        left = ~solved & (upper > floor + gap)
+        star, output = _leaders(torch.where(left, score, -torch.inf), origin, inputs, batch)
+        if len(star) == 0:
+            break
+        solved[star, output] = True
+        programs += len(star)
+        solution = solve(_programs(rows, sets, star, output), points[star, 0], below=floor[star, output], gap=gap)
+        upper[star, output] = upper[star, output].minimum(solution.upper)
+        found = torch.full_like(upper, -torch.inf)
+        found[star, output] = solution.lower
+        number = torch.zeros_like(solved, dtype=torch.long)
+        number[star, output] = torch.arange(len(star), device=star.device)
+        attained.take(found, lambda s, n, p=solution.point, k=number: p[k[s, n]])
+        if score is best:
+            floor = attained.floor()
+            star, output = (~solved).nonzero(as_tuple=True)
+            for i in slices(len(star), rows.shape[2] + sets.constraints, rows.device):
+                s, n = star[i], output[i]
+                if len(s):
+                    start = sets.b.new_zeros(len(s), sets.constraints)
+                    upper[s, n] = refute(_programs(rows, sets, s, n), start, floor[s, n] + gap, STEPS)
+        score = upper
+        batch *= 2
+    upper = upper + slack.repeat(1, 2)
+    for direction, part in enumerate(upper.split(signed // 2, 1)):
+        record.certify(direction, origin, part)
+    return programs
+
+
+def _programs(rows: Tensor, sets: Sets, star: Tensor, output: Tensor) -> LPBatch:
+    row = rows[star, output]
+    return LPBatch(row[:, 1:], row[:, 0], sets.select(star))
+
+
+def _leaders(score: Tensor, origin: Tensor, inputs: int, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` stars of highest finite score [S, L] of each input star and output, as pairs."""
+    if inputs == 1:
+        value, star = score.topk(min(count, len(score)), dim=0)
+    else:  # the best of every input star
+        top = score.new_full((inputs, score.shape[1]), -torch.inf)
+        top = top.scatter_reduce(0, origin[:, None].expand_as(score), score, "amax")
+        value = torch.where(score == top[origin], score, -torch.inf)
+        star = torch.arange(len(score), device=score.device)[:, None].expand_as(score)
+    row, output = (value > -torch.inf).nonzero(as_tuple=True)
+    return star[row, output], output
+
+
+class _Attained:
+    """What the record has attained, both directions side by side, as stars of its input stars see it."""
+
+    def __init__(self, record: RangeRecord, origin: Tensor, outputs: int) -> None:
+        self.record, self.origin, self.outputs = record, origin, outputs
+
+    def floor(self) -> Tensor:
+        """[S, L] best value met for -f and f of every output."""
+        return self.record.attained[:, self.origin].transpose(0, 1).flatten(1)
+
+    def take(self, value: Tensor, point: PointOf) -> None:
+        """Values [S, L] and the points where they are met."""
+        for direction, part in enumerate(value.split(self.outputs, 1)):
+            first = direction * self.outputs
+            self.record.attain(direction, self.origin, part, lambda s, n, first=first: point(s, n + first))
