@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from torchreach.networks.steps import Step
 from torchreach.reach import activation
-from torchreach.reach.record import RangeRecord
+from torchreach.reach.record import PointOf, RangeRecord
 from torchreach.reach.tally import Tally
 from torchreach.sets import polytope
 from torchreach.sets.polytope import PolytopeBatch
@@ -27,6 +28,10 @@ from torchreach.tolerances import UNIT_ROUNDOFF, Tolerances
 
 # Batches that one call of `advance` looks at before it hands back: bounds the time between budget checks.
 ROUNDS = 64
+# Vertex slots that may be wasted to cut polytopes of different sizes in one call.
+SPARE = 4096
+# Numbers in the affine maps that go through the activation at once: few enough to stay in cache.
+BLOCK = {"cpu": 1 << 17, "cuda": 1 << 27}
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Pieces:
     body: PolytopeBatch
     star: Tensor  # [S'] which star of the chunk
     cuts: Tensor  # [S'] cuts so far, which bounds how far vertices may have drifted
+    open: Tensor  # [S', C] planes that may still cut, by number in `_Followed`; none outside of `advance`
 
     @property
     def slots(self) -> int:
@@ -52,19 +58,34 @@ class Pieces:
     def select(self, index: Tensor) -> Pieces:
         if len(index) == len(self.star):
             return self
-        return Pieces(self.body.select(index), self.star[index], self.cuts[index])
+        parts = (part.index_select(0, index) for part in (self.star, self.cuts, self.open))
+        return Pieces(self.body.select(index), *parts)
+
+    def blocks(self, size: int) -> list[Pieces]:
+        """The same pieces, at most `size` at a time."""
+        if len(self) <= size:
+            return [self]
+        bodies = self.body.split(size)
+        parts = (part.split(size) for part in (self.star, self.cuts, self.open))
+        return [Pieces(*block) for block in zip(bodies, *parts, strict=True)]
 
     def numbered(self, star: Tensor) -> Pieces:
-        return Pieces(self.body, star, self.cuts)
+        return replace(self, star=star)
+
+    def closed(self) -> Pieces:
+        """Without open planes."""
+        return replace(self, open=self.open[:, :0])
 
 
 def _join(pieces: list[Pieces]) -> Pieces:
     if len(pieces) == 1:
         return pieces[0]
+    width = max(p.open.shape[1] for p in pieces)
     return Pieces(
         polytope.merge([p.body for p in pieces]),
         torch.cat([p.star for p in pieces]),
         torch.cat([p.cuts for p in pieces]),
+        torch.cat([pad(p.open, (0, width - p.open.shape[1])) for p in pieces]),
     )
 
 
@@ -80,10 +101,15 @@ class Shelf:
         if len(pieces):
             self.groups.setdefault(pieces.slots, []).append(pieces)
 
-    def largest(self) -> Pieces:
-        """Take the group of most pieces."""
+    def take(self) -> Pieces:
+        """Take as many pieces as fit together: groups of fewer slots join a group where few are wasted."""
         sizes = {slots: sum(map(len, group)) for slots, group in self.groups.items()}
-        return _join(self.groups.pop(max(sizes, key=lambda slots: sizes[slots])))
+
+        def fitting(slots: int) -> list[int]:
+            return [k for k, number in sizes.items() if 0 <= (slots - k) * number <= SPARE]
+
+        taken = max(map(fitting, sizes), key=lambda group: sum(sizes[k] for k in group))
+        return _join([part for k in taken for part in self.groups.pop(k)])
 
     def all(self) -> tuple[Pieces, ...]:
         return tuple(_join(group) for group in self.groups.values())
@@ -147,6 +173,23 @@ def _renumber(pieces: list[Pieces]) -> tuple[Pieces, ...]:
     return tuple(result)
 
 
+@dataclass(frozen=True)
+class _Followed:
+    """Stars of a chunk while they are cut: the planes that cross them, and what else is known of their range.
+
+    Plane 0 is zero everywhere and crosses nothing.
+    """
+
+    planes: Tensor  # [1 + S C, 1 + M] h . (1, a)
+    tolerance: Tensor  # [1 + S C]
+    number: Tensor  # [S, C] planes of each star, 0 where it has no more
+    feature: Tensor  # [S, C] the feature that a plane belongs to
+    lower: Tensor  # [S, N] range on arrival; infinite on the settled side where root bounds settle the sign
+    upper: Tensor  # [S, N]
+    settled: Tensor  # [S] neurons settled by root bounds
+    arrived: list[Pieces]
+
+
 class VertexEngine:
     """Rules for one run: how chunks start, advance one split or one layer, and end."""
 
@@ -180,16 +223,17 @@ class VertexEngine:
         self.somewhere = torch.zeros(size, dim, dtype=rows.dtype, device=rows.device)
         rows, slack = activation.affine(self.steps[0], rows, slack)
         numbers = torch.arange(size, device=rows.device)
-        shelf = Shelf((Pieces(body, numbers, torch.zeros_like(numbers)),))
+        shelf = Shelf((Pieces(body, numbers, torch.zeros_like(numbers), numbers.new_empty(size, 0)),))
         for p in range(planes.shape[1]):
             cut = Shelf()
             for part in shelf.all():
                 plane = planes[part.star, p]
                 values = (part.body.vertices @ plane[:, :, None])[:, :, 0]
-                for side, child in part.body.cut(values, plane, self.tolerances.sign):
-                    inside = (child < len(part)).nonzero().flatten()
-                    parent = child[inside]
-                    cut.add(Pieces(side.select(inside), part.star[parent], part.cuts[parent] + 1))
+                groups, child = part.body.cut(values, plane, self.tolerances.sign)
+                for (side, _), own in zip(groups, child.split([len(side) for side, _ in groups]), strict=True):
+                    inside = (own < len(part)).nonzero().flatten()
+                    parent = own[inside]
+                    cut.add(Pieces(side.select(inside), part.star[parent], part.cuts[parent] + 1, part.open[parent]))
             shelf = cut
         for part in shelf.all():  # any vertex is a point of the star
             self.somewhere[part.star] = part.body.vertices[:, 0, 1:]
@@ -199,102 +243,148 @@ class VertexEngine:
         """One chunk of several of one layer."""
         if len(chunks) == 1:
             return chunks[0]
-        shelf, first = Shelf(), 0
+        pieces, first = [], 0
         for chunk in chunks:
-            for part in chunk.pieces:
-                shelf.add(part.numbered(part.star + first))
+            pieces += [part.numbered(part.star + first) for part in chunk.pieces]
             first += len(chunk)
         rows, slack, origin = (torch.cat([getattr(c, name) for c in chunks]) for name in ("rows", "slack", "origin"))
-        return Chunk(chunks[0].layer, rows, slack, origin, shelf.all())
+        return Chunk(chunks[0].layer, rows, slack, origin, tuple(pieces))
 
     def advance(self, chunk: Chunk) -> list[Chunk]:
         """Cut stars by every neuron that crosses them, and send the pieces through the activation.
 
-        Only the columns of neurons that cross a star when it arrives are followed while it is cut, and its
-        pieces share its affine map until the layer is done. Work left after a while is handed back, uncut.
+        Only the planes of neurons that cross a star when it arrives are followed while it is cut, and a piece
+        is held against those only that crossed the piece it was cut from. Pieces share the star's affine map
+        until the layer is done. Work left after a while is handed back, uncut.
         """
-        step, live = self.steps[chunk.layer], self.live[chunk.layer]
-        assert step.relu is not None
-        assert live is not None
-        arrived = chunk.rows[:, :, live]
-        # A vertex on a cut is known to be on it only up to rounding, which grows with the pre-activation.
-        rounding = 16 * arrived.shape[1] * UNIT_ROUNDOFF * arrived.abs().sum(1)
-        tolerance = rounding.clamp(min=self.tolerances.sign)  # [S, L]
-        lower, upper = (arrived.new_empty(len(chunk), len(live)) for _ in range(2))
-        for part in chunk.pieces:
-            values = part.body.vertices @ arrived[part.star]  # [S', K, L]
-            lower[part.star], upper[part.star] = values.amin(1), values.amax(1)
-        crosses = (upper > tolerance) & (lower < -tolerance)
-        width = int(crosses.sum(1).max()) if crosses.numel() else 0
-        column = crosses.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]  # [S, C]
-        followed = crosses.gather(1, column)
-        tolerance = tolerance.gather(1, column)  # [S, C]
-        planes = arrived.gather(2, column[:, None, :].expand(-1, arrived.shape[1], -1))
-        planes = planes * followed[:, None, :]  # a zero column crosses nothing
-
-        waiting = Shelf(chunk.pieces)
-        done: list[Pieces] = []
-        lows, highs = [], []
+        followed = self._follow(chunk)
+        waiting, done = Shelf(), Shelf()
+        for part in followed.arrived:
+            (waiting if part.open.shape[1] else done).add(part)
         for _ in range(ROUNDS):
             if not waiting.groups:
                 break
-            part = waiting.largest()
-            values = part.body.vertices @ planes[part.star]  # [S', K, C]
-            low, high = torch.aminmax(values, dim=1)
-            near = tolerance[part.star]
-            crosses = (high > near) & (low < -near)
-            cut = crosses.any(1)
-            index, rest = cut.nonzero().flatten(), (~cut).nonzero().flatten()
-            if len(rest):
-                done.append(part.select(rest))
-                lows.append(low[rest])
-                highs.append(high[rest])
-            if len(index):
-                # the deepest cut: halves of like size keep few vertices and finish early
-                which = torch.where(crosses, torch.minimum(high, -low), -torch.inf)[index].argmax(1)
-                part = part.select(index)
-                plane, near = planes[part.star, :, which], tolerance[part.star, which][:, None]
-                for body, child in part.body.cut(values[index, :, which], plane, near):
-                    parent = child % len(index)
-                    waiting.add(Pieces(body, part.star[parent], part.cuts[parent] + 1))
-                self.tally.count(chunk.layer, splits=len(index))
+            part = waiting.take()
+            size, width = part.open.shape
+            values = followed.planes.index_select(0, part.open.flatten()).view(size, width, -1)
+            values = values @ part.body.vertices.mT  # [S', C, K]
+            depth = torch.minimum(values.amax(2), -values.amin(2))
+            near = followed.tolerance.index_select(0, part.open.flatten()).view(size, width)
+            depth = depth * (depth > near)
+            # the deepest cut first: halves of like size keep few vertices and finish early
+            order = depth.argsort(1, descending=True)
+            part = replace(part, open=part.open.gather(1, order))
+            left = (depth > 0).sum(1)  # planes that cross
+            cut = left.nonzero().flatten()
+            which = torch.arange(size, device=cut.device) * width + order[:, 0]
+            if len(cut) < size:
+                done.add(part.select((left == 0).nonzero().flatten()).closed())
+                if not len(cut):
+                    continue
+                part, left, which = part.select(cut), left.index_select(0, cut), which.index_select(0, cut)
+            plane = part.open[:, 0]
+            groups, child = part.body.cut(
+                values.flatten(0, 1).index_select(0, which),
+                followed.planes.index_select(0, plane) if self.keep_facets else None,
+                followed.tolerance.index_select(0, plane)[:, None],
+                left == 1,
+            )
+            parent = child % len(cut)
+            open = part.open[:, 1 : int(left.max())].index_select(0, parent)
+            star, cuts = part.star.index_select(0, parent), part.cuts.index_select(0, parent) + 1
+            first = 0
+            for body, finished in groups:
+                own = slice(first, first + len(body))
+                first += len(body)
+                piece = Pieces(body, star[own], cuts[own], open[own])
+                if finished:
+                    done.add(piece.closed())
+                else:
+                    waiting.add(piece)
+            self.tally.count(chunk.layer, splits=len(cut))
 
-        chunks = [chunk.split(list(waiting.all()))] if waiting.groups else []
-        if done:
-            star = torch.cat([p.star for p in done])
-            # Neurons that did not cross the arriving star keep its range; the others have one of their own.
-            ranges = []
-            for bound, own in ((lower[star], torch.cat(lows)), (upper[star], torch.cat(highs))):
-                kept = bound.gather(1, column[star])
-                ranges.append(bound.scatter(1, column[star], torch.where(followed[star], own, kept)))
-            chunks.append(self._activate(chunk.split(done), step, live, *ranges))
+        chunks = [chunk.split([part.closed() for part in waiting.all()])] if waiting.groups else []
+        size = max(32, BLOCK.get(chunk.rows.device.type, BLOCK["cuda"]) // chunk.rows[0].numel())
+        while done.groups:
+            chunks += [self._activate(chunk, block, followed) for block in done.take().blocks(size)]
         return chunks
 
-    def _activate(self, chunk: Chunk, step: Step, live: Tensor, lower: Tensor, upper: Tensor) -> Chunk:
-        """Stars at the next layer, from their range [S, L] over live neurons."""
+    def _follow(self, chunk: Chunk) -> _Followed:
+        """What to follow of stars that arrive at a layer."""
+        step, live = self.steps[chunk.layer], self.live[chunk.layer]
         assert step.relu is not None
-        sign = self.signs[chunk.layer][chunk.origin]
+        assert live is not None
+        sign = self.signs[chunk.layer].index_select(0, chunk.origin)
+        size, variables, _ = chunk.rows.shape
+        arrived = chunk.rows.mT.contiguous().index_select(1, live)  # [S, L, 1 + M]
+        # A vertex on a cut is known to be on it only up to rounding, which grows with the pre-activation.
+        rounding = 16 * variables * UNIT_ROUNDOFF * chunk.rows.abs().sum(1).index_select(1, live)
+        tolerance = rounding.clamp(min=self.tolerances.sign)  # [S, L]
+        lower, upper = (arrived.new_empty(size, len(live)) for _ in range(2))
+        shelf, pieces = Shelf(chunk.pieces), []
+        while shelf.groups:
+            part = shelf.take()
+            pieces.append(part)
+            values = arrived.index_select(0, part.star) @ part.body.vertices.mT  # [S', L, K]
+            lower.index_copy_(0, part.star, values.amin(2))
+            upper.index_copy_(0, part.star, values.amax(2))
+        settled = sign.index_select(1, live) != 0
+        crosses = (upper > tolerance) & (lower < -tolerance) & ~settled
+        width = int(crosses.sum(1).max()) if crosses.numel() else 0
+        column = crosses.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]  # [S, C]
+        place = torch.arange(size, device=live.device)[:, None]
+        planes = arrived.flatten(0, 1).index_select(0, (place * len(live) + column).flatten())
+        number = 1 + place * width + torch.arange(width, device=live.device)
+        number = torch.where(crosses.gather(1, column), number, 0)
         low = torch.where(sign > 0, torch.inf, torch.where(sign < 0, -torch.inf, 0.0)).to(lower.dtype)
-        high = low.clone()
-        settled = sign[:, live] != 0
-        low[:, live] = torch.where(settled, low[:, live], lower)
-        high[:, live] = torch.where(settled, high[:, live], upper)
-        self.tally.settle(chunk.layer, "root", sign[:, step.relu] != 0)
-        self.tally.settle(chunk.layer, "vertices", sign[:, step.relu] == 0)
-        self.tally.count(chunk.layer, stars=len(chunk))
-        drift = torch.cat([p.drift for p in chunk.pieces])  # pieces are in the order of the stars here
-        rows, slack = activation.relu(chunk.rows, chunk.slack, low, high, step.relu, drift)
+        high = low.index_copy(1, live, torch.where(settled, low.index_select(1, live), upper))
+        low = low.index_copy(1, live, torch.where(settled, low.index_select(1, live), lower))
+        return _Followed(
+            planes=torch.cat((torch.zeros_like(planes[:1]), planes)) if width else planes,
+            tolerance=pad(tolerance.gather(1, column).flatten(), (1, 0), value=1.0),
+            number=number,
+            feature=live[column],
+            lower=low,
+            upper=high,
+            settled=(sign[:, step.relu] != 0).sum(1),
+            arrived=[replace(part, open=number.index_select(0, part.star)) for part in pieces],
+        )
+
+    def _activate(self, chunk: Chunk, part: Pieces, followed: _Followed) -> Chunk:
+        """Pieces of stars, cut by every neuron, as stars at the next layer."""
+        step, star = self.steps[chunk.layer], part.star
+        assert step.relu is not None
+        low, high = followed.lower.index_select(0, star), followed.upper.index_select(0, star)  # [S', N]
+        number = followed.number.index_select(0, star)  # [S', C]
+        if number.shape[1]:
+            # Neurons that did not cross the arriving star keep its range; the others have one of their own.
+            planes = followed.planes.index_select(0, number.flatten()).view(*number.shape, -1)
+            values = planes @ part.body.vertices.mT  # [S', C, K]
+            feature = followed.feature.index_select(0, star)
+            low.scatter_(1, feature, torch.where(number > 0, values.amin(2), low.gather(1, feature)))
+            high.scatter_(1, feature, torch.where(number > 0, values.amax(2), high.gather(1, feature)))
+        settled = followed.settled.index_select(0, star)
+        self.tally.settle(chunk.layer, "root", settled)
+        self.tally.settle(chunk.layer, "vertices", step.relu.sum() - settled)
+        self.tally.count(chunk.layer, stars=len(part))
+        rows, slack = chunk.rows.index_select(0, star), chunk.slack.index_select(0, star)
+        rows, slack = activation.relu(rows, slack, low, high, step.relu, part.drift)
         rows, slack = activation.affine(self.steps[chunk.layer + 1], rows, slack)
-        return replace(chunk, layer=chunk.layer + 1, rows=rows, slack=slack)
+        numbered = part.numbered(torch.arange(len(part), device=star.device))
+        return Chunk(chunk.layer + 1, rows, slack, chunk.origin.index_select(0, star), (numbered,))
 
     def finish(self, chunk: Chunk, record: RangeRecord) -> None:
         """Take the output range of stars at the last layer into the record."""
         for part in chunk.pieces:
-            rows, origin = chunk.rows[part.star], chunk.origin[part.star]
-            values = part.body.vertices @ rows  # [S', K, N]
-            slack = chunk.slack[part.star] + part.drift * rows[:, 1:].abs().sum(1)
+            rows, origin = chunk.rows.index_select(0, part.star), chunk.origin.index_select(0, part.star)
+            values = rows.mT.contiguous() @ part.body.vertices.mT  # [S', N, K]
+            slack = chunk.slack.index_select(0, part.star) + part.drift * rows[:, 1:].abs().sum(1)
             points = part.body.vertices[:, :, 1:]
-            for direction, signed in enumerate((-values, values)):
-                best, slot = signed.max(dim=1)
-                record.attain(direction, origin, best, lambda s, n, p=points, k=slot: p[s, k[s, n]])
+            for direction, best in enumerate((-values.amin(2), values.amax(2))):
+                record.attain(direction, origin, best, _extreme(points, values, 2 * direction - 1))
                 record.certify(direction, origin, best + slack)
+
+
+def _extreme(points: Tensor, values: Tensor, sign: int) -> PointOf:
+    """Where sign * values [S, N, K] is largest, among points [S, K, M]."""
+    return lambda star, output: points[star, (sign * values[star, output]).argmax(1)]
