@@ -21,7 +21,8 @@ from torch import Tensor
 from torchreach.lp.halfspaces import Halfspaces, Sets
 from torchreach.lp.problem import LPBatch, LPSolution
 
-TO_BOUNDARY = 0.995
+START = 0.1
+TO_BOUNDARY = 0.9995
 REGULARISATION = 1e-14
 
 
@@ -90,8 +91,14 @@ class _State:
         # mu such that multipliers are of the size of the objective
         scale = problem.objective.abs().amax(1, keepdim=True).clamp(min=1e-12)
         p, q = 1 - a, 1 + a
-        mu = 0.1 * scale
-        return _State(a, s, mu / s, mu / p, mu / q)
+        mu = START * scale
+        y = mu / s
+        # multipliers of the box that leave no dual residual, with p u q v = mu^2
+        left = problem.objective - problem.sets.mix(y[:, None])[:, 0]
+        product = mu * mu / (p * q)
+        large = (left.abs() + (left * left + 4 * product).sqrt()) / 2
+        small = product / large
+        return _State(a, s, y, torch.where(left > 0, large, small), torch.where(left > 0, small, large))
 
     def select(self, index: Tensor) -> _State:
         return _State(self.a[index], self.s[index], self.y[index], self.u[index], self.v[index])
@@ -100,49 +107,55 @@ class _State:
         return (problem.sets.room(self.a).amin(1) >= 0) & (self.a.abs().amax(1) <= 1)
 
     def step(self, problem: LPBatch) -> None:
-        sets = problem.sets
+        sets, g = problem.sets, problem.objective
         a, s, y, u, v = self.a, self.s, self.y, self.u, self.v
         p, q = 1 - a, 1 + a
         slots = s.shape[1] + 2 * a.shape[1]
-        mu = ((s * y).sum(1) + (p * u).sum(1) + (q * v).sum(1)) / slots
-        residual = problem.objective - sets.mix(y[:, None])[:, 0] - u + v
-        solve = factor(sets, y / s, u / p + v / q)
-
-        def direction(rs: Tensor, rp: Tensor, rq: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-            right = residual - sets.mix((rs / s)[:, None])[:, 0] - rp / p + rq / q
-            da, w = (part[:, 0] for part in solve(right[:, None]))
-            return da, -sets.dot(da[:, None])[:, 0], rs / s + w, rp / p + u / p * da, rq / q - v / q * da
-
-        da, ds, dy, du, dv = direction(-s * y, -p * u, -q * v)
-        primal, dual = _lengths((s, p, q), (ds, -da, da)), _lengths((y, u, v), (dy, du, dv))
-        p1, d1 = primal[:, None], dual[:, None]
-        after = (
-            ((s + p1 * ds) * (y + d1 * dy)).sum(1)
-            + ((p - p1 * da) * (u + d1 * du)).sum(1)
-            + ((q + p1 * da) * (v + d1 * dv)).sum(1)
-        ) / slots
-        centre = (mu * (after / mu).clamp(0, 1) ** 3)[:, None]
-        da, ds, dy, du, dv = direction(centre - s * y - ds * dy, centre - p * u + da * du, centre - q * v - da * dv)
-        primal = TO_BOUNDARY * _lengths((s, p, q), (ds, -da, da))[:, None]
-        dual = TO_BOUNDARY * _lengths((y, u, v), (dy, du, dv))[:, None]
-        ok = (torch.isfinite(da).all(1) & torch.isfinite(dy).all(1))[:, None]
-        primal, dual = torch.where(ok, primal, 0.0), torch.where(ok, dual, 0.0)
-        zero = torch.nan_to_num
-        self.a = a + primal * zero(da)
+        dots = torch.linalg.vecdot
+        held = dots(s, y), dots(p, u), dots(q, v)
+        mu = (held[0] + held[1] + held[2]) / slots
+        up, vq = u / p, v / q
+        solve = factor(sets, y / s, up + vq)
+        # predictor: right side g - A^T y - u + v, plus what aiming at complementarity zero adds, is g itself
+        da, w = (part[:, 0] for part in solve(g[:, None]))
+        ds = -sets.dot(da[:, None])[:, 0]
+        dy, du, dv = w - y, up * da - u, -vq * da - v
+        primal = _shortest(_growth(ds, s), _growth(-da, p), _growth(da, q))
+        dual = _shortest(_growth(dy, y), _growth(du, u), _growth(dv, v))
+        after = torch.zeros_like(mu)
+        # (s + t ds) (y + r dy) summed, where s dy + y ds = -s y
+        for dot, delta, multiplier, change in zip(held, (ds, -da, da), (y, u, v), (dy, du, dv), strict=True):
+            part = dots(delta, multiplier)
+            after += dot + primal * part - dual * (dot + part) + primal * dual * dots(delta, change)
+        centre = (mu * (after / slots / mu).clamp(0, 1) ** 3)[:, None]
+        # corrector: aim at the centre, with the predictor's second-order terms
+        ty, tu, tv = (centre - ds * dy) / s, (centre + da * du) / p, (centre - da * dv) / q
+        da, w = (part[:, 0] for part in solve((g - sets.mix(ty[:, None])[:, 0] - tu + tv)[:, None]))
+        ds = -sets.dot(da[:, None])[:, 0]
+        dy, du, dv = ty + w - y, tu + up * da - u, tv - vq * da - v
+        primal = TO_BOUNDARY * _shortest(_growth(ds, s), _growth(-da, p), _growth(da, q))
+        dual = TO_BOUNDARY * _shortest(_growth(dy, y), _growth(du, u), _growth(dv, v))
+        # a program that met NaN or infinity stays where it is
+        ok = torch.isfinite(da.sum(1)) & torch.isfinite(dy.sum(1)) & torch.isfinite(primal) & torch.isfinite(dual)
+        if not ok.all():
+            da, dy, du, dv = (torch.where(ok[:, None], part, 0.0) for part in (da, dy, du, dv))
+            primal, dual = torch.where(ok, primal, 0.0), torch.where(ok, dual, 0.0)
+        primal, dual = primal[:, None], dual[:, None]
+        self.a = torch.addcmul(a, primal, da)
         self.s = sets.room(self.a).clamp(min=1e-15)
-        self.y, self.u, self.v = y + dual * zero(dy), u + dual * zero(du), v + dual * zero(dv)
+        self.y, self.u, self.v = (torch.addcmul(m, dual, change) for m, change in ((y, dy), (u, du), (v, dv)))
 
 
-def _lengths(values: tuple[Tensor, ...], deltas: tuple[Tensor, ...]) -> Tensor:
+def _growth(delta: Tensor, value: Tensor) -> Tensor:
+    """[B] the most negative relative change of any value."""
+    if value.shape[1] == 0:
+        return value.new_zeros(len(value))
+    return (delta / value).amin(1)
+
+
+def _shortest(*growth: Tensor) -> Tensor:
     """[B] longest step in [0, 1] that keeps every value nonnegative."""
-    return longest(values, deltas).clamp(max=1.0)
-
-
-def longest(values: tuple[Tensor, ...], deltas: tuple[Tensor, ...]) -> Tensor:
-    """[B] longest step that keeps every value positive, inf where every step does."""
-    pairs = zip(values, deltas, strict=True)
-    parts = [torch.where(d < 0, v / -d, torch.inf).amin(1) for v, d in pairs if v.shape[1]]
-    return torch.stack(parts).amin(0)
+    return (-1 / torch.stack(growth).amin(0).clamp(max=-1e-300)).clamp(max=1.0)
 
 
 def factor(
@@ -256,7 +269,7 @@ def centre(sets: Sets, start: Tensor, steps: int) -> Tensor:
         decrement = (-gradient * da).sum(1).clamp(min=0).sqrt()
         # the damped step of self-concordant analysis, or most of the way to the boundary if that is longer
         ds = -sets.dot(da[:, None])[:, 0]
-        furthest = 0.9 * longest((s, p, q), (ds, -da, da)).clamp(max=1e6)
-        length = torch.where(decrement < 0.25, torch.ones_like(decrement), furthest)
-        a = a + length.minimum(furthest).clamp(max=1.0)[:, None] * da
+        furthest = 0.9 * _shortest(_growth(ds, s), _growth(-da, p), _growth(da, q))
+        length = torch.where(decrement < 0.25, torch.ones_like(decrement), furthest).minimum(furthest)
+        a = torch.addcmul(a, length[:, None], da)
     return a

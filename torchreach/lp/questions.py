@@ -72,7 +72,14 @@ def _look(rows: Tensor, asked: Tensor, sets: Sets, a: Tensor, tolerance: float) 
     star, question = (asked & (value <= tolerance)).nonzero(as_tuple=True)
     if len(star):
         problem = LPBatch(g[star, question], constant[star, question], sets.select(star))
-        upper[star, question] = refute(problem, w[star, question].clamp(min=0), tolerance, STEPS)
+        y = w[star, question].clamp(min=0)
+        if sets.constraints:
+            # Nearly equal networks cut twice along nearly one plane: the best single constraint alone, rows being
+            # of unit length or absent. Its bound is the tightest there, and excursions add up.
+            along = problem.sets.dot(problem.objective[:, None])[:, 0]
+            single = torch.where(along == along.amax(1, keepdim=True), along, 0.0).clamp(min=0)
+            y = torch.where((problem.bound(single) <= tolerance)[:, None], single, y)
+        upper[star, question] = refute(problem, y, tolerance, STEPS)
     return Answer(upper, value, point)
 
 

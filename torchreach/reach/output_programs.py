@@ -18,7 +18,7 @@ from torchreach.lp.questions import refute, slices, solve
 from torchreach.reach.record import PointOf, RangeRecord
 
 # Stars solved first, per input star and signed output.
-LEADERS = 4
+LEADERS = 2
 STEPS = 30
 
 
@@ -33,11 +33,10 @@ def output_range(
 
     Returns: the number of linear programs solved.
     """
-    rows = torch.cat((-rows, rows), 1)
-    signed, inputs = rows.shape[1], record.attained.shape[1]
-    values = rows[:, None, :, 0] + points @ rows[:, :, 1:].transpose(1, 2)  # [S, W, L]
-    best, slot = values.max(1)
-    attained = _Attained(record, origin, signed // 2)
+    inputs = record.attained.shape[1]
+    values = rows[:, None, :, 0] + points @ rows[:, :, 1:].transpose(1, 2)  # [S, W, N]
+    best, slot = torch.cat((-values, values), 2).max(1)
+    attained = _Attained(record, origin, rows.shape[1])
     attained.take(best, lambda s, n: points[s, slot[s, n]])
     solved = torch.zeros_like(best, dtype=torch.bool)
     upper = torch.full_like(best, torch.inf)
@@ -65,17 +64,19 @@ def output_range(
                 s, n = star[i], output[i]
                 if len(s):
                     start = sets.b.new_zeros(len(s), sets.constraints)
-                    upper[s, n] = refute(_programs(rows, sets, s, n), start, floor[s, n] + gap, STEPS)
+                    upper[s, n] = refute(_programs(rows, sets, s, n), start, floor[s, n], STEPS)
         score = upper
         batch *= 2
     upper = upper + slack.repeat(1, 2)
-    for direction, part in enumerate(upper.split(signed // 2, 1)):
+    for direction, part in enumerate(upper.split(rows.shape[1], 1)):
         record.certify(direction, origin, part)
     return programs
 
 
 def _programs(rows: Tensor, sets: Sets, star: Tensor, output: Tensor) -> LPBatch:
-    row = rows[star, output]
+    outputs = rows.shape[1]
+    sign = torch.where(output < outputs, -1.0, 1.0).to(rows.dtype)
+    row = rows[star, output % outputs] * sign[:, None]
     return LPBatch(row[:, 1:], row[:, 0], sets.select(star))
 
 

@@ -16,7 +16,7 @@ M predicate variables, N features, W known points, R questions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,116 +28,14 @@ from torchreach.lp.questions import look, solve
 from torchreach.networks.steps import Step
 from torchreach.reach import activation
 from torchreach.reach.output_programs import output_range
+from torchreach.reach.pieces import KNOWN_POINTS, Arrivals, Chunk, padded, remember, with_points
 from torchreach.reach.record import RangeRecord
 from torchreach.reach.tally import Tally
 from torchreach.tolerances import UNIT_ROUNDOFF, Tolerances
 
-KNOWN_POINTS = 12
 CENTRE_STEPS = 4
 # Live neurons up to which the pieces of a single star share one matrix of half-spaces.
 SHARED_ROWS = 64
-
-
-@dataclass(frozen=True)
-class Arrivals:
-    """Stars as they came to a layer; their pieces refer to them."""
-
-    rows: Tensor  # [S, 1 + M, N] pre-activations as affine maps of the predicate
-    slack: Tensor  # [S, N] certified error of the rows
-    origin: Tensor  # [S] index of the input star
-    fixed: Tensor  # [S, N] 1 where the feature passes on all of the star, 0 where it is off or live
-    column: Tensor  # [S, C] features that may cross zero on the star
-    live: Tensor  # [S, C] whether they may; stars with fewer live features are padded
-    planes: Tensor  # [S, C, 1 + M] rows of those features, zero where padded
-
-    def __len__(self) -> int:
-        return len(self.origin)
-
-    def select(self, index: Tensor) -> Arrivals:
-        return Arrivals(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
-
-    @staticmethod
-    def cat(batches: list[Arrivals]) -> Arrivals:
-        width = max(a.column.shape[1] for a in batches)
-        wide = []
-        for a in batches:
-            missing = width - a.column.shape[1]
-            pad = torch.nn.functional.pad
-            wide.append(
-                replace(
-                    a,
-                    column=pad(a.column, (0, missing)),
-                    live=pad(a.live, (0, missing)),
-                    planes=pad(a.planes, (0, 0, 0, missing)),
-                )
-            )
-        return Arrivals(*(torch.cat([getattr(a, name) for a in wide]) for name in Arrivals.__dataclass_fields__))
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A batch of pieces waiting at the same layer, before its activation."""
-
-    layer: int
-    arrivals: Arrivals
-    star: Tensor  # [Q] which of them
-    sets: Sets
-    points: Tensor  # [Q, W, M] points of the piece; the first is strictly inside
-    values: Tensor  # [Q, W, C] live features at those points
-    side: Tensor  # [Q, C] +1 or -1 where the sign is settled, 0 where it is not
-    over: Tensor  # [Q, C] certified excursion beyond the settled side
-
-    @property
-    def kind(self) -> int:
-        """Chunks of one kind can be joined without much padding."""
-        return -1 if isinstance(self.sets, SharedHalfspaces) else (self.sets.constraints + 7) // 8
-
-    @property
-    def rows(self) -> Tensor:
-        return self.arrivals.rows[self.star]
-
-    @property
-    def slack(self) -> Tensor:
-        return self.arrivals.slack[self.star]
-
-    @property
-    def origin(self) -> Tensor:
-        return self.arrivals.origin[self.star]
-
-    def __len__(self) -> int:
-        return len(self.star)
-
-    def select(self, index: Tensor | slice) -> Chunk:
-        arrivals, star = self.arrivals, self.star[index]
-        if 2 * len(star) < len(arrivals):  # let go of stars that no piece refers to
-            used, star = star.unique(return_inverse=True)
-            arrivals = arrivals.select(used)
-        parts = (getattr(self, name)[index] for name in ("points", "values", "side", "over"))
-        return Chunk(self.layer, arrivals, star, self.sets.select(index), *parts)
-
-    def plane(self, column: Tensor) -> Tensor:
-        """Rows [Q, R, 1 + M] of live features column [Q, R]."""
-        if len(self.arrivals) == 1:
-            return self.arrivals.planes[0][column]
-        return self.arrivals.planes[self.star[:, None], column]
-
-    def at(self, points: Tensor) -> Tensor:
-        """Live features at points [Q, W, M]: [Q, W, C]."""
-        planes = self.arrivals.planes
-        if len(planes) == 1:
-            return torch.addmm(planes[0, :, 0], points.flatten(0, 1), planes[0, :, 1:].T).unflatten(0, points.shape[:2])
-        planes = planes[self.star]
-        return planes[:, None, :, 0] + points @ planes[:, :, 1:].transpose(1, 2)
-
-    def box(self) -> tuple[Tensor, Tensor]:
-        """Predicate box [Q, M] of each piece (the unit box: constraints are not propagated)."""
-        ones = torch.ones_like(self.points[:, 0])
-        return -ones, ones
-
-    def stars(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(rows, half-spaces [Q, P, 1 + M] with h . (1, a) >= 0, origin) of groups of pieces."""
-        sets = self.sets.own()
-        return [(self.rows, torch.cat((sets.b[:, :, None], -sets.A), 2), self.origin)]
 
 
 class ProgramEngine:
@@ -188,7 +86,7 @@ class ProgramEngine:
             arrivals = Arrivals.cat([c.arrivals for c in chunks])
             stars = [star + size for star, size in zip(stars, sizes, strict=True)]
         width, known = arrivals.column.shape[1], max(c.points.shape[1] for c in chunks)
-        parts = [_padded(c, width, known) for c in chunks]
+        parts = [padded(c, width, known) for c in chunks]
         points, values, side, over = (torch.cat(column) for column in zip(*parts, strict=True))
         sets = type(first.sets).cat([c.sets for c in chunks])  # type: ignore[arg-type]
         return Chunk(first.layer, arrivals, torch.cat(stars), sets, points, values, side, over)
@@ -304,7 +202,7 @@ class ProgramEngine:
         side = chunk.side.scatter(1, column, torch.where(stable, -away.to(side.dtype), side))
         over = chunk.over.scatter(1, column, torch.where(stable, out, over))
         crossed = asked & ~stable
-        points, values = _with_points(chunk, found, crossed)
+        points, values = with_points(chunk, found, crossed)
         low = low.minimum(values.amin(1))
         high = high.maximum(values.amax(1))
         return replace(chunk, side=side, over=over, points=points, values=values), low, high
@@ -336,7 +234,7 @@ class ProgramEngine:
         inside = centre(both, torch.cat(starts), CENTRE_STEPS)
         signed = torch.cat((values, -values))
         twice = replace(chunk, star=chunk.star.repeat(2), sets=both)
-        points, known = _remember(chunk, signed >= 0)
+        points, known = remember(chunk, signed >= 0)
         return replace(
             twice,
             points=torch.cat((inside[:, None], points), 1),
@@ -362,13 +260,16 @@ class ProgramEngine:
             """Features [Q, N] of which the live ones are the pieces' own [Q, C]."""
             return (fixed * arrivals.fixed)[star].scatter_add(1, column, own)
 
+        # Maps are laid out feature by feature: [Q, N, 1 + M] in memory.
         rows = step.linear(arrivals.rows * arrivals.fixed[:, None])
         rows[:, 0] += step.bias
-        rows = rows[star]
+        rows = rows.transpose(1, 2).contiguous()[star]
         if column.shape[1]:
             place, weights = self._live_weights(layer)
-            share = arrivals.planes[star].transpose(1, 2) * active[:, None]  # [Q, 1 + M, C]
-            rows += share @ weights[place[arrivals.column[0] if len(arrivals) == 1 else column]]
+            share = arrivals.planes[star] * active[:, :, None]  # [Q, C, 1 + M]
+            weights = weights[place[arrivals.column[:1] if len(arrivals) == 1 else column]]
+            rows += weights.transpose(1, 2) @ share
+        rows = rows.transpose(1, 2)
         # Where root bounds or the predicate box settled the sign of the real network, nothing sticks out. A sign
         # that is still open (a program met NaN) has an unbounded excursion.
         own = chunk.slack.gather(1, column)
@@ -412,38 +313,3 @@ def _cut(chunk: Chunk, column: Tensor, unit: Tensor, sign: float) -> Sets:
     if isinstance(sets, SharedHalfspaces):
         return sets.put(sets.constraints - chunk.side.shape[1] + column, torch.full_like(bound, -sign), bound)
     return sets.add(-sign * unit[:, 1:], bound)
-
-
-def _padded(chunk: Chunk, width: int, known: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Points, values, side and over with as many known points and live neurons as asked."""
-    more, columns = known - chunk.points.shape[1], width - chunk.side.shape[1]
-    points, values = chunk.points, chunk.values
-    if more:
-        points = torch.cat((points, points[:, :1].expand(-1, more, -1)), 1)
-        values = torch.cat((values, values[:, :1].expand(-1, more, -1)), 1)
-    pad = torch.nn.functional.pad
-    return points, pad(values, (0, columns)), pad(chunk.side, (0, columns), value=1), pad(chunk.over, (0, columns))
-
-
-def _with_points(chunk: Chunk, found: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-    """Points and values of the chunk with those of found [Q, R, M] that `which` [Q, R] admits."""
-    width = int(which.sum(1).max())
-    if width == 0:
-        return chunk.points, chunk.values
-    order = which.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
-    picked = found.gather(1, order[:, :, None].expand(-1, -1, found.shape[2]))
-    picked = torch.where(which.gather(1, order)[:, :, None], picked, chunk.points[:, :1])
-    return torch.cat((chunk.points, picked), 1), torch.cat((chunk.values, chunk.at(picked)), 1)
-
-
-def _remember(chunk: Chunk, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """For both children of each piece, the newest of its points that `valid` [2 Q, W] admits, and their values.
-
-    Where a child has fewer than the others, any of those it has is repeated.
-    """
-    count = int(valid.sum(1).max().clamp(max=KNOWN_POINTS - 1))
-    order = valid.flip(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
-    order = valid.shape[1] - 1 - order
-    order = torch.where(valid.gather(1, order), order, order[:, :1])
-    piece = torch.arange(len(chunk), device=valid.device).repeat(2)[:, None]
-    return chunk.points[piece, order], chunk.values[piece, order]
