@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tests.networks import DEVICES
-from torchreach.lp.interior_point import centre, interior, maximize
 from torchreach.lp.halfspaces import Halfspaces
+from torchreach.lp.interior_point import centre, interior, maximize
 from torchreach.lp.problem import LPBatch
 from torchreach.lp.reference import solve_reference
 

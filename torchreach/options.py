@@ -18,8 +18,9 @@ class Exact:
         method: "vertices" (facet-vertex batches, no linear programs; for low input dimension), "programs"
             (batched linear programs), or "auto" (chosen from the number of predicate variables).
         root_bounds: pre-activation bounds taken once per input star, before any split: "lirpa"
-            (auto_LiRPA's CROWN), "zonotope" or "interval" (torchreach's own), "none", or "auto" (auto_LiRPA
-            where it is installed and supports the network, else zonotope).
+            (auto_LiRPA's CROWN), "zonotope" or "interval" (torchreach's own), "none", or "auto": zonotopes,
+            and auto_LiRPA besides where the linear programs it saves cost more than it does, or where a
+            budget may end the run early. "lirpa" falls back to zonotopes where auto_LiRPA is not installed.
     """
 
     method: str = "auto"

@@ -18,15 +18,17 @@ log = logging.getLogger(__name__)
 
 
 def root_bounds(
-    module: nn.Module, steps: tuple[Step, ...], rows: Tensor, slack: Tensor, kind: str, margin: float
+    module: nn.Module, steps: tuple[Step, ...], rows: Tensor, slack: Tensor, kind: str, margin: float, worth: float
 ) -> tuple[Bounds, str]:
     """Certified (lower, upper) [S, N] per step, the output last, and the name of what gave them.
 
     Args:
         rows: [S, 1 + M, N_in] input stars over [-1, 1]^M; slack: [S, N_in].
-        kind: one of `options.ROOT_BOUNDS`. "auto" intersects auto_LiRPA's bounds with zonotopes where
-            auto_LiRPA is installed and supports the network.
+        kind: one of `options.ROOT_BOUNDS`. "lirpa" intersects auto_LiRPA's bounds with zonotopes where
+            auto_LiRPA is installed and supports the network, "auto" does so where it is worth it.
         margin: share of their magnitude by which auto_LiRPA's bounds are widened for rounding.
+        worth: number of neurons, beyond the first layer (where zonotopes are exact), that zonotopes must leave
+            open for auto_LiRPA to be worth its time.
     """
     if kind == "interval":
         return interval_bounds(steps, rows, slack), "interval"
@@ -37,13 +39,19 @@ def root_bounds(
         ]
         return infinite, "none"
     own = zonotope_bounds(steps, rows, slack)
-    if kind == "zonotope":
+    if kind == "zonotope" or (kind == "auto" and _open(own, steps) < worth):
         return own, "zonotope"
     theirs = _lirpa(module, steps, rows, slack, margin)
     if theirs is None:
         return own, "zonotope"
     tightest = [(torch.maximum(a, c), torch.minimum(b, d)) for (a, b), (c, d) in zip(own, theirs, strict=True)]
     return tightest, "auto_LiRPA CROWN and zonotope"
+
+
+def _open(bounds: Bounds, steps: tuple[Step, ...]) -> int:
+    """Neurons beyond the first layer whose sign is open on some star."""
+    pairs = [(low, high, step.relu) for (low, high), step in zip(bounds, steps, strict=True) if step.relu is not None]
+    return int(sum((((low < 0) & (high > 0)).any(0) & relu).sum() for low, high, relu in pairs[1:]))
 
 
 def _lirpa(module: nn.Module, steps: tuple[Step, ...], rows: Tensor, slack: Tensor, margin: float) -> Bounds | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from torchreach.tolerances import COMPUTE_DTYPE, Tolerances, round_down, round_u
 
 # Vertices of a polytope grow exponentially with its dimension; beyond this linear programs are cheaper.
 VERTEX_DIM = 8
+# Open neurons (beyond the first layer) from which auto_LiRPA saves an engine more time than it takes. Vertices
+# show a neuron's sign for less than any bound does.
+LIRPA_WORTH = {"vertices": math.inf, "programs": 64}
 # Relative gap between certified and attained up to which an enumeration is called exact.
 EXACT_GAP = defaultdict(lambda: 1e-2, {torch.float64: 1e-6, torch.float32: 1e-4})
 
@@ -64,7 +68,7 @@ def reach(
     if not isinstance(stars, StarBatch):
         raise ShapeError(f"reach needs a torchreach.StarBatch, got {type(stars).__name__}")
     with torch.no_grad():
-        run = _Run.prepare(module, stars, method, tolerances, keep_stars)
+        run = _Run.prepare(module, stars, method, tolerances, keep_stars, budget)
         run.go(budget, progress, began)
         return run.result(began)
 
@@ -86,21 +90,26 @@ class _Run:
     left: Tensor | None = None
 
     @staticmethod
-    def prepare(module: nn.Module, stars: StarBatch, method: Exact, tolerances: Tolerances, keep_stars: bool) -> _Run:
+    def prepare(
+        module: nn.Module, stars: StarBatch, method: Exact, tolerances: Tolerances, keep_stars: bool, budget: Budget
+    ) -> _Run:
         device = stars.device
-        network = steps(module, stars.shape, dtype=COMPUTE_DTYPE, device=device)
-        rows, A, b = stars.normalised()
-        slack, loose = stars.rounding()
-        bounds, name = root_bounds(module, network, rows, slack, method.root_bounds, tolerances.root_margin)
-        signs = [(low >= 0).long() - (high <= 0).long() for low, high in bounds]
-        smaller = reduce(network, signs, bounds)
-        walked, signs, waypoints, left_out = smaller or (network, signs, bounds, [0] * len(network))
-        tally = Tally(network, left_out)
         chosen = method.method
         if chosen == "auto":
             chosen = "vertices" if stars.dim <= VERTEX_DIM else "programs"
         if stars.dim == 0:  # points: there is nothing to program
             chosen = "vertices"
+        network = steps(module, stars.shape, dtype=COMPUTE_DTYPE, device=device)
+        rows, A, b = stars.normalised()
+        slack, loose = stars.rounding()
+        # auto_LiRPA's time pays where open neurons cost linear programs, or where the run may end early.
+        limited = budget.seconds is not None or budget.stars is not None
+        worth = 1 if limited else LIRPA_WORTH[chosen]
+        bounds, name = root_bounds(module, network, rows, slack, method.root_bounds, tolerances.root_margin, worth)
+        signs = [(low >= 0).long() - (high <= 0).long() for low, high in bounds]
+        smaller = reduce(network, signs, bounds)
+        walked, signs, waypoints, left_out = smaller or (network, signs, bounds, [0] * len(network))
+        tally = Tally(network, left_out)
         maker = VertexEngine if chosen == "vertices" else ProgramEngine
         engine = maker(walked, signs, tolerances, tally, keep_facets=keep_stars)
         frontier = Frontier(engine, walked, waypoints, stars.dim, device)
