@@ -64,6 +64,7 @@ def test_help_names_every_command_and_option():
         "--eps",
         "--tolerance",
         "--seconds",
+        "--memory",
         "--output",
         "--device",
     ):
@@ -224,6 +225,7 @@ def _bad(files):
         "dtype": ((*a_b, *box, "--dtype", "int8"), "--dtype must be one of float32, float64, got 'int8'"),
         "method": ((*a_b, *box, "--method", "magic"), "--method must be one of auto, vertices, programs"),
         "seconds": ((*a_b, *box, "--seconds", "0"), "--seconds must be positive, got 0"),
+        "memory": ((*a_b, *box, "--memory", "2 gigs"), "--memory must be a positive size such as 2GB"),
         "tolerance": ((*a_b, *box, "--tolerance", "-1"), "--tolerance must be a number >= 0, got -1"),
         "other inputs": ((f / "a.onnx", f / "other.onnx", *box), "networks must have equally many inputs"),
     }  # fmt: skip

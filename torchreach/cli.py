@@ -114,6 +114,15 @@ Stars = Annotated[
     int | None,
     typer.Option(help="The same as a limit on enumerated linear regions. Default: no limit.", rich_help_panel=_ENGINE),
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="The same as a limit on memory for the enumeration, such as 2GB or 500MB; with little, it first works "
+        "in smaller pieces. Default: half of what is free.",
+        metavar="SIZE",
+        rich_help_panel=_ENGINE,
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", rich_help_panel=_ENGINE)]
 Dtype = Annotated[
     str,
@@ -181,6 +190,7 @@ def compare(
     output: Output = None,
     seconds: Seconds = None,
     stars: Stars = None,
+    memory: Memory = None,
     device: Device = "cpu",
     dtype: Dtype = "float64",
     method: Method = "auto",
@@ -191,7 +201,7 @@ def compare(
     """
     from torchreach import commands, input_sets
 
-    setup = commands.Setup.make(device, dtype, method, seconds, stars, output, ctx.obj)
+    setup = commands.Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj)
 
     def read(network: nn.Sequential, kind: torch.dtype) -> input_sets.InputSet:
         return input_sets.read_input_set(
@@ -257,6 +267,7 @@ def repair(
     output: Output = None,
     seconds: Seconds = None,
     stars: Stars = None,
+    memory: Memory = None,
     device: Device = "cpu",
     dtype: Dtype = "float64",
     method: Method = "auto",
@@ -269,7 +280,7 @@ def repair(
     """
     from torchreach import commands, input_sets
 
-    setup = commands.Setup.make(device, dtype, method, seconds, stars, output, ctx.obj)
+    setup = commands.Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj)
     options = commands.RepairSetup(target, target_max, alpha, iterations, epochs, rate, seed)
 
     def read(network: nn.Sequential, kind: torch.dtype) -> input_sets.InputSet:
@@ -333,6 +344,7 @@ def demo(
     ] = Path("torchreach-demo"),
     seconds: Seconds = None,
     stars: Stars = None,
+    memory: Memory = None,
     device: Device = "cpu",
     method: Method = "auto",
 ) -> None:
@@ -343,7 +355,7 @@ def demo(
     from torchreach import commands
     from torchreach.demo import one_thread
 
-    setup = commands.Setup.make(device, "float64", method, seconds, stars, output, ctx.obj)
+    setup = commands.Setup.make(device, "float64", method, seconds, stars, memory, output, ctx.obj)
     options = commands.RepairSetup(target, target_max, alpha, iterations, 50, rate, seed)
     digits = commands.DemoSetup(data, root, images, pixels, eps, epochs, bits, prune)
     with one_thread():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ class Setup:
         method: str,
         seconds: float | None,
         stars: int | None,
+        memory: str | None,
         output: Path | None,
         command_line: str,
     ) -> Setup:
@@ -70,7 +72,7 @@ class Setup:
             _device(device),
             DTYPES[dtype],
             exact,
-            Budget(seconds, stars),
+            Budget(seconds, stars, None if memory is None else _bytes(memory)),
             output,
             command_line,
             Console(),
@@ -84,6 +86,7 @@ class Setup:
             "method": self.method.method,
             "seconds": self.budget.seconds,
             "stars": self.budget.stars,
+            "memory": self.budget.memory,
             **more,
         }
 
@@ -350,6 +353,18 @@ def _print_witness(
     star, output = report.verdict.witness
     x = found.witness[star, output][None]
     show.print_witness(setup.out, report, found, (evaluate(original, x)[0], evaluate(compressed, x)[0]))
+
+
+def _bytes(text: str) -> int:
+    """The number of bytes that "2GB", "500 MB", "1.5GiB" or "1000000" says. Raises OptionError."""
+    found = re.fullmatch(r"(\d+|\d*\.\d+)\s*(?:([kmgt])(i?))?b?", text.strip().lower())
+    number = 0
+    if found is not None:
+        size, unit, binary = found.groups()
+        number = int(float(size) * (1024 if binary else 1000) ** ("kmgt".index(unit) + 1 if unit else 0))
+    if number <= 0:
+        raise OptionError(f"--memory must be a positive size such as 2GB, 500MB or 1.5GiB, got {text!r}")
+    return number
 
 
 def _device(name: str) -> torch.device:

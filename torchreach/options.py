@@ -40,13 +40,16 @@ class Budget:
     Attributes:
         seconds: wall-clock limit, None for no limit.
         stars: limit on enumerated output stars, None for no limit.
+        memory: bytes for open stars, kept stars and the work on them, on the device of the stars; None for half
+            of what is free there when the run starts. Little memory means smaller batches first.
     """
 
     seconds: float | None = None
     stars: int | None = None
+    memory: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("seconds", "stars"):
+        for name in ("seconds", "stars", "memory"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not (isinstance(value, (int, float)) and value > 0):
                 raise OptionError(f"Budget.{name} must be positive or None, got {value!r}")

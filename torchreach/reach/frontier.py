@@ -1,16 +1,19 @@
-"""The one loop over work: batches of stars, until none is open or the budget is spent."""
+"""The one loop over work: batches of stars, until none is open or the budget is spent.
+
+Memory: the tensors of open chunks, of kept stars and of the step at work stay within `Budget.memory`, as far as
+can be told before a step: what a star needs is learned per layer from the steps before it. Work goes depth
+first, so that few stars are open; as memory fills, in ever smaller pieces of the deepest layer.
+"""
 
 from __future__ import annotations
 
 import logging
-import signal
-import threading
+import math
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import dataclass
-from types import FrameType
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +22,11 @@ from torch import Tensor
 from torchreach.bounds.zonotope import Bounds, relu_band, zonotope_bounds
 from torchreach.networks.steps import Step
 from torchreach.options import Budget
-from torchreach.reach.record import RangeRecord
+from torchreach.reach.memory import Ledger, default_budget, size_of
+from torchreach.reach.processes import can_fork, run_in_processes
+from torchreach.reach.record import Kept, RangeRecord, Sink
+from torchreach.reach.tally import Tally
+from torchreach.reach.threads import Threads, first_interrupt
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +35,18 @@ CHUNK = {"cpu": 1024, "cuda": 65536}
 REPORT_SECONDS = 0.2
 # Numbers in the affine maps of one chunk.
 NUMBERS = {"cpu": 1 << 24, "cuda": 1 << 28}
+# What a step takes while it runs, in multiples of the tensors it is given and returns.
+WORKING = 4
+# Stars that are bounded at once even if no memory is left.
+CLOSING = 64
+# Processes pay once a run has lasted so long, and a chunk is open for each (or it has lasted longer still,
+# and the next step of what is open takes so long).
+FORK_SECONDS = 0.1
+FORK_CHUNKS = 1
+LATER_SECONDS, LATER_STEP_SECONDS = 0.5, 0.01
+SMALLEST_SHARE = 16
+# Part of the memory that open stars may fill in order to be shared out.
+SPREAD = 0.1
 
 
 class Chunk(Protocol):
@@ -50,6 +69,7 @@ class Engine(Protocol):
     """How chunks advance; `reach.vertices` and `reach.programs` are the two engines."""
 
     name: str
+    tally: Tally
 
     def advance(self, chunk: Any) -> list[Any]: ...
     def finish(self, chunk: Any, record: RangeRecord) -> None: ...
@@ -58,20 +78,53 @@ class Engine(Protocol):
 
 @dataclass
 class _Group:
-    chunks: list[Any]
+    chunks: list[Any] = field(default_factory=list)
     size: int = 0
+    bytes: int = 0
+
+
+class Limits:
+    """When a run is to end early. Its clock starts when it is made."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        self.start = time.monotonic()
+        self.closing: float | None = None  # seconds per open star that `Frontier.close` will need
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.start
+
+    def spent(self, frontier: Frontier, done: int, waiting: int = 0) -> bool:
+        """Whether the budget is spent, given stars done in all, and stars `waiting` that the frontier may get."""
+        budget, passed, stars = self.budget, self.elapsed, frontier.open + waiting
+        if budget.seconds is not None:
+            if self.closing is None and passed > budget.seconds / 10:
+                self.closing = frontier.cost_of_closing()
+            if passed + (self.closing or 0.0) * stars > budget.seconds:
+                log.info("budget of %g s spent with %d stars open", budget.seconds, stars)
+                return True
+        if budget.stars is not None and done >= budget.stars:
+            log.info("budget of %d stars spent with %d stars open", budget.stars, stars)
+            return True
+        return False
 
 
 class Frontier:
     """Open work of one run.
 
     Chunks are grouped by layer and kind, and joined to batches of `limit` stars.
+
+    Attributes:
+        open, done: stars waiting, and stars finished.
+        peak: most bytes that open chunks, kept stars and the chunks of running steps have taken together.
     """
 
     def __init__(self, engine: Engine, steps: tuple[Step, ...], root: Bounds, dim: int, device: torch.device) -> None:
         self.engine = engine
         self.steps = steps
         self.root = root
+        self.device = device
         largest_map = (1 + dim) * max(step.features for step in steps)
         self.limit = CHUNK.get(device.type, CHUNK["cuda"])
         # Affine maps of many variables are large: fewer stars then fill the same memory.
@@ -79,31 +132,72 @@ class Frontier:
         self.groups: dict[tuple[int, int], _Group] = {}
         self.open = 0
         self.done = 0
+        self.stepped = 0
         self.workers = torch.get_num_threads() if device.type == "cpu" else 1
-        self._results = threading.Lock()
+        self.spread = False  # whether many open stars are wanted, to share them out
+        self.memory = float("inf")
+        self.used = Ledger()  # open chunks, and those at work
+        self.kept = 0  # bytes of kept stars
+        self.peak = 0
+        # By layer, how many times the bytes of a star are those of the stars it becomes in a step.
+        self.growth: dict[int, float] = defaultdict(lambda: 2.0)
+        # By layer, most bytes that a step was given and returned.
+        self.largest: dict[int, float] = defaultdict(lambda: math.inf)
+        self._results = Lock()
 
     def push(self, chunks: list[Any]) -> None:
         """Add open chunks."""
         for chunk in chunks:
-            group = self.groups.setdefault((chunk.layer, chunk.kind), _Group([]))
+            group = self.groups.setdefault((chunk.layer, chunk.kind), _Group())
             group.chunks.append(chunk)
             group.size += len(chunk)
             self.open += len(chunk)
+            group.bytes += size_of(chunk)
+            self.used.add(chunk)
+        self.peak = max(self.peak, self.used.bytes + self.kept)
 
-    def pop(self) -> Any:
-        """Up to `limit` stars of one layer and kind.
+    def pop(self, *, share: int = 1, least: int = 0) -> Any:
+        """Up to `limit` stars of one layer and kind, or None if there is no memory for the step of one.
 
         A full group goes first, the deepest of them, so that few stars stay open; while no group is full, the
         shallowest layer fills them, so that no work is done in small pieces that could be done in large ones.
+        When the stars it would take do not fit in memory, the deepest group goes, in as many as do.
+
+        While `spread` is set, the shallowest group goes first, so that many stars are open soon.
+
+        Args:
+            share: this many steps run at once and share what memory is left.
+            least: give as many stars even if there is no memory for them.
         """
-        full = [key for key, group in self.groups.items() if group.size >= self.limit]
+        room = max(0.0, self.memory - self.used.bytes - self.kept) / share
+        fits = {key: self._fitting(key, room) for key in self.groups}
+        full = [] if self.spread else [key for key, group in self.groups.items() if group.size >= self.limit]
         key = max(full) if full else min(self.groups, key=lambda k: (k[0], -self.groups[k].size))
+        if fits[key] < min(self.limit, self.groups[key].size):
+            key = max(self.groups)
+        most = max(fits[key], least)
+        return self._take(key, most) if most else None
+
+    def _fitting(self, key: tuple[int, int], room: float) -> int:
+        """How many stars of a group can be stepped at once in so many bytes, beside the stars themselves."""
+        group, layer = self.groups[key], key[0]
+        own = group.bytes / group.size
+        number = int(min(self.limit, room / max(1.0, own * (WORKING * (1 + self.growth[layer]) - 1))))
+        # One star needs no more than the largest step of its layer did: it is a piece of what that step was given.
+        return number or int(WORKING * self.largest[layer] <= room)
+
+    def _take(self, key: tuple[int, int], most: int) -> Any:
         group, taken, total = self.groups[key], [], 0
-        while group.chunks and total < self.limit:
+        while group.chunks and total < most:
             chunk = group.chunks.pop()
-            room = self.limit - total
+            group.bytes -= size_of(chunk)
+            self.used.remove(chunk)
+            room = most - total
             if len(chunk) > room:
-                group.chunks.append(chunk.select(slice(room, None)))
+                rest = chunk.select(slice(room, None))
+                group.chunks.append(rest)
+                group.bytes += size_of(rest)
+                self.used.add(rest)
                 chunk = chunk.select(slice(0, room))
             taken.append(chunk)
             total += len(chunk)
@@ -112,6 +206,34 @@ class Frontier:
             del self.groups[key]
         self.open -= total
         return self.engine.join(taken)
+
+    def begin(self, share: int = 1) -> Any:
+        """`pop` for a step, which `settle` ends."""
+        chunk = self.pop(share=share)
+        if chunk is not None:
+            self.used.add(chunk)
+        return chunk
+
+    def settle(self, chunk: Any, children: list[Any]) -> None:
+        """Put back what the step of a chunk left open, and learn from it what such a step needs."""
+        before, after = size_of(chunk), size_of(children)
+        self.growth[chunk.layer] = max(after / max(1, before), 0.5 * self.growth[chunk.layer])
+        self.largest[chunk.layer] = max(self.largest.get(chunk.layer, 0.0), before + after)
+        self.stepped += len(chunk)
+        self.push(children)
+        self.used.remove(chunk)
+
+    def shares(self, workers: int) -> list[list[Any]]:
+        """All open chunks, in shares that each hold a part of every group; the frontier is empty then.
+
+        Each share is a part 1 / (2 workers) of what is left, so that the last ones are small: workers that draw
+        them in turn end at nearly the same time, and still get most of their stars in few large pieces.
+        """
+        parts: list[list[Any]] = []
+        while self.open:
+            part = max(1 / (2 * workers), min(1.0, SMALLEST_SHARE / self.open))
+            parts.append([self._take(key, math.ceil(part * self.groups[key].size)) for key in list(self.groups)])
+        return parts
 
     def run(
         self,
@@ -126,58 +248,73 @@ class Frontier:
         Args:
             record: takes the ranges; it is certified on return whatever happened.
             count: [S_in] long, output stars per input star, counted here.
-            keep: called with every finished chunk.
+            keep: called with what is to be kept of every finished chunk.
             report: called now and then.
         """
-        start = reported = time.monotonic()
-        closing = None  # seconds per open star that `_close` will need
-        with _first_interrupt() as interrupted, _Workers(self) as work:
-            while (self.open or work.running) and not interrupted:
-                now = time.monotonic()
-                if report is not None and now - reported >= REPORT_SECONDS:
+        limits, sink = Limits(budget), Sink(record, count, keep)
+        self.memory = default_budget(self.device) if budget.memory is None else budget.memory
+        reported = limits.start
+        self.spread = self.workers > 1 and can_fork(self.device)
+        left = torch.zeros_like(count, dtype=torch.bool)
+        with first_interrupt() as interrupted, Threads(self) as work:
+            while (self.open or work.running) and not interrupted and not limits.spent(self, self.done):
+                if report is not None and time.monotonic() - reported >= REPORT_SECONDS:
                     report()
-                    reported = now
-                if budget.seconds is not None:
-                    if closing is None and now - start > budget.seconds / 10:
-                        closing = self._cost_of_closing()
-                    if now - start + (closing or 0.0) * self.open > budget.seconds:
-                        log.info("budget of %g s spent with %d stars open", budget.seconds, self.open)
+                    reported = time.monotonic()
+                self.spread = self.spread and self.used.bytes < SPREAD * self.memory
+                if self.spread and self._worth_forking(limits):
+                    work.stop()
+                    self.spread = False
+                    shared = run_in_processes(self, sink, limits, interrupted, report, REPORT_SECONDS)
+                    if shared is not None:
+                        left |= shared
                         break
-                if budget.stars is not None and self.done >= budget.stars:
-                    log.info("budget of %d stars spent with %d stars open", budget.stars, self.open)
+                if not work.start(self.step, sink):
+                    log.info("budget of %g bytes spent with %d stars open", self.memory, self.open)
                     break
-                work.start(self._step, record, count, keep)
             work.finish()
             if interrupted:
                 log.warning("interrupted with %d stars open: the interval is valid but not exact", self.open)
-            return self._close(record)
+            return left | self.close(record)
 
-    def _step(self, chunk: Any, record: RangeRecord, count: Tensor, keep: Callable[[Any], None] | None) -> list[Any]:
+    def _worth_forking(self, limits: Limits) -> bool:
+        passed = limits.elapsed
+        if passed < FORK_SECONDS or self.open < SMALLEST_SHARE * self.workers:
+            return False
+        if self.open >= FORK_CHUNKS * self.limit * self.workers:
+            return True
+        return passed > LATER_SECONDS and self.open * passed / max(1, self.stepped) > LATER_STEP_SECONDS
+
+    def step(self, chunk: Any, sink: Sink) -> list[Any]:
         """Advance a chunk, or take it into the results; returns the chunks it leaves open."""
         if chunk.layer < len(self.steps) - 1:
             return self.engine.advance(chunk)
         with self._results:
-            self.engine.finish(chunk, record)
-            count.index_add_(0, chunk.origin, torch.ones_like(chunk.origin))
+            self.engine.finish(chunk, sink.record)
+            sink.count.index_add_(0, chunk.origin, torch.ones_like(chunk.origin))
             self.done += len(chunk)
-            if keep is not None:
-                keep(chunk)
+            if sink.keep is not None:
+                kept = Kept(chunk.stars())
+                self.kept += size_of(kept)
+                sink.keep(kept)
         return []
 
-    def _cost_of_closing(self) -> float:
+    def cost_of_closing(self) -> float:
         """Seconds per star to bound open stars, measured on a few of them."""
-        chunk = self.pop()
+        if not self.open:
+            return 0.0
+        chunk = self.pop(least=CLOSING)
         self.push([chunk])
-        sample = chunk.select(slice(0, 64))
+        sample = chunk.select(slice(0, CLOSING))
         began = time.monotonic()
         self._bound(sample)
         return (time.monotonic() - began) / len(sample)
 
-    def _close(self, record: RangeRecord) -> Tensor:
+    def close(self, record: RangeRecord) -> Tensor:
         """Bound whatever is still open by zonotopes, so that the record covers every input star."""
         left = torch.zeros(record.certified.shape[1], dtype=torch.bool, device=record.certified.device)
         while self.open:
-            chunk = self.pop()
+            chunk = self.pop(least=CLOSING)
             left[chunk.origin] = True
             lower, upper = self._bound(chunk)
             record.certify(0, chunk.origin, -lower)
@@ -205,69 +342,3 @@ class Frontier:
             return lower, upper
         rows, slack = relu_band(rows, slack, lower, upper, step.relu)
         return zonotope_bounds(self.steps, rows, slack, chunk.layer + 1)[-1]
-
-
-class _Workers:
-    """Runs steps of a frontier: on the CPU in as many threads as torch has, one operation per thread.
-
-    Operations here are too small to be worth splitting: torch's own threads would spend their time waiting
-    for each other. Chunks are independent, so threads take one each; only this object touches the frontier.
-    """
-
-    def __init__(self, frontier: Frontier) -> None:
-        self.frontier = frontier
-        self.running: set[Future[list[Any]]] = set()
-        self.pool: ThreadPoolExecutor | None = None
-
-    def __enter__(self) -> _Workers:
-        self.threads = torch.get_num_threads()
-        if self.frontier.workers > 1:
-            self.pool = ThreadPoolExecutor(self.frontier.workers, initializer=torch.set_num_threads, initargs=(1,))
-            torch.set_num_threads(1)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.pool is not None:
-            self.pool.shutdown()
-            torch.set_num_threads(self.threads)
-
-    def start(self, step: Callable[..., list[Any]], *args: Any) -> None:
-        """Give every free thread a chunk, and put back what has been done since."""
-        if self.pool is None:
-            self.frontier.push(step(self.frontier.pop(), *args))
-            return
-        while self.frontier.open and len(self.running) < self.frontier.workers:
-            self.running.add(self.pool.submit(torch.no_grad()(step), self.frontier.pop(), *args))
-        done, self.running = wait(self.running, return_when=FIRST_COMPLETED)
-        for future in done:
-            self.frontier.push(future.result())
-
-    def finish(self) -> None:
-        """Wait for what is running, and put it back."""
-        for future in self.running:
-            self.frontier.push(future.result())
-        self.running = set()
-
-
-@contextmanager
-def _first_interrupt() -> Iterator[list[int]]:
-    """Make the first Ctrl-C fill the list this yields instead of raising; the second one raises as usual.
-
-    An exception could come between taking work off the frontier and putting its children back, and lose it.
-    """
-    pressed: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,3 +36,29 @@ class RangeRecord:
     def certify(self, direction: int, origin: Tensor, value: Tensor) -> None:
         """Take certified upper bounds [S', N] of -f or f on stars of input stars `origin`."""
         self.certified[direction].scatter_reduce_(0, origin[:, None].expand_as(value), value, "amax")
+
+    def take(self, certified: Tensor, attained: Tensor, point: Tensor) -> None:
+        """Take in another record of the same input stars."""
+        better = attained > self.attained
+        self.point = torch.where(better[..., None], point, self.point)
+        self.attained = torch.where(better, attained, self.attained)
+        self.certified = torch.maximum(certified, self.certified)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of finished chunks: groups of (rows, half-spaces, origin), as `Chunk.stars` gives them."""
+
+    groups: list[tuple[Tensor, Tensor, Tensor]]
+
+    def stars(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        return self.groups
+
+
+@dataclass(frozen=True)
+class Sink:
+    """Where finished stars go: ranges, number per input star, and the stars themselves if they are wanted."""
+
+    record: RangeRecord
+    count: Tensor
+    keep: Callable[[Kept], None] | None

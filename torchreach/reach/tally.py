@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import torch
 from torch import Tensor
 
 from torchreach.networks.steps import Step
@@ -34,6 +35,22 @@ class Tally:
         counts, number = self._settled[layer], which.sum()
         with self._lock:
             counts[test] = counts[test] + number if test in counts else number
+
+    def take(self) -> tuple[list[list[int]], list[dict[str, int]]]:
+        """The counters as numbers, for `add`; they start again from zero."""
+        with self._lock:
+            work = [self.stars, self.splits, self.programs]
+            settled = [{test: int(n) for test, n in counts.items()} for counts in self._settled]
+            self.stars, self.splits, self.programs = ([0] * len(self.steps) for _ in range(3))
+            self._settled = [{} for _ in self.steps]
+        return work, settled
+
+    def add(self, work: list[list[int]], settled: list[dict[str, int]]) -> None:
+        """Add counters that another tally of the same steps took."""
+        for layer, (stars, splits, programs) in enumerate(zip(*work, strict=True)):
+            self.count(layer, stars=stars, splits=splits, programs=programs)
+            for test, number in settled[layer].items():
+                self.settle(layer, test, torch.tensor(number))
 
     def layers(self) -> tuple[LayerStats, ...]:
         """The counts of every activation layer."""
