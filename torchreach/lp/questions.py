@@ -24,7 +24,9 @@ from torchreach.lp.problem import LPBatch, LPSolution
 # Numbers per tensor in one batch: large enough to hide the cost of a call, small enough to stay in cache.
 NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 26}
 # Polyak's step is longer than it need be by this factor: multipliers only have to get below the level.
-RELAXED = 1.8
+RELAXED = 1.5
+# Multipliers at the centre are too small for the optimum by about this factor.
+START = 1.3
 STEPS = 10
 
 
@@ -86,7 +88,9 @@ def _look(rows: Tensor, asked: Tensor, sets: Sets, a: Tensor, tolerance: float) 
 def refute(problem: LPBatch, y: Tensor, below: Tensor | float, steps: int) -> Tensor:
     """Certified bounds [E], with an end as soon as they are at most `below`.
 
-    Dual descent with Polyak's step, which needs a level to aim at: here it is known.
+    Dual descent with Polyak's step, which needs a level to aim at: here it is known. A direction is turned away
+    from the one before where they form an obtuse angle, which keeps it from zigzagging (Camerini, Fratta,
+    Maffioli, Math. Programming Study 3, 1975).
 
     Args:
         y: [E, P] multipliers >= 0 to start from; below: [E] or a number.
@@ -94,6 +98,7 @@ def refute(problem: LPBatch, y: Tensor, below: Tensor | float, steps: int) -> Te
     below = torch.as_tensor(below, dtype=y.dtype, device=y.device).expand(len(y))
     best = y.new_full((len(y),), torch.inf)
     todo = torch.arange(len(y), device=y.device)
+    way = torch.zeros_like(y)
     for step in range(steps + 1):
         bound, corner = problem.bound_and_corner(y)
         best[todo] = best[todo].minimum(bound)
@@ -102,12 +107,25 @@ def refute(problem: LPBatch, y: Tensor, below: Tensor | float, steps: int) -> Te
             break
         if 4 * len(left) < 3 * len(todo):
             todo, problem, below = todo[left], problem.select(left), below[left]
-            y, bound, corner = y[left], bound[left], corner[left]
+            y, bound, corner, way = y[left], bound[left], corner[left], way[left]
         slope = problem.sets.room(corner)
         slope = torch.where((y <= 0) & (slope > 0), 0.0, slope)  # such multipliers cannot shrink
-        length = RELAXED * (bound - below).clamp(min=0) / (slope * slope).sum(1).clamp(min=1e-300)
-        y = torch.addcmul(y, length[:, None], slope, value=-1).clamp(min=0).nan_to_num()
+        dots = torch.linalg.vecdot
+        turn = (-dots(slope, way) / dots(way, way).clamp(min=1e-300)).clamp(min=0)
+        way = torch.addcmul(slope, turn[:, None], way)
+        length = RELAXED * (bound - below).clamp(min=0) / dots(way, way).clamp(min=1e-300)
+        y = torch.addcmul(y, length[:, None], way, value=-1).clamp(min=0).nan_to_num()
     return best
+
+
+def multipliers(objective: Tensor, sets: Sets, a: Tensor) -> Tensor:
+    """What constraints hold of each objective [B, R, M] at the centre a [B, M]: [B, R, P], of either sign.
+
+    Its positive part is a good start for `refute`; that of its negative belongs to minus the objective.
+    """
+    p, q, s = 1 - a, 1 + a, sets.room(a).clamp(min=1e-15)
+    _, w = factor(sets, s**-2, p**-2 + q**-2, 0)(objective)
+    return START * w.nan_to_num()
 
 
 def solve(

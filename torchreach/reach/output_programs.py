@@ -14,12 +14,12 @@ from torch import Tensor
 
 from torchreach.lp.halfspaces import Sets
 from torchreach.lp.problem import LPBatch
-from torchreach.lp.questions import refute, slices, solve
+from torchreach.lp.questions import multipliers, refute, slices, solve
 from torchreach.reach.record import PointOf, RangeRecord
 
 # Stars solved first, per input star and signed output.
 LEADERS = 2
-STEPS = 30
+STEPS = 24
 
 
 def output_range(
@@ -59,18 +59,26 @@ def output_range(
         attained.take(found, lambda s, n, p=solution.point, k=number: p[k[s, n]])
         if score is best:
             floor = attained.floor()
-            star, output = (~solved).nonzero(as_tuple=True)
-            for i in slices(len(star), rows.shape[2] + sets.constraints, rows.device):
-                s, n = star[i], output[i]
-                if len(s):
-                    start = sets.b.new_zeros(len(s), sets.constraints)
-                    upper[s, n] = refute(_programs(rows, sets, s, n), start, floor[s, n], STEPS)
+            upper = torch.where(solved, upper, _refuted(rows, sets, points[:, 0], floor, ~solved))
         score = upper
         batch *= 2
     upper = upper + slack.repeat(1, 2)
     for direction, part in enumerate(upper.split(rows.shape[1], 1)):
         record.certify(direction, origin, part)
     return programs
+
+
+def _refuted(rows: Tensor, sets: Sets, a: Tensor, floor: Tensor, wanted: Tensor) -> Tensor:
+    """Bounds [S, L], of the pairs wanted, by dual descent that ends at the floor [S, L]."""
+    upper = torch.full_like(floor, torch.inf)
+    for i in slices(len(rows), rows[0].numel() + rows.shape[1] * sets.constraints, rows.device):
+        here = sets.select(i)
+        held = multipliers(rows[i, :, 1:], here, a[i])
+        held = torch.cat((-held, held), 1).clamp(min=0)
+        star, output = wanted[i].nonzero(as_tuple=True)
+        bounds = refute(_programs(rows[i], here, star, output), held[star, output], floor[i][star, output], STEPS)
+        upper[i] = upper[i].index_put((star, output), bounds)
+    return upper
 
 
 def _programs(rows: Tensor, sets: Sets, star: Tensor, output: Tensor) -> LPBatch:
