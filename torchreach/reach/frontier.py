@@ -36,7 +36,7 @@ REPORT_SECONDS = 0.2
 # Numbers in the affine maps of one chunk.
 NUMBERS = {"cpu": 1 << 24, "cuda": 1 << 28}
 # What a step takes while it runs, in multiples of the tensors it is given and returns.
-WORKING = 4
+WORKING = 8
 # Stars that are bounded at once even if no memory is left.
 CLOSING = 64
 # Processes pay once a run has lasted so long, and a chunk is open for each (or it has lasted longer still,
@@ -45,6 +45,7 @@ FORK_SECONDS = 0.1
 FORK_CHUNKS = 1
 LATER_SECONDS, LATER_STEP_SECONDS = 0.5, 0.01
 SMALLEST_SHARE = 16
+BLOCKS, STRIDE = 64, 8
 # Part of the memory that open stars may fill in order to be shared out.
 SPREAD = 0.1
 
@@ -226,12 +227,22 @@ class Frontier:
     def shares(self, workers: int) -> list[list[Any]]:
         """All open chunks, in shares that each hold a part of every group; the frontier is empty then.
 
-        Each share is a part 1 / (2 workers) of what is left, so that the last ones are small: workers that draw
+        Each share is a part 1 / (3 workers) of what is left, so that the last ones are small: workers that draw
         them in turn end at nearly the same time, and still get most of their stars in few large pieces.
         """
+        for group in self.groups.values():
+            # Neighbours cost alike, and some a hundred times what others do: each share is taken from all over.
+            size = math.ceil(group.size / BLOCKS)
+            blocks = [c.select(slice(i, i + size)) for c in group.chunks for i in range(0, len(c), size)]
+            group.bytes = sum(map(size_of, blocks))
+            for old in group.chunks:
+                self.used.remove(old)
+            for new in blocks:
+                self.used.add(new)
+            group.chunks = [block for first in range(STRIDE) for block in blocks[first::STRIDE]]
         parts: list[list[Any]] = []
         while self.open:
-            part = max(1 / (2 * workers), min(1.0, SMALLEST_SHARE / self.open))
+            part = max(1 / (3 * workers), min(1.0, SMALLEST_SHARE / self.open))
             parts.append([self._take(key, math.ceil(part * self.groups[key].size)) for key in list(self.groups)])
         return parts
 
