@@ -17,7 +17,7 @@ MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in FILE
 BASE = {"errors", "tolerances", "options", "results"}
 ANALYSES = {"discrepancy", "repair"}
 REPORTS = {"input_sets", "report", "page", "pictures", "verdict"}
-FOLDERS = {"networks", "lp", "sets", "bounds", "reach"}
+FOLDERS = {"networks", "lp", "sets", "bounds", "search", "reach"}
 # What each group may import, itself aside. Any other top-level file belongs to the command line, which may
 # import everything and which nothing else imports.
 MAY_IMPORT = {
@@ -26,11 +26,12 @@ MAY_IMPORT = {
     "lp": {"base"},
     "sets": {"base", "lp", "networks"},
     "bounds": {"base", "networks"},
+    "search": {"base", "networks", "lp", "bounds"},
     "reach": {"base", "networks", "lp", "sets", "bounds"},
-    "analyses": {"base", "networks", "lp", "sets", "bounds", "reach"},
-    "exports": {"base", "networks", "lp", "sets", "bounds", "reach", "analyses"},
+    "analyses": {"base", "networks", "lp", "sets", "bounds", "search", "reach"},
+    "exports": {"base", "networks", "lp", "sets", "bounds", "search", "reach", "analyses"},
     "reports": {"base", "sets", "exports"},
-    "command line": {"base", "networks", "lp", "sets", "bounds", "reach", "analyses", "exports", "reports"},
+    "command line": {"base", "networks", "lp", "sets", "bounds", "search", "reach", "analyses", "exports", "reports"},
 }
 HEAVY = ("cvxpy", "highspy", "auto_LiRPA", "onnx", "matplotlib", "sklearn", "torchvision", "typer", "rich")
 MAX_LINES = 450

@@ -1,0 +1,350 @@
+"""Branch and bound on the signs of single neurons, for boxes of many dimensions.
+
+A branch keeps the hexagons (see `bounds.hexagon`) of the neurons that were undecided at the root; a split of z >= 0 or
+z <= 0, or of z2, only moves one bound to zero. Its bound is the Lagrange dual
+
+    U(p, q) = sum_layers sum_neurons r(alpha, beta, p, q) + constants + max over the box
+
+of the linear program over the convex hulls of the neurons' graphs (z, d, a, e): jointly convex in all slopes, as r is a
+maximum over vertices of functions linear in (alpha, beta, p, q), and a certified bound at any of them. No bound that
+sees one pair of neurons at a time is tighter, and multipliers of the splits (beta-CROWN) need no variables of
+their own: the slopes over the cut hexagon are free. The subgradient is the primal residual: with the touching vertex
+(z*, d*, a*, e*) of each neuron, dU/dp = z - z* and dU/dq = d - d*, where (z, d) come forward from the
+maximising corner of the box through the touching (a*, e*). So one step is a pass backward and a pass forward.
+
+Which sign: alpha a + beta e = (alpha + beta) relu(z) - beta relu(z2), and only a term with positive coefficient is
+loose from above (relu is convex). So z is split where alpha + beta >= -beta, else z2; after that one split the
+neuron is tight from above. Which neuron: the largest gap between the averaged touching point and the
+true graph, both terms added before clamping, because they cancel.
+
+Method: best first over all outputs and signs at once, in batches; Adam with a subgradient of its own per branch, warm
+    from the parent's slopes.
+    A branch whose signs are all settled is one linear program (`leaves`); where affine layers are composed of
+    several, descent alone.
+Property: anytime; every state is certified, and its interval lies in the one before. It can stay open although nothing
+    is left to split, by what linear programs or descent leave.
+References: those of `bounds.hexagon`; Bunel et al.: Branch and bound for piecewise linear neural network
+    verification (JMLR 2020).
+
+Axis letters: R branches, N undecided neurons of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from torchreach.bounds.difference import Backward, Pair, difference_bounds
+from torchreach.bounds.hexagon import Graph, Hexagon, start_slopes
+from torchreach.search.boxes import one_box
+from torchreach.search.leaves import solve_leaves
+from torchreach.search.result import Best, Question, SearchResult
+from torchreach.search.witness import ascend
+from torchreach.tolerances import UNIT_ROUNDOFF
+
+ROOT_STEPS, STEPS, LEAF_STEPS = 150, 30, 200
+RATE = 0.3
+ROOT_DECAY, DECAY, LEAF_DECAY = 0.98, 0.92, 0.98
+AVERAGE = 0.15  # share of the newest touching point in the mean that chooses splits
+
+
+class Reduced:
+    """The pair over one box: neurons that are off in both networks left out, maps of (z, d) side by side.
+
+    `free[k]` are the undecided neurons among the kept ones of hidden layer k; `before`, `after` bound what rounding
+    costs per unit of an objective's coefficients, before and after a layer's planes (as `Backward` does).
+    """
+
+    def __init__(self, pair: Pair, work: Backward) -> None:
+        self.middle, self.radius = work.middle, work.radius
+        keep = [((h.u1 > 0) | (h.u2 > 0))[0].nonzero().flatten() for h in work.hexagons]
+        hexagons = [h.map(lambda part, i=i: part[:, i]) for h, i in zip(work.hexagons, keep, strict=True)]
+        self.free = [(~h.settled()[0]).nonzero().flatten() for h in hexagons]
+        self.root = [h.map(lambda part, i=i: part[:, i]) for h, i in zip(hexagons, self.free, strict=True)]
+        self.count = [len(i) for i in keep]
+        self.slopes = [tuple(s[0] for s in h.active()) for h in hexagons]
+        self.maps: list[Tensor] = []
+        self.shifts: list[Tensor] = []
+        keep.append(torch.arange(pair.outputs, device=pair.device))
+        for k, rows in enumerate(keep):
+            W, V, D = pair.W[k][rows], pair.V[k][rows], pair.D[k][rows]
+            if k == 0:
+                self.maps.append(torch.cat((W, D)))
+            else:
+                W, V, D = (part[:, keep[k - 1]] for part in (W, V, D))
+                self.maps.append(torch.cat((torch.cat((W, torch.zeros_like(W)), 1), torch.cat((D, V), 1))))
+            self.shifts.append(torch.cat((pair.b[k][rows], pair.db[k][rows])))
+        gammas = [2 * (2 * n + 8 * pair.depth + 16) * UNIT_ROUNDOFF for n in self.count]
+        self.before = [g * torch.cat(h.sizes(), 1)[0] for g, h in zip(gammas, hexagons, strict=True)]
+        losses = [torch.cat((P[0, i], Q[0, i])) for (P, Q), i in zip(work.errors, keep, strict=True)]
+        self.after = [b + loss for b, loss in zip(self.before, losses, strict=False)]
+        self.output_loss = losses[-1]
+        self.exact = all(pair.exact)
+        self.count_terms = max(pair.terms(k) for k in range(pair.depth)) + pair.inputs
+
+    @property
+    def depth(self) -> int:
+        return len(self.count)
+
+
+class Dual:
+    """U of a batch of branches; rows `out` [R, 2 N_out] are the objectives on (y1, y1 - y2)."""
+
+    def __init__(self, net: Reduced, hexagons: list[Hexagon], out: Tensor) -> None:
+        self.net, self.out = net, out
+        self.graphs = [Graph.of(h) for h in hexagons]
+        self.empty = torch.zeros(len(out), dtype=torch.bool, device=out.device)
+        for graph in self.graphs:
+            self.empty = self.empty | graph.empty
+        self.corner = net.middle.expand(len(out), -1)
+
+    def start(self) -> list[Tensor]:
+        """Slopes [2, R, N] per layer of planes lowest at the middle."""
+        slopes, y = [], self.out
+        for k in range(self.net.depth, 0, -1):
+            y = y @ self.net.maps[k]
+            slopes.append(torch.stack(start_slopes(self.graphs[k - 1], *self._free(k - 1, y))))
+            y = self._joined(k - 1, y, slopes[-1])
+        return slopes[::-1]
+
+    def _free(self, k: int, y: Tensor) -> tuple[Tensor, Tensor]:
+        free = self.net.free[k]
+        return y[:, free], y[:, self.net.count[k] + free]
+
+    def _joined(self, k: int, y: Tensor, slopes: Tensor) -> Tensor:
+        """Coefficients on (z, d) from those on (a, e): exact where settled, `slopes` where not."""
+        n, free, (s1, s2) = self.net.count[k], self.net.free[k], self.net.slopes[k]
+        alpha, beta = y[:, :n], y[:, n:]
+        joined = torch.cat((s1 * alpha + (s1 - s2) * beta, s2 * beta), 1)
+        joined[:, free], joined[:, n + free] = slopes[0], slopes[1]
+        return joined
+
+    def value(self, slopes: list[Tensor]) -> tuple[Tensor, list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """Certified bounds [R]; touching points (z, d, a, e) [4, R, N] and (alpha, beta) [R, N] per layer."""
+        net, y = self.net, self.out
+        total, loss = torch.zeros_like(y[:, 0]), y.abs() @ net.output_loss
+        touch, coefficients = [], []
+        for k in range(net.depth, 0, -1):
+            total = total + y @ net.shifts[k]
+            y = y @ net.maps[k]
+            loss = loss + y.abs() @ net.before[k - 1]
+            graph, (p, q) = self.graphs[k - 1], slopes[k - 1]
+            alpha, beta = self._free(k - 1, y)
+            value = alpha[..., None] * graph.a
+            value.addcmul_(beta[..., None], graph.e).addcmul_(p[..., None], graph.z, value=-1)
+            raised, at = value.addcmul_(q[..., None], graph.d, value=-1).max(2)
+            total = total + raised.sum(1)
+            points = (part.expand(len(at), -1, -1) for part in (graph.z, graph.d, graph.a, graph.e))
+            touch.append(torch.stack([part.gather(2, at[..., None])[..., 0] for part in points]))
+            coefficients.append((alpha, beta))
+            y = self._joined(k - 1, y, slopes[k - 1])
+            loss = loss + y.abs() @ net.after[k - 1]
+        total = total + y @ net.shifts[0]
+        x = y @ net.maps[0]
+        total = total + x @ net.middle[0] + x.abs() @ net.radius[0]
+        self.corner = net.middle + net.radius * x.sign()
+        return torch.nan_to_num(total + loss, nan=torch.inf, posinf=torch.inf), touch[::-1], coefficients[::-1]
+
+    def residuals(self, touch: list[Tensor]) -> list[Tensor]:
+        """Subgradients [2, R, N] per layer: forward values from the corner less the touching points."""
+        net, state, result = self.net, self.corner, []
+        for k in range(net.depth):
+            n, free, (s1, s2) = net.count[k], net.free[k], net.slopes[k]
+            state = state @ net.maps[k].T + net.shifts[k]
+            z, d = state[:, :n], state[:, n:]
+            result.append(torch.stack((z[:, free], d[:, free])) - touch[k][:2])
+            state = torch.cat((s1 * z, (s1 - s2) * z + s2 * d), 1)
+            state[:, free], state[:, n + free] = touch[k][2], touch[k][3]
+        return result
+
+    def descend(
+        self, slopes: list[Tensor], steps: int, decay: float, enough: Tensor
+    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """Adam on the slopes; ends early when all bounds are below `enough` [R].
+
+        Returns: best bounds [R] (-inf where the branch is empty), their slopes, mean touching points, coefficients.
+        """
+        slopes = [s.clone() for s in slopes]
+        kept = [s.clone() for s in slopes]
+        scale = [0.5 * s.abs() + 0.5 * s.abs().mean(2, keepdim=True) + 1e-9 for s in slopes]
+        first, second = [torch.zeros_like(s) for s in slopes], [torch.zeros_like(s) for s in slopes]
+        best, mean, coefficients = torch.full_like(self.out[:, 0], torch.inf), None, []
+        for step in range(1, steps + 1):
+            value, touch, coefficients = self.value(slopes)
+            better = value < best
+            best = torch.where(better, value, best)
+            for old, new in zip(kept, slopes, strict=True):
+                old.copy_(torch.where(better[None, :, None], new, old))
+            mean = touch if mean is None else [m.lerp(t, AVERAGE) for m, t in zip(mean, touch, strict=True)]
+            if bool((best <= enough).all()):
+                break
+            size = RATE * decay**step
+            gradients = self.residuals(touch)
+            for s, g, m, v, c in zip(slopes, gradients, first, second, scale, strict=True):
+                m.mul_(0.9).add_(g, alpha=0.1)
+                v.mul_(0.99).addcmul_(g, g, value=0.01)
+                s.sub_((m * c).mul_(size / (1 - 0.9**step)).div_((v / (1 - 0.99**step)).sqrt_().add_(1e-12)))
+        assert mean is not None
+        return torch.where(self.empty, -torch.inf, best), kept, mean, coefficients
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Open branches: hexagons [R, 6, N] and slopes [2, R, N] per layer, objective, bound, and sign to split [R]."""
+
+    hexagons: list[Tensor]
+    slopes: list[Tensor]
+    row: Tensor
+    bound: Tensor
+    split: Tensor  # column over the layers' signs of z, then of z2; one past the end: none is left
+
+    def select(self, i: Tensor) -> Branches:
+        return Branches(
+            [h[i] for h in self.hexagons], [s[:, i] for s in self.slopes], self.row[i], self.bound[i], self.split[i]
+        )
+
+    def join(self, other: Branches) -> Branches:
+        return Branches(
+            [torch.cat(pair) for pair in zip(self.hexagons, other.hexagons, strict=True)],
+            [torch.cat(pair, 1) for pair in zip(self.slopes, other.slopes, strict=True)],
+            torch.cat((self.row, other.row)),
+            torch.cat((self.bound, other.bound)),
+            torch.cat((self.split, other.split)),
+        )
+
+    def children(self) -> Branches:
+        """Both sides of every branch's split, >= 0 first. The sides overlap in zero, so nothing is lost."""
+        two = self.join(self)
+        upper_side = torch.arange(len(two.row), device=two.row.device) < len(self.row)
+        offset, result = 0, []
+        for hexagons in two.hexagons:
+            hexagons = hexagons.clone()
+            n = hexagons.shape[2]
+            for low in (0, 2):  # bounds of z, then of z2
+                i = ((two.split >= offset) & (two.split < offset + n)).nonzero().flatten()
+                j, side = two.split[i] - offset, upper_side[i]
+                below, above = hexagons[i, low, j], hexagons[i, low + 1, j]
+                hexagons[i, low, j] = torch.where(side, below.clamp(min=0), below)
+                hexagons[i, low + 1, j] = torch.where(side, above, above.clamp(max=0))
+                offset += n
+            result.append(Hexagon.unpack(hexagons).tightened().pack())
+        return replace(two, hexagons=result)
+
+
+def choose(
+    hexagons: list[Tensor], mean: list[Tensor], coefficients: list[tuple[Tensor, Tensor]], like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sign to split [R] and whether there is one [R]. `like`: any tensor [R]."""
+    scores = []
+    for packed, (z, d, a, e), (alpha, beta) in zip(hexagons, mean, coefficients, strict=True):
+        l1, u1, l2, u2, _, _ = packed.unbind(1)
+        gap = (alpha + beta) * (a - z.clamp(min=0)) - beta * (a - e - (z - d).clamp(min=0))
+        gap = gap.clamp(min=0) + 1e-15
+        open1, open2 = (l1 < 0) & (u1 > 0), (l2 < 0) & (u2 > 0)
+        first = open1 & ((alpha + beta >= -beta) | ~open2)
+        scores += [torch.where(first, gap, -1.0), torch.where(open2 & ~first, gap, -1.0)]
+    scores.append(torch.full_like(like, -0.5)[:, None])
+    score, split = torch.cat(scores, 1).max(1)
+    return split, score > 0
+
+
+@torch.no_grad()
+def search_signs(
+    pair: Pair,
+    lower: Tensor,
+    upper: Tensor,
+    question: Question | None = None,
+    *,
+    batch: int = 64,
+    starts: int = 24,
+    seed: int = 0,
+) -> Iterator[SearchResult]:
+    """States of a search over one box lower <= x <= upper [N_in], one per batch.
+
+    It ends with a closed state, or when all that is left are branches with every sign settled.
+    batch: branches split at a time. starts, seed: of the witness search that comes first (`ascend`).
+
+    Raises: as `difference_bounds`, at the first state.
+    """
+    question = question or Question()
+    low, high = one_box(pair, lower, upper)
+    n = pair.outputs
+    work = Backward(pair, low, high)
+    *hidden, output = difference_bounds(pair, low, high)
+    for hexagon in hidden:
+        work.add(hexagon)
+    net = Reduced(pair, work)
+    best = ascend(pair, low, high, starts=starts, seed=seed)
+    eye = torch.eye(n, dtype=low.dtype, device=low.device)
+    objectives = torch.cat((torch.zeros_like(torch.cat((eye, eye))), torch.cat((eye, -eye))), 1)
+    packed = [h.pack().expand(2 * n, -1, -1) for h in net.root]
+    dual = Dual(net, net.root, objectives)
+    bound, slopes, mean, coefficients = dual.descend(
+        dual.start(), ROOT_STEPS, ROOT_DECAY, question.enough(best.lower).flatten()
+    )
+    best.offer(dual.corner)
+    bound = torch.minimum(bound, torch.cat((output.du[0], -output.dl[0])))
+    split, more = choose(packed, mean, coefficients, bound)
+    row = torch.arange(2 * n, device=low.device)
+    leaf = (~more & (bound > question.enough(best.lower).flatten())).nonzero().flatten()
+    if len(leaf):
+        slopes_of = [s[:, leaf] for s in slopes]
+        found = _finish(net, [h[leaf] for h in packed], slopes_of, objectives, leaf, best, question)
+        bound[leaf] = torch.minimum(bound[leaf], found)
+    finished = torch.full_like(bound, -torch.inf)
+    left = Branches(packed, slopes, row, bound, split)
+    branches = len(row)
+    while True:
+        # Leaves, and branches that are closed, keep their bound, so that every objective's interval stays true.
+        enough = question.enough(best.lower).flatten()
+        alive = more & (left.bound > enough[left.row])
+        finished = finished.scatter_reduce(0, left.row[~alive], left.bound[~alive], "amax")
+        left = left.select(alive.nonzero().flatten())
+        top = finished.scatter_reduce(0, left.row, left.bound, "amax").reshape(2, n)
+        top = torch.maximum(top, best.lower)
+        closed = bool((top.flatten() <= enough).all())
+        yield SearchResult(best.lower, top, best.witness, branches, len(left.row), closed)
+        if len(left.row) == 0:
+            return
+        chosen = (left.bound - enough[left.row]).topk(min(batch, len(left.row))).indices
+        rest = torch.ones(len(left.row), dtype=torch.bool, device=low.device)
+        rest[chosen] = False
+        new = left.select(chosen).children()
+        left = left.select(rest.nonzero().flatten())
+        dual = Dual(net, [Hexagon.unpack(h) for h in new.hexagons], objectives[new.row])
+        bound, slopes, mean, coefficients = dual.descend(new.slopes, STEPS, DECAY, enough[new.row])
+        bound = torch.minimum(bound, new.bound)
+        branches += len(bound)
+        best.offer(dual.corner)
+        split, has = choose(new.hexagons, mean, coefficients, bound)
+        leaf = (~has & (bound > enough[new.row])).nonzero().flatten()
+        if len(leaf):
+            slopes_of = [s[:, leaf] for s in slopes]
+            found = _finish(net, [h[leaf] for h in new.hexagons], slopes_of, objectives, new.row[leaf], best, question)
+            bound[leaf] = torch.minimum(bound[leaf], found)
+        more = torch.cat((torch.ones_like(left.row, dtype=torch.bool), has))
+        left = left.join(Branches(new.hexagons, slopes, new.row, bound, split))
+
+
+def _finish(
+    net: Reduced,
+    hexagons: list[Tensor],
+    slopes: list[Tensor],
+    objectives: Tensor,
+    row: Tensor,
+    best: Best,
+    question: Question,
+) -> Tensor:
+    """Bounds [R] of branches without a sign to split, of the objectives of number `row` [R]."""
+    enough = question.enough(best.lower).flatten()[row]
+    if net.exact:
+        value, x = solve_leaves(net, hexagons, objectives[row], enough, question.tolerance / 4)
+    else:
+        dual = Dual(net, [Hexagon.unpack(h) for h in hexagons], objectives[row])
+        value = dual.descend(slopes, LEAF_STEPS, LEAF_DECAY, enough)[0]
+        x = dual.corner
+    best.offer(x)
+    return value

@@ -1,0 +1,58 @@
+"""Witness search: gradient ascent on a smoothed difference from many starts.
+
+The difference of two nearly equal networks is a sum of steps of height d at z = 0, whose gradient is zero almost
+everywhere. So ReLU is replaced by w softplus(z / w): the step becomes a slope of width w. w falls geometrically from
+`WIDTHS[0]` to `WIDTHS[1]` times the layer's mean |z|; the true difference is replayed at every step, and its
+best inputs are kept. Nothing is certified but the replayed values.
+
+Axis letters: B points.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torchreach.bounds.difference import Pair
+from torchreach.search.result import Best
+
+WIDTHS = (0.5, 0.005)
+STRIDES = (0.5, 0.02)  # first and last step, in half widths of the box
+
+
+def ascend(pair: Pair, lower: Tensor, upper: Tensor, *, starts: int = 24, steps: int = 60, seed: int = 0) -> Best:
+    """Best inputs found in one box [1, N_in] for every output and sign, `starts` random starts each.
+
+    lower, upper: as `checked_boxes` returns them. The same seed gives the same starts on every device.
+    """
+    g = torch.Generator().manual_seed(seed)
+    n = pair.outputs
+    share = torch.rand(2 * n * starts, pair.inputs, generator=g, dtype=lower.dtype).to(lower.device)
+    x = lower + (upper - lower) * share
+    x[0] = lower[0] + (upper[0] - lower[0]) / 2
+    eye = torch.eye(n, dtype=x.dtype, device=x.device)
+    sign = torch.cat((eye, -eye)).repeat_interleave(starts, 0)
+    half = (upper - lower) / 2
+    best = Best(pair, lower, upper, x)
+    for step in range(steps):
+        done = step / max(steps - 1, 1)
+        width = WIDTHS[0] * (WIDTHS[1] / WIDTHS[0]) ** done
+        stride = STRIDES[0] * (1 - done) + STRIDES[1]
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad((_smooth(pair, leaf, width) * sign).sum(), leaf)
+        x = torch.minimum(torch.maximum(x + stride * half * gradient.sign(), lower), upper)
+        best.offer(x)
+    return best
+
+
+def _smooth(pair: Pair, x: Tensor, width: float) -> Tensor:
+    """y1 - y2 [B, N_out] with softplus in place of ReLU."""
+    z, d = x @ pair.W[0].T + pair.b[0], x @ pair.D[0].T + pair.db[0]
+    for k in range(1, pair.depth):
+        w = width * z.detach().abs().mean().clamp(min=1e-12)
+        a = w * F.softplus(z / w)
+        e = a - w * F.softplus((z - d) / w)
+        z, d = a @ pair.W[k].T + pair.b[k], e @ pair.V[k].T + a @ pair.D[k].T + pair.db[k]
+    return d
