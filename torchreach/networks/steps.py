@@ -1,4 +1,4 @@
-"""A network as alternating affine steps and ReLU masks, copied once to the compute dtype and device.
+"""A network as alternating affine steps and ReLU masks, in the compute dtype and on the device of the sets.
 
 A step knows how rows of a star's affine map go through it, and how an error bound does:
 rows [R, N_in] -> W rows [R, N_out]; |W| e for e >= 0; and the bias, for row 0 of each map.
@@ -70,8 +70,8 @@ def steps(
     shape = tuple(input_shape)
     with torch.no_grad():
         for index, (block, activation) in enumerate(blocks):
-            # A copy, so that the caller's module keeps its dtype and device.
-            block = copy.deepcopy(block).to(device=device, dtype=dtype).eval()
+            if not _fits(block, dtype, device):  # a copy, so that the caller's module stays what it is
+                block = copy.deepcopy(block).to(device=device, dtype=dtype).eval()
             zero = torch.zeros(1, *shape, dtype=dtype, device=device)
             try:
                 value = block(zero)[0]
@@ -94,6 +94,12 @@ def steps(
             )
             shape = tuple(value.shape)
     return tuple(result)
+
+
+def _fits(block: nn.Sequential, dtype: torch.dtype, device: torch.device) -> bool:
+    tensors = [*block.parameters(), *block.buffers()]
+    training = any(layer.training for layer in block)
+    return not training and all(t.dtype == dtype and t.device == device for t in tensors if t.is_floating_point())
 
 
 def _bias_magnitude(block: nn.Sequential, zero: Tensor) -> Tensor:

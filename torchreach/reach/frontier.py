@@ -70,6 +70,7 @@ class Engine(Protocol):
     """How chunks advance; `reach.vertices` and `reach.programs` are the two engines."""
 
     name: str
+    load: int  # how many times as many stars a chunk should have as it has for vertices
     tally: Tally
 
     def advance(self, chunk: Any) -> list[Any]: ...
@@ -127,7 +128,7 @@ class Frontier:
         self.root = root
         self.device = device
         largest_map = (1 + dim) * max(step.features for step in steps)
-        self.limit = CHUNK.get(device.type, CHUNK["cuda"])
+        self.limit = engine.load * CHUNK.get(device.type, CHUNK["cuda"])
         # Affine maps of many variables are large: fewer stars then fill the same memory.
         self.limit = max(8, min(self.limit, NUMBERS.get(device.type, NUMBERS["cuda"]) // largest_map))
         self.groups: dict[tuple[int, int], _Group] = {}

@@ -61,7 +61,7 @@ def output_range(
             floor = attained.floor()
             upper = torch.where(solved, upper, _refuted(rows, sets, points[:, 0], floor, ~solved))
         score = upper
-        batch *= 2
+        batch *= 8
     upper = upper + slack.repeat(1, 2)
     for direction, part in enumerate(upper.split(rows.shape[1], 1)):
         record.certify(direction, origin, part)

@@ -42,6 +42,7 @@ class ProgramEngine:
     """Rules for one run: how chunks start, advance one split or one layer, and end."""
 
     name = "programs"
+    load = 4
 
     def __init__(
         self,

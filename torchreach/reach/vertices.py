@@ -194,6 +194,7 @@ class VertexEngine:
     """Rules for one run: how chunks start, advance one split or one layer, and end."""
 
     name = "vertices"
+    load = 1
 
     def __init__(
         self,
