@@ -2,8 +2,8 @@
 
 The difference of two nearly equal networks is a sum of steps of height d at z = 0, whose gradient is zero almost
 everywhere. So ReLU is replaced by w softplus(z / w): the step becomes a slope of width w. w falls geometrically from
-`WIDTHS[0]` to `WIDTHS[1]` times the layer's mean |z|; the true difference is replayed at every step, and its
-best inputs are kept. Nothing is certified but the replayed values.
+`WIDTHS[0]` to `WIDTHS[1]` times the layer's mean |z|; each start keeps the best of its points by the true
+difference, and these are replayed at the end (`Best`). Nothing is certified but the replayed values.
 
 Axis letters: B points.
 """
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torchreach.bounds.difference import Pair
 from torchreach.search.result import Best
 
-WIDTHS = (0.5, 0.005)
+WIDTHS = (0.25, 0.002)
 STRIDES = (0.5, 0.02)  # first and last step, in half widths of the box
 
 
@@ -34,7 +34,7 @@ def ascend(pair: Pair, lower: Tensor, upper: Tensor, *, starts: int = 24, steps:
     eye = torch.eye(n, dtype=x.dtype, device=x.device)
     sign = torch.cat((eye, -eye)).repeat_interleave(starts, 0)
     half = (upper - lower) / 2
-    best = Best(pair, lower, upper, x)
+    best, at = (_smooth(pair, x, 0.0) * sign).sum(1), x
     for step in range(steps):
         done = step / max(steps - 1, 1)
         width = WIDTHS[0] * (WIDTHS[1] / WIDTHS[0]) ** done
@@ -43,16 +43,21 @@ def ascend(pair: Pair, lower: Tensor, upper: Tensor, *, starts: int = 24, steps:
             leaf = x.detach().requires_grad_()
             (gradient,) = torch.autograd.grad((_smooth(pair, leaf, width) * sign).sum(), leaf)
         x = torch.minimum(torch.maximum(x + stride * half * gradient.sign(), lower), upper)
-        best.offer(x)
-    return best
+        value = (_smooth(pair, x, 0.0) * sign).sum(1)
+        at = torch.where((value > best)[:, None], x, at)
+        best = torch.maximum(best, value)
+    return Best(pair, lower, upper, at)
 
 
 def _smooth(pair: Pair, x: Tensor, width: float) -> Tensor:
-    """y1 - y2 [B, N_out] with softplus in place of ReLU."""
+    """y1 - y2 [B, N_out] with softplus of relative width `width` in place of ReLU; 0 for ReLU itself."""
     z, d = x @ pair.W[0].T + pair.b[0], x @ pair.D[0].T + pair.db[0]
     for k in range(1, pair.depth):
-        w = width * z.detach().abs().mean().clamp(min=1e-12)
-        a = w * F.softplus(z / w)
-        e = a - w * F.softplus((z - d) / w)
+        if width:
+            w = width * z.detach().abs().mean().clamp(min=1e-12)
+            a = w * F.softplus(z / w)
+            e = a - w * F.softplus((z - d) / w)
+        else:
+            a, e = z.relu(), z.relu() - (z - d).relu()
         z, d = a @ pair.W[k].T + pair.b[k], e @ pair.V[k].T + a @ pair.D[k].T + pair.db[k]
     return d
