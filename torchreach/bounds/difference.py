@@ -200,7 +200,8 @@ def _same(s: Step, t: Step) -> bool:
 class Backward:
     """Backward pass over B boxes whose hidden layers become known one after the other.
 
-    lower, upper: [B, N_in]. `hexagons` grows by `add`; only then can a later layer be bounded.
+    lower, upper: [B, N_in]. `hexagons` grows by `add`; only then can a later layer be bounded. `free`: the neurons of
+    each that are undecided in some box.
     """
 
     pair: Pair
@@ -208,7 +209,8 @@ class Backward:
     upper: Tensor
     hexagons: list[Hexagon] = field(default_factory=list)
     errors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    graphs: dict[int, tuple[Tensor, Graph]] = field(default_factory=dict)
+    graphs: dict[int, Graph] = field(default_factory=dict)
+    free: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.middle = self.lower + (self.upper - self.lower) / 2
@@ -225,6 +227,7 @@ class Backward:
             zero = torch.zeros_like(hexagon.dl)
             hexagon = hexagon.with_difference(zero, zero).tightened()
         self.hexagons.append(hexagon)
+        self.free.append((~hexagon.settled()).any(0).nonzero().flatten())
         _, d = hexagon.sizes()
         self.errors.append(self.pair.error(k + 1, hexagon.u1.clamp(min=0), d))
 
@@ -252,7 +255,14 @@ class Backward:
 
     def closed(self, k: int, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rule: closed-form planes."""
-        return planes(self.hexagons[k], alpha, beta, alpha.shape[-1] + 8 * self.pair.depth)
+        hexagon, free = self.hexagons[k], self.free[k]
+        terms = alpha.shape[-1] + 8 * self.pair.depth
+        p, q = _settled(hexagon, alpha, beta)
+        part = hexagon.map(lambda values: values[:, free])
+        slopes_p, slopes_q, raised = planes(part, alpha[..., free], beta[..., free], terms)
+        # Where both signs are settled only alpha + beta is rounded.
+        loss = 2 * terms * UNIT_ROUNDOFF * (p.abs() @ hexagon.sizes()[0][:, :, None])[..., 0]
+        return p.index_copy(-1, free, slopes_p), q.index_copy(-1, free, slopes_q), raised + loss
 
     def best(self, k: int, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rule: the lowest of several planes, by vertices."""
@@ -263,13 +273,11 @@ class Backward:
         return self._by_vertices(k, alpha, beta, apart=True)
 
     def _by_vertices(self, k: int, alpha: Tensor, beta: Tensor, *, apart: bool) -> tuple[Tensor, Tensor, Tensor]:
-        hexagon = self.hexagons[k]
+        hexagon, free = self.hexagons[k], self.free[k]
         if k not in self.graphs:
-            free = (~hexagon.settled()).any(0).nonzero().flatten()
-            self.graphs[k] = free, Graph.of(hexagon.map(lambda part: part[:, free])).for_rows()
-        free, graph = self.graphs[k]
-        s1, s2 = (slope[:, None] for slope in hexagon.active())
-        p, q = s1 * alpha + (s1 - s2) * beta, s2 * beta
+            self.graphs[k] = Graph.of(hexagon.map(lambda part: part[:, free])).for_rows()
+        graph = self.graphs[k]
+        p, q = _settled(hexagon, alpha, beta)
         part = alpha[..., free], beta[..., free]
         slopes = start_slopes(graph, *part, apart=apart)
         raised = height(graph, *part, *slopes)[0].sum(-1)
@@ -277,6 +285,12 @@ class Backward:
         sizes = tuple(size[:, None] for size in hexagon.sizes())
         terms = alpha.shape[-1] + 8 * self.pair.depth
         return p, q, raised + height_allowance(alpha, beta, p, q, (sizes[0], sizes[1]), terms)
+
+
+def _settled(hexagon: Hexagon, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients (p, q) [B, R, N] of alpha a + beta e on (z, d), right where both signs are settled."""
+    s1, s2 = (slope[:, None] for slope in hexagon.active())
+    return s1 * alpha + (s1 - s2) * beta, s2 * beta
 
 
 @torch.no_grad()
