@@ -50,9 +50,7 @@ def by_inputs() -> list[tuple[float, nn.Module, tr.StarBatch]]:
 def by_width() -> list[tuple[float, nn.Module, tr.StarBatch]]:
     """Random networks 5-w-w-2, by w."""
     middle = torch.full((5,), 0.3, dtype=torch.float64)
-    return [
-        (w, random_network(w, [5, w, w, 2]), tr.StarBatch.from_box(middle - 6 / w, middle + 6 / w)) for w in WIDTHS
-    ]
+    return [(w, random_network(w, [5, w, w, 2]), tr.StarBatch.from_box(middle - 6 / w, middle + 6 / w)) for w in WIDTHS]
 
 
 SWEEPS = {"regions": by_regions, "inputs": by_inputs, "width": by_width}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, exact_acasxu, exact_mnist, peers, split_counts
+from benchmarks import common, exact_acasxu, exact_mnist, growth, peers, split_counts
 from tests.data import require_data
 from tests.networks import from_arrays, random_network
 
@@ -175,3 +175,14 @@ def test_the_outcome_of_a_peer_is_its_last_line():
     code = "print('so many stars'); print('{\"regions\": 3}')"
     assert peers.run_once([sys.executable, "-c", code], 60, None) == {"status": "done", "regions": 3}
     assert peers.run_once([sys.executable, "-c", "import os; os.abort()"], 60, None)["status"].startswith("signal 6: ")
+
+
+def test_growth_counts_regions_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--sweep", "width", "--largest", "32", "--repeats", "1"]
+    files = ["--json", str(tmp_path / "growth.json"), "--picture", str(tmp_path / "growth.png")]
+    assert growth.main([*options, *files]) == 0
+    rows = json.loads((tmp_path / "growth.json").read_text())["rows"]
+    assert [row["size"] for row in rows] == [16, 32]
+    assert all(row["regions"] > 100 and row["CPU s"] > 0 for row in rows)
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+    assert "How cost grows" in capsys.readouterr().out

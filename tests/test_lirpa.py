@@ -13,7 +13,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+import torchreach as tr
 from tests.data import require_data
+from tests.networks import random_network
 from torchreach.bounds import lirpa
 from torchreach.bounds._lirpa_compat import load_auto_lirpa
 from torchreach.bounds.lirpa import LirpaUnavailableError, merged_bounds, preactivation_bounds
@@ -317,3 +319,16 @@ def test_boxes_that_do_not_fit_are_refused():
         preactivation_bounds(_dense(4, 2), torch.zeros(4), torch.ones(4))
     with pytest.raises(ShapeError, match=r"does not accept inputs of shape \(3,\)"):
         preactivation_bounds(_dense(4, 2), torch.zeros(1, 3), torch.ones(1, 3))
+
+
+@needs_lirpa
+def test_auto_lirpa_is_used_where_it_can_pay() -> None:
+    network = random_network(5, [3, 10, 10, 2])
+    ones = torch.ones(3, dtype=torch.float64)
+    stars = tr.StarBatch.from_box(-ones, ones)
+    assert tr.reach(network, stars).stats.root_bounds == "zonotope"
+    for used in (
+        tr.reach(network, stars, tr.Exact(root_bounds="lirpa")),
+        tr.reach(network, stars, budget=tr.Budget(stars=20)),
+    ):
+        assert used.stats.root_bounds == "auto_LiRPA CROWN and zonotope"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import signal
 import sys
@@ -271,3 +272,23 @@ def test_bad_input_is_refused_before_any_work() -> None:
         tr.Budget(seconds=-1)
     with pytest.raises(OptionError, match=r"Tolerances.sign must lie in \(0, 1\), got 0"):
         tr.Tolerances(sign=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_pieces_that_share_rows_give_the_regions_of_pieces_that_do_not(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = random_network(11, [9, 12, 8, 3]).to(device)
+    middle = torch.full((9,), 0.1, dtype=torch.float64, device=device)
+    stars = tr.StarBatch.from_box(middle - 0.3, middle + 0.3).intersect(torch.ones(9), 1.2)
+    found = []
+    for rows in (64, 0):
+        monkeypatch.setattr(importlib.import_module("torchreach.reach.programs"), "SHARED_ROWS", rows)
+        found.append(tr.reach(network, stars, tr.Exact("programs")))
+    shared, own = found
+    assert len(shared) == len(own) > 50
+    torch.testing.assert_close(shared.lower, own.lower, atol=1e-8, rtol=0)
+    torch.testing.assert_close(shared.upper, own.upper, atol=1e-8, rtol=0)
+    x = stars.sample(500, seed=3)[0]
+    y = network(x)
+    assert ((y >= shared.lower) & (y <= shared.upper)).all()
