@@ -78,6 +78,13 @@ def draw(rows: list[dict], path: Path) -> None:
             if chosen:
                 panel.scatter([r[x] for r in chosen], [r[y] for r in chosen], color=colour, label=method, zorder=2)
         panel.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label)
+        low, high = min(r[y] for r in mine), max(r[y] for r in mine)
+        if high < 10 * low:  # at least a decade, or noise looks like a trend
+            panel.set_ylim(low / 3, high * 3)
+        if x == "size":
+            sizes = [r[x] for r in mine]
+            panel.set_xticks(sizes, [f"{size:g}" for size in sizes], fontsize=7)
+            panel.set_xticks([], minor=True)
         panel.grid(alpha=0.3)
         panel.legend(title="engine", frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
