@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from torchreach.bounds.hexagon import Graph, Hexagon, height, height_allowance, planes, start_slopes
+from torchreach.bounds.hexagon import Graph, Hexagon, height, height_allowance, planes, relu_difference, start_slopes
 from torchreach.bounds.zonotope import zonotope_bounds
 from torchreach.errors import InvalidNetworkError, InvalidSetError, ShapeError, UnsupportedLayerError
 from torchreach.networks.layers import PASS_THROUGH, RESHAPING
@@ -160,7 +160,7 @@ class Pair:
             d_error = self.second[k].magnitude(e_error) + a_error @ self.D[k].abs().T + Q
             if k == self.depth - 1:
                 return d, d_error * (1 + 1e-9)
-            a, e = z.clamp(min=0), torch.where(z >= 0, torch.minimum(z, d), (d - z).clamp(max=0))
+            a, e = z.clamp(min=0), relu_difference(z, d)
             a_error = z_error
             e_error = torch.minimum(z_error + d_error, 2 * (d.abs() + d_error)) + 4 * UNIT_ROUNDOFF * d.abs()
         raise AssertionError("a network has at least one affine layer")

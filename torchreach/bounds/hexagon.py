@@ -37,6 +37,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchreach.masks import leading
 from torchreach.tolerances import UNIT_ROUNDOFF
 
 TINY = 1e-300
@@ -123,14 +124,17 @@ class Graph:
     def of(hexagon: Hexagon) -> Graph:
         """Graphs [B, N, K] of hexagons [B, N], which must be finite."""
         z, d, empty = _vertices(hexagon)
-        # e from min(z, d) and d - z rather than from two ReLUs: its error is then relative to d, not to z.
-        e = torch.where(z >= 0, torch.minimum(z, d), (d - z).clamp(max=0))
-        return Graph(hexagon, z, d, z.clamp(min=0), e, empty.any(1))
+        return Graph(hexagon, z, d, z.clamp(min=0), relu_difference(z, d), empty.any(1))
 
     def for_rows(self) -> Graph:
         """With an axis for rows: [B, 1, N, K] and hexagons [B, 1, N]."""
         z, d, a, e = (part[:, None] for part in (self.z, self.d, self.a, self.e))
         return Graph(self.hexagon.map(lambda part: part[:, None]), z, d, a, e, self.empty)
+
+
+def relu_difference(z: Tensor, d: Tensor) -> Tensor:
+    """relu(z) - relu(z - d), from min(z, d) and d - z rather than two ReLUs: its error is relative to d, not to z."""
+    return torch.where(z >= 0, torch.minimum(z, d), (d - z).clamp(max=0))
 
 
 def _vertices(hexagon: Hexagon) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,7 +154,7 @@ def _vertices(hexagon: Hexagon) -> tuple[Tensor, Tensor, Tensor]:
     d = torch.cat((z1 - y1, d2, d3), 2)
     there = _within(z, l1, u1) & _within(y, l2, u2) & _within(d, dl, du)
     count = max(int(there.sum(2).max()), 1) if there.numel() else 1
-    order = there.to(torch.uint8).argsort(dim=2, descending=True, stable=True)[..., :count]
+    order = leading(there, count)
     kept = there.gather(2, order)
     order = torch.where(kept, order, order[..., :1])
     return z.gather(2, order), d.gather(2, order), ~there.any(2)

@@ -15,12 +15,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from torchreach.masks import leading
 
-@dataclass(frozen=True)
-class Halfspaces:
-    """Sets with rows of their own: A [B, P, M], b [B, P]."""
 
-    A: Tensor
+class _Batch:
+    """What both kinds count the same way, from b [B, P]."""
+
     b: Tensor
 
     def __len__(self) -> int:
@@ -30,9 +30,22 @@ class Halfspaces:
     def constraints(self) -> int:
         return self.b.shape[1]
 
+
+@dataclass(frozen=True)
+class Halfspaces(_Batch):
+    """Sets with rows of their own: A [B, P, M], b [B, P]."""
+
+    A: Tensor
+    b: Tensor
+
     @property
     def variables(self) -> int:
         return self.A.shape[2]
+
+    @property
+    def row_numbers(self) -> int:
+        """Numbers that the rows of one set take."""
+        return self.constraints * self.variables
 
     @cached_property
     def reach(self) -> Tensor:
@@ -116,23 +129,20 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class SharedHalfspaces:
+class SharedHalfspaces(_Batch):
     """Sets with signed rows of one matrix: row p of set b is sign[b, p] * rows[p], absent where the sign is 0."""
 
     rows: Rows
     sign: Tensor  # [B, P], of the dtype of b
     b: Tensor  # [B, P], 1 where the row is absent
 
-    def __len__(self) -> int:
-        return len(self.b)
-
-    @property
-    def constraints(self) -> int:
-        return self.b.shape[1]
-
     @property
     def variables(self) -> int:
         return self.rows.matrix.shape[1]
+
+    @property
+    def row_numbers(self) -> int:
+        return 0
 
     @cached_property
     def reach(self) -> Tensor:
@@ -171,7 +181,7 @@ class SharedHalfspaces:
         """The same sets with rows of their own, absent ones left out as far as every set can spare them."""
         present = self.sign != 0
         width = int(present.sum(1).max()) if self.sign.numel() else 0
-        order = present.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
+        order = leading(present, width)
         A = self.rows.matrix[order] * self.sign.gather(1, order)[:, :, None]
         return Halfspaces(A, self.b.gather(1, order))
 

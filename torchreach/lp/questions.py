@@ -61,10 +61,8 @@ _FIELDS = ("upper", "value", "point")
 
 def _look(rows: Tensor, asked: Tensor, sets: Sets, a: Tensor, tolerance: float) -> Answer:
     g, constant = rows[:, :, 1:], rows[:, :, 0]
-    p, q, s = 1 - a, 1 + a, sets.room(a).clamp(min=1e-15)
-    x, w = factor(sets, s**-2, p**-2 + q**-2, 0)(g)
-    x, w = torch.nan_to_num(x), torch.nan_to_num(w)
-    pace = torch.maximum(x / p[:, None], x / -q[:, None]).amax(2)
+    x, w, s = _newton(g, sets, a)
+    pace = torch.maximum(x / (1 - a)[:, None], x / -(1 + a)[:, None]).amax(2)
     if sets.constraints:
         pace = pace.maximum((sets.dot(x) / s[:, None]).amax(2))
     length = 0.99 / pace.clamp(min=1e-12)
@@ -123,9 +121,14 @@ def multipliers(objective: Tensor, sets: Sets, a: Tensor) -> Tensor:
 
     Its positive part is a good start for `refute`; that of its negative belongs to minus the objective.
     """
+    return START * _newton(objective, sets, a)[1]
+
+
+def _newton(g: Tensor, sets: Sets, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x = H^-1 g [B, R, M], w = A x / s^2 [B, R, P] of the barrier at a [B, M], and its slacks s [B, P]."""
     p, q, s = 1 - a, 1 + a, sets.room(a).clamp(min=1e-15)
-    _, w = factor(sets, s**-2, p**-2 + q**-2, 0)(objective)
-    return START * w.nan_to_num()
+    x, w = factor(sets, s**-2, p**-2 + q**-2, 0)(g)
+    return torch.nan_to_num(x), torch.nan_to_num(w), s
 
 
 def solve(
@@ -138,11 +141,9 @@ def solve(
 ) -> LPSolution:
     """`maximize` in batches of bounded memory."""
     below = torch.as_tensor(below, dtype=start.dtype, device=start.device).expand(len(start))
-    sets = problem.sets
-    numbers = sets.variables + (0 if hasattr(sets, "rows") else sets.constraints * sets.variables)
     parts = [
         maximize(problem.select(i), start[i], gap=gap, above=above, below=below[i])
-        for i in slices(len(start), numbers, start.device)
+        for i in slices(len(start), problem.sets.variables + problem.sets.row_numbers, start.device)
     ]
     if len(parts) == 1:
         return parts[0]

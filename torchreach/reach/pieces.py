@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from torchreach.lp.halfspaces import Sets, SharedHalfspaces
+from torchreach.masks import leading
 
 KNOWN_POINTS = 12
 
@@ -133,7 +134,7 @@ def with_points(chunk: Chunk, found: Tensor, which: Tensor) -> tuple[Tensor, Ten
     width = int(which.sum(1).max())
     if width == 0:
         return chunk.points, chunk.values
-    order = which.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
+    order = leading(which, width)
     picked = found.gather(1, order[:, :, None].expand(-1, -1, found.shape[2]))
     picked = torch.where(which.gather(1, order)[:, :, None], picked, chunk.points[:, :1])
     return torch.cat((chunk.points, picked), 1), torch.cat((chunk.values, chunk.at(picked)), 1)
@@ -145,7 +146,7 @@ def remember(chunk: Chunk, valid: Tensor) -> tuple[Tensor, Tensor]:
     Where a child has fewer than the others, any of those it has is repeated.
     """
     count = int(valid.sum(1).max().clamp(max=KNOWN_POINTS - 1))
-    order = valid.flip(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
+    order = leading(valid.flip(1), count)
     order = valid.shape[1] - 1 - order
     order = torch.where(valid.gather(1, order), order, order[:, :1])
     piece = torch.arange(len(chunk), device=valid.device).repeat(2)[:, None]

@@ -25,6 +25,7 @@ from torchreach.lp.halfspaces import Halfspaces, Rows, Sets, SharedHalfspaces
 from torchreach.lp.interior_point import centre, interior
 from torchreach.lp.problem import LPBatch
 from torchreach.lp.questions import look, solve
+from torchreach.masks import leading
 from torchreach.networks.steps import Step
 from torchreach.reach import activation
 from torchreach.reach.output_programs import output_range
@@ -135,7 +136,7 @@ class ProgramEngine:
         live = unknown & ~boxed
         fixed = ~live & (~relu | (sign > 0) | (boxed & (low >= 0)))
         width = int(live.sum(1).max())
-        column = live.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
+        column = leading(live, width)
         present = live.gather(1, column)
         planes = rows.transpose(1, 2).gather(1, column[:, :, None].expand(-1, -1, rows.shape[1])) * present[:, :, None]
         arrivals = Arrivals(rows, slack, origin, fixed.to(rows.dtype), column, present, planes)
@@ -170,7 +171,7 @@ class ProgramEngine:
     def _ask(self, chunk: Chunk, asked: Tensor, width: int, low: Tensor, high: Tensor) -> tuple[Chunk, Tensor, Tensor]:
         """Settle the neurons `asked` [Q, C] or meet a point on the side of zero they are not known to reach."""
         tolerance = self.tolerances.sign
-        column = asked.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]  # [Q, R]
+        column = leading(asked, width)  # [Q, R]
         asked, low_here, high_here = (part.gather(1, column) for part in (asked, low, high))
         # max of -h where the piece reaches h > 0 (or neither side is known and the points lean there)
         downward = torch.where(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from torchreach.masks import leading
 from torchreach.networks.steps import Step
 from torchreach.reach import activation
 from torchreach.reach.record import PointOf, RangeRecord
@@ -332,7 +333,7 @@ class VertexEngine:
         settled = sign.index_select(1, live) != 0
         crosses = (upper > tolerance) & (lower < -tolerance) & ~settled
         width = int(crosses.sum(1).max()) if crosses.numel() else 0
-        column = crosses.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]  # [S, C]
+        column = leading(crosses, width)  # [S, C]
         place = torch.arange(size, device=live.device)[:, None]
         planes = arrived.flatten(0, 1).index_select(0, (place * len(live) + column).flatten())
         number = 1 + place * width + torch.arange(width, device=live.device)

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from torchreach.bounds.difference import Backward, Pair, difference_bounds
-from torchreach.bounds.hexagon import Graph, Hexagon, start_slopes
+from torchreach.bounds.hexagon import Graph, Hexagon, height, start_slopes
 from torchreach.search.boxes import one_box
 from torchreach.search.leaves import solve_leaves
 from torchreach.search.result import Best, Question, SearchResult
@@ -133,9 +133,7 @@ class Dual:
             loss = loss + y.abs() @ net.before[k - 1]
             graph, (p, q) = self.graphs[k - 1], slopes[k - 1]
             alpha, beta = self._free(k - 1, y)
-            value = alpha[..., None] * graph.a
-            value.addcmul_(beta[..., None], graph.e).addcmul_(p[..., None], graph.z, value=-1)
-            raised, at = value.addcmul_(q[..., None], graph.d, value=-1).max(2)
+            raised, at = height(graph, alpha, beta, p, q)
             total = total + raised.sum(1)
             points = (part.expand(len(at), -1, -1) for part in (graph.z, graph.d, graph.a, graph.e))
             touch.append(torch.stack([part.gather(2, at[..., None])[..., 0] for part in points]))

@@ -149,12 +149,11 @@ class StarBatch:
                     f"cat needs one feature shape and number of predicate variables, got {first.shape} with "
                     f"{first.dim} and {other.shape} with {other.dim}"
                 )
-        rows = max(s.A.shape[1] for s in batches)
-        padded = [_pad_constraints(s.A, s.b, rows) for s in batches]
+        sets = Halfspaces.cat([Halfspaces(s.A, s.b) for s in batches])
         return StarBatch.trusted(
             torch.cat([s.basis for s in batches]),
-            torch.cat([a for a, _ in padded]),
-            torch.cat([b for _, b in padded]),
+            sets.A,
+            sets.b,
             torch.cat([s.lower for s in batches]),
             torch.cat([s.upper for s in batches]),
             torch.cat([s.origin for s in batches]),
@@ -372,15 +371,6 @@ class StarBatch:
         """[S, M] points near the analytic centre; flat stars are thickened by the sign tolerance."""
         point, depth, _ = interior(Halfspaces(A, b), Tolerances().sign)
         return torch.where((depth > 0)[:, None], centre(Halfspaces(A, b), point, 5), point)
-
-
-def _pad_constraints(A: Tensor, b: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Constraints padded to `rows` with 0 . a <= 1."""
-    size, have, dim = A.shape
-    return (
-        torch.cat((A, A.new_zeros(size, rows - have, dim)), 1),
-        torch.cat((b, b.new_ones(size, rows - have)), 1),
-    )
 
 
 def _check(star: StarBatch) -> None:
