@@ -129,7 +129,8 @@ class Pair:
     def error(self, k: int, A: Tensor, E: Tensor) -> tuple[Tensor, Tensor]:
         """gamma P, gamma Q [B, N_out] of the products of layer k, for |a| <= A, |e| <= E [B, N_in].
 
-        They bound what p . z + q . d loses to rounding in layer k, forward or backward, per unit of p and q.
+        They bound what p . z + q . d loses to rounding, and to noise, in layer k, forward or backward, per unit of
+        p and q.
         """
         s, t = self.first[k], self.second[k]
         P = s.magnitude(A) + s.bias_magnitude
@@ -141,7 +142,14 @@ class Pair:
         else:
             Q = Q + P + t.magnitude(A) + t.bias_magnitude
         gamma = 2 * self.terms(k) * UNIT_ROUNDOFF
-        return gamma * P, gamma * Q
+        noise = self.noise(k)
+        return gamma * P + noise[0], gamma * Q + noise[1]
+
+    def noise(self, k: int) -> tuple[Tensor, Tensor]:
+        """Noise [N_out] of z and of d = z - z2 in layer k, d carrying that of both networks."""
+        zero = torch.zeros_like(self.b[k])
+        first, second = (zero if step.noise is None else step.noise for step in (self.first[k], self.second[k]))
+        return first, first + second
 
     @torch.no_grad()
     def evaluate(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,7 +198,7 @@ def _is_matrix(step: Step) -> bool:
 
 def _same(s: Step, t: Step) -> bool:
     """Whether two steps are one function: the same layers with the same parameters."""
-    if repr(s.block) != repr(t.block):
+    if repr(s.block) != repr(t.block) or s.noise is not None or t.noise is not None:
         return False
     one, other = s.block.state_dict(), t.block.state_dict()
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
@@ -217,8 +225,8 @@ class Backward:
         self.radius = torch.maximum(self.upper - self.middle, self.middle - self.lower)
         size = torch.maximum(self.lower.abs(), self.upper.abs())
         # Twice: the middle and radius are rounded too, and two sums are taken where a layer takes one.
-        P, Q = self.pair.error(0, size, torch.zeros_like(size))
-        self.errors.append((2 * P, 2 * Q))
+        errors, noise = self.pair.error(0, size, torch.zeros_like(size)), self.pair.noise(0)
+        self.errors.append(tuple(2 * error - part for error, part in zip(errors, noise, strict=True)))  # type: ignore
 
     def add(self, hexagon: Hexagon) -> None:
         """Bounds [B, N] of the next hidden layer."""

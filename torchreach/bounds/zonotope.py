@@ -32,6 +32,8 @@ def zonotope_bounds(steps: tuple[Step, ...], rows: Tensor, slack: Tensor, start:
         gamma = (step.terms + rows.shape[1] + 8) * UNIT_ROUNDOFF
         size = rows.abs().sum(1)
         slack = step.magnitude(slack + gamma * size) + gamma * step.bias_magnitude
+        if step.noise is not None:
+            slack = slack + step.noise
         rows = step.map_rows(rows)
         spread = rows[:, 1:].abs().sum(1)
         error = slack + gamma * (spread + rows[:, 0].abs())
@@ -50,6 +52,8 @@ def interval_bounds(steps: tuple[Step, ...], rows: Tensor, slack: Tensor) -> Bou
     for step in steps:
         gamma = (step.terms + 8) * UNIT_ROUNDOFF
         radius = step.magnitude(radius + gamma * (middle.abs() + radius)) + gamma * step.bias_magnitude
+        if step.noise is not None:
+            radius = radius + step.noise
         middle = step.linear(middle) + step.bias
         lower, upper = middle - radius, middle + radius
         result.append((lower, upper))

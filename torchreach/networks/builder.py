@@ -16,10 +16,11 @@ from torch.nn.utils import prune
 from torchreach.errors import InvalidNetworkError, ShapeError, UnsupportedLayerError
 from torchreach.networks.arithmetic import Arithmetic
 from torchreach.networks.layers import AFFINE, PASS_THROUGH, ElementwiseAffine, MergedAffine, Reshape
+from torchreach.networks.quantizer import Quantizer
 
 Shape = tuple[int, ...]
 
-LEAVES = (*(kind for kind in AFFINE if kind is not MergedAffine), Arithmetic, nn.ReLU)
+LEAVES = (*(kind for kind in AFFINE if kind is not MergedAffine), Arithmetic, Quantizer, nn.ReLU)
 _OWN = (MergedAffine, ElementwiseAffine, Reshape)
 SUPPORTED = ", ".join(kind.__name__ for kind in (*AFFINE, nn.ReLU) if not issubclass(kind, _OWN))
 

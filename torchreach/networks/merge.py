@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchreach.errors import ShapeError
+from torchreach.errors import ShapeError, UnsupportedLayerError
 from torchreach.networks.chain import chain
 from torchreach.networks.layers import MergedAffine, linear, magnitude
 from torchreach.networks.propagate import propagate
+from torchreach.networks.quantizer import Quantizer
 
 Shape = tuple[int, ...]
 
@@ -139,6 +140,12 @@ def merge(original: nn.Module, compressed: nn.Module, input_shape: Shape | None 
         InvalidNetworkError: a weight is NaN or infinite.
     """
     branches = (chain(original, input_shape), chain(compressed, input_shape))
+    for layer in (*branches[0], *branches[1]):
+        if isinstance(layer, Quantizer):
+            raise UnsupportedLayerError(
+                f"{layer.name or 'a layer'!r} rounds activations, so the networks have no merged ReLU network: use "
+                "torchreach.discrepancy, or compare torchreach.weight_only(network)"
+            )
     shape = input_shape or _shared_input_shape(branches)
     blocks, shapes = zip(*(_blocks(branch, shape, i) for i, branch in enumerate(branches)), strict=True)
     out1, out2 = (prod(s[-1]) for s in shapes)

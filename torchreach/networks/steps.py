@@ -1,4 +1,4 @@
-"""A network as alternating affine steps and ReLU masks, in the compute dtype and on the device of the sets.
+"""A network as alternating affine steps and activations, in the compute dtype and on the device of the sets.
 
 A step knows how rows of a star's affine map go through it, and how an error bound does:
 rows [R, N_in] -> W rows [R, N_out]; |W| e for e >= 0; and the bias, for row 0 of each map.
@@ -12,14 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from torchreach.errors import ShapeError
+from torchreach.errors import ShapeError, UnsupportedLayerError
 from torchreach.networks.chain import chain
-from torchreach.networks.layers import fan_in, linear, magnitude
+from torchreach.networks.layers import RESHAPING, fan_in, linear, magnitude
+from torchreach.networks.quantizer import Quantizer
 
 
 @dataclass(frozen=True)
 class Step:
-    """Affine block followed by ReLU on the features where `relu` is true (None: the output)."""
+    """Affine block followed by ReLU on the features where `relu` is true, or by a quantiser (neither: the output)."""
 
     name: str
     block: nn.Sequential
@@ -28,6 +29,8 @@ class Step:
     bias_magnitude: Tensor  # [N_out], sum of the magnitudes of all terms of the bias
     terms: int  # upper bound on the number of products summed into one output
     relu: Tensor | None  # [N_out] bool
+    quantizer: Quantizer | None = None
+    noise: Tensor | None = None  # [N_out] the affine block is off by at most this, in either direction
 
     @property
     def features(self) -> int:
@@ -53,15 +56,31 @@ class Step:
 
 
 def steps(
-    module: nn.Module, input_shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
+    module: nn.Module,
+    input_shape: tuple[int, ...],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantized: bool = False,
 ) -> tuple[Step, ...]:
     """`module` as steps on inputs of `input_shape`; its weights are copied, the module is left alone.
+
+    quantized: whether the caller knows what to do with quantisers. A ReLU next to one becomes part of it.
 
     Raises: UnsupportedLayerError, InvalidNetworkError as `chain`; ShapeError if the input does not fit.
     """
     blocks: list[tuple[nn.Sequential, nn.Module | None]] = [(nn.Sequential(), None)]
     for layer in chain(module, input_shape):
-        if isinstance(layer, nn.ReLU) or getattr(layer, "splits_at_zero", False):
+        if isinstance(layer, Quantizer) and not quantized:
+            raise UnsupportedLayerError(
+                f"{layer.name or 'a layer'!r} rounds activations, which is no linear region's business: "
+                "use torchreach.discrepancy(original, deployed, stars), or torchreach.weight_only(network)"
+            )
+        if isinstance(layer, nn.ReLU | Quantizer) or getattr(layer, "splits_at_zero", False):
+            fused = _fused(blocks, layer) if quantized else None
+            if fused is not None:
+                blocks[-2] = (blocks[-2][0], fused)
+                continue
             blocks[-1] = (blocks[-1][0], layer)
             blocks.append((nn.Sequential(), None))
         else:
@@ -78,22 +97,38 @@ def steps(
             except RuntimeError as error:
                 raise ShapeError(f"the network does not accept inputs of shape {tuple(input_shape)}: {error}") from None
             relu = None
-            if activation is not None:
+            quantizer = copy.deepcopy(activation).to(device) if isinstance(activation, Quantizer) else None
+            if activation is not None and quantizer is None:
                 mask = getattr(activation, "mask", torch.ones(value.numel(), dtype=torch.bool))
                 relu = mask.to(device)
             result.append(
                 Step(
-                    name=f"relu {index + 1}" if activation is not None else "output",
+                    name="output" if activation is None else f"{'round' if quantizer else 'relu'} {index + 1}",
                     block=block,
                     in_shape=shape,
                     bias=value.flatten(),
                     bias_magnitude=_bias_magnitude(block, zero),
                     terms=sum(fan_in(layer) for layer in block),
                     relu=relu,
+                    quantizer=quantizer,
                 )
             )
             shape = tuple(value.shape)
     return tuple(result)
+
+
+def _fused(blocks: list[tuple[nn.Sequential, nn.Module | None]], layer: nn.Module) -> Quantizer | None:
+    """The activation before `layer` and `layer` itself as one quantiser, where nothing but reshaping is between."""
+    last = blocks[-2][1] if len(blocks) > 1 else None
+    if not all(isinstance(part, RESHAPING) for part in blocks[-1][0]):
+        return None
+    if isinstance(last, Quantizer) and isinstance(layer, nn.ReLU):
+        return last.with_relu()
+    if isinstance(last, nn.ReLU) and isinstance(layer, Quantizer) and layer.scale.numel() == 1:
+        return layer.with_relu()
+    if isinstance(last, Quantizer) and isinstance(layer, Quantizer) and last.same_grid(layer):
+        return last.limited(layer.lowest, layer.highest)
+    return None
 
 
 def _fits(block: nn.Sequential, dtype: torch.dtype, device: torch.device) -> bool:

@@ -96,5 +96,5 @@ def _affine(net: Reduced, k: int, rows: Tensor, error: Tensor) -> tuple[Tensor, 
     size = rows.abs().sum(2)
     out = weights @ rows
     out[..., 0] += shift
-    error = (error + gamma * size) @ weights.abs().T + gamma * shift.abs()
+    error = (error + gamma * size) @ weights.abs().T + gamma * shift.abs() + net.noise[k]
     return out, error

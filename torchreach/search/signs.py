@@ -79,6 +79,7 @@ class Reduced:
             self.shifts.append(torch.cat((pair.b[k][rows], pair.db[k][rows])))
         gammas = [2 * (2 * n + 8 * pair.depth + 16) * UNIT_ROUNDOFF for n in self.count]
         self.before = [g * torch.cat(h.sizes(), 1)[0] for g, h in zip(gammas, hexagons, strict=True)]
+        self.noise = [torch.cat(pair.noise(k))[torch.cat((i, i + len(pair.b[k])))] for k, i in enumerate(keep)]
         losses = [torch.cat((P[0, i], Q[0, i])) for (P, Q), i in zip(work.errors, keep, strict=True)]
         self.after = [b + loss for b, loss in zip(self.before, losses, strict=False)]
         self.output_loss = losses[-1]

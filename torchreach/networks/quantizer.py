@@ -1,0 +1,120 @@
+"""Quantise with breakpoints: the one description of what a deployed network does to its activations.
+
+    q(x) = clamp(round_half_even(x / scale) + zero_point, lowest, highest)        the code
+    y(x) = scale (q(x) - zero_point)                                              the value it stands for
+
+A step function with thresholds (code + 1/2 - zero_point) scale. Whoever executes a network quantises x only up to
+rounding, so near a threshold either code may come out: `code_range` of an interval around x has both.
+A ReLU next to a quantiser is the same quantiser with lowest >= zero_point: `with_relu`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchreach.errors import InvalidNetworkError, UnsupportedLayerError
+
+# How the sums before a quantiser are taken: in integers, scaled in a few float32 operations; or in float32 throughout.
+ARITHMETICS = ("integer", "float32")
+
+
+class Quantizer(nn.Module):
+    """x -> scale * (clamp(round_half_even(x / scale) + zero_point, lowest, highest) - zero_point).
+
+    scale, zero_point: one number each, or tensors that broadcast against one input (no batch axis).
+    arithmetic: of the kernel whose result is quantised, one of `ARITHMETICS`.
+
+    Raises: InvalidNetworkError: a scale that is zero, negative or not finite; a zero point outside of
+        [lowest, highest]; UnsupportedLayerError: lowest >= highest.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(
+        self,
+        scale: Tensor | float,
+        zero_point: Tensor | int,
+        lowest: int,
+        highest: int,
+        *,
+        arithmetic: str = "integer",
+        name: str = "",
+    ) -> None:
+        super().__init__()
+        scale = torch.as_tensor(scale, dtype=torch.float64).detach()
+        zero_point = torch.as_tensor(zero_point).detach().to(scale.device, torch.int64)
+        place = f" of {name!r}" if name else ""
+        if arithmetic not in ARITHMETICS:
+            raise UnsupportedLayerError(
+                f"arithmetic{place} must be one of {', '.join(ARITHMETICS)}, got {arithmetic!r}"
+            )
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise InvalidNetworkError(f"the scale{place} must be positive and finite, got {_show(scale)}")
+        if lowest >= highest:
+            raise UnsupportedLayerError(f"codes{place} must have lowest < highest, got {lowest} and {highest}")
+        if not bool(((zero_point >= lowest) & (zero_point <= highest)).all()):
+            raise InvalidNetworkError(
+                f"the zero point{place} must lie in [{lowest}, {highest}], got {_show(zero_point)}"
+            )
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+        self.lowest, self.highest = int(lowest), int(highest)
+        self.arithmetic, self.name = arithmetic, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value(self.codes(x)).to(x.dtype)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Codes of x [B, *shape], as float64 integers, in real arithmetic (up to float64's)."""
+        steps = (x.to(self.scale.dtype) / self.scale).round()
+        return (steps + self.zero_point).clamp(self.lowest, self.highest)
+
+    def value(self, codes: Tensor) -> Tensor:
+        """What the codes stand for, float64."""
+        return (codes - self.zero_point) * self.scale
+
+    def code_range(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        """Smallest and largest code of any x in [lower, upper], thresholds included on both sides."""
+        low = torch.ceil(lower / self.scale - 0.5)
+        high = torch.floor(upper / self.scale + 0.5)
+        return tuple((end + self.zero_point).clamp(self.lowest, self.highest) for end in (low, high))  # type: ignore
+
+    def cell(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Ends of the closed cell of x with these codes; infinite beyond the last codes."""
+        middle = codes - self.zero_point
+        low = torch.where(codes <= self.lowest, -torch.inf, (middle - 0.5) * self.scale)
+        high = torch.where(codes >= self.highest, torch.inf, (middle + 0.5) * self.scale)
+        return low, high
+
+    def with_relu(self) -> Quantizer:
+        """The quantiser after, or before, a ReLU: codes of negative numbers become the zero point."""
+        if self.zero_point.numel() > 1:
+            raise UnsupportedLayerError(f"a ReLU next to quantiser {self.name!r} needs one zero point, got several")
+        return self.limited(int(self.zero_point), self.highest)
+
+    def limited(self, lowest: int, highest: int) -> Quantizer:
+        """The same grid with codes in [lowest, highest] only."""
+        lowest, highest = max(self.lowest, lowest), min(self.highest, highest)
+        return Quantizer(self.scale, self.zero_point, lowest, highest, arithmetic=self.arithmetic, name=self.name)
+
+    def same_grid(self, other: Quantizer) -> bool:
+        """Whether both have one scale and one zero point, so that quantising twice is quantising once."""
+        return torch.equal(self.scale, other.scale) and torch.equal(self.zero_point, other.zero_point)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Quantizer:
+        """Moves between devices; the scale stays in float64 whatever the network's dtype becomes."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = scale.to(self.scale.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"scale={_show(self.scale)}, zero_point={_show(self.zero_point)}, codes {self.lowest} to {self.highest}"
+
+
+def _show(value: Tensor) -> str:
+    return f"{value.item():.6g}" if value.numel() == 1 else f"{value.flatten()[:4].tolist()} ..."
