@@ -4,9 +4,10 @@ Batched star-set reachability in PyTorch. See README.md for a tour.
 """
 
 from torchreach.discrepancy import discrepancy
-from torchreach.errors import TorchreachError
+from torchreach.errors import TorchreachError, UncalibratedWarning
 from torchreach.lp.certify import Certification, certify
 from torchreach.lp.mixed_integer import MixedIntegerResult, mixed_integer_discrepancy
+from torchreach.networks.chain import weight_only
 from torchreach.networks.load import load
 from torchreach.networks.merge import Comparison, MergedLinear, MergedNetwork, MergedReLU, merge
 from torchreach.networks.quantized import prune_weights, quantize_weights
@@ -48,6 +49,7 @@ __all__ = [
     "Target",
     "Tolerances",
     "TorchreachError",
+    "UncalibratedWarning",
     "certify",
     "discrepancy",
     "load",
@@ -57,4 +59,5 @@ __all__ = [
     "quantize_weights",
     "reach",
     "repair",
+    "weight_only",
 ]

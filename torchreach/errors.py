@@ -33,3 +33,7 @@ class FileFormatError(TorchreachError):
 
 class OptionError(TorchreachError):
     """An option that does not exist or whose value is out of range."""
+
+
+class UncalibratedWarning(UserWarning):
+    """Activations of a deployed network have scale 1 and zero point 0: its scales were probably never calibrated."""

@@ -6,6 +6,7 @@ Modules, traced graphs and ONNX files all build their chain here, so that they s
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import NoReturn
 
 import torch
@@ -13,15 +14,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils import prune
 
-from torchreach.errors import InvalidNetworkError, ShapeError, UnsupportedLayerError
+from torchreach.errors import InvalidNetworkError, ShapeError, UncalibratedWarning, UnsupportedLayerError
 from torchreach.networks.arithmetic import Arithmetic
-from torchreach.networks.layers import AFFINE, PASS_THROUGH, ElementwiseAffine, MergedAffine, Reshape
+from torchreach.networks.layers import AFFINE, PASS_THROUGH, RESHAPING, ElementwiseAffine, MergedAffine, Reshape
 from torchreach.networks.quantizer import Quantizer
 
 Shape = tuple[int, ...]
 
 LEAVES = (*(kind for kind in AFFINE if kind is not MergedAffine), Arithmetic, Quantizer, nn.ReLU)
 _OWN = (MergedAffine, ElementwiseAffine, Reshape)
+# What torch computes on quantised tensors as it is; pooling rounds to the same grid again.
+_ON_QUANTIZED = (nn.ReLU, nn.AvgPool1d, nn.AvgPool2d, *PASS_THROUGH, *RESHAPING)
 SUPPORTED = ", ".join(kind.__name__ for kind in (*AFFINE, nn.ReLU) if not issubclass(kind, _OWN))
 
 
@@ -36,9 +39,14 @@ def is_leaf(module: nn.Module) -> bool:
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in LEAVES)
 
 
-def check_finite(module: nn.Module) -> None:
-    """Raises InvalidNetworkError naming the first parameter or buffer that is not finite or not there yet."""
-    for name, value in (*module.named_parameters(), *module.named_buffers()):
+def check_finite(module: nn.Module, prefix: str = "", skip: tuple[str, ...] = ()) -> None:
+    """Raises InvalidNetworkError naming the first parameter or buffer that is not finite or not there yet.
+
+    skip: paths of submodules whose values take no part in what the network computes (observers).
+    """
+    for name, value in (*module.named_parameters(prefix), *module.named_buffers(prefix)):
+        if skip and name.startswith(skip):
+            continue
         if isinstance(value, UninitializedParameter | UninitializedBuffer):
             raise InvalidNetworkError(f"parameter {name!r} is not initialised: run the lazy module once first")
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
@@ -74,6 +82,12 @@ class ChainBuilder:
         self.layers: list[nn.Module] = []
         self.shape = shape
         self.position = 0  # of the layer being added, counted over all layers met, dropped ones too
+        # Of deployed networks. `codes`: the grid of the value, while it is a quantised tensor; `raw`: while it is a
+        # plain tensor of integer codes, which arithmetic would misread.
+        self.deployed = False
+        self.codes: Quantizer | None = None
+        self.raw = False
+        self.uncalibrated: list[str] = []
 
     def refuse(self, name: str, kind: str, reason: str = "") -> NoReturn:
         reason = reason or (
@@ -92,6 +106,8 @@ class ChainBuilder:
                 layer = copy.copy(layer).eval()
             self._advance(layer, name)
             self.layers.append(layer)
+            if self.codes is not None and isinstance(layer, nn.AvgPool1d | nn.AvgPool2d):
+                self.layers.append(copy.deepcopy(self.codes))
         self.position += 1
 
     def arithmetic(self, operation: str, operand: Tensor, name: str) -> None:
@@ -118,10 +134,30 @@ class ChainBuilder:
     def sequential(self) -> nn.Sequential:
         return nn.Sequential(*self.layers)
 
+    def finish(self) -> nn.Sequential:
+        """The whole chain. A deployed network's is in float64, so that its float layers fit its exact weights.
+
+        Warns once, naming all of them, of activations whose scale was never calibrated.
+        """
+        if self.uncalibrated:
+            warnings.warn(
+                f"scale 1 and zero point 0 at {', '.join(map(repr, self.uncalibrated))}: these look as if they were "
+                "never calibrated (run the prepared network on data before torch's `convert`)",
+                UncalibratedWarning,
+                stacklevel=3,
+            )
+        if self.deployed:
+            self.layers = [layer if _is_double(layer) else copy.deepcopy(layer).double() for layer in self.layers]
+        return self.sequential()
+
     def _check(self, layer: nn.Module, name: str) -> None:
         kind = type(layer).__name__
         if not is_leaf(layer):
             self.refuse(name, kind)
+        if self.codes is not None and not isinstance(layer, _ON_QUANTIZED):
+            self.refuse(name, kind, "it is given a quantised tensor, on which torch does not compute it")
+        if self.raw and not isinstance(layer, (*PASS_THROUGH, *RESHAPING)):
+            self.refuse(name, kind, "it is given integer codes, which must be dequantised first")
         for part in layer.modules():  # the layer itself and, in merged layers, those it is made of
             if part._forward_hooks:
                 self.refuse(name, kind, "a forward hook may change what the layer computes; remove it")
@@ -153,3 +189,8 @@ class ChainBuilder:
                 f"layer {self.position} ({name!r}, {type(layer).__name__}) does not accept inputs of shape "
                 f"{self.shape}: {reason}"
             ) from None
+
+
+def _is_double(layer: nn.Module) -> bool:
+    values = (*layer.parameters(), *layer.buffers())
+    return all(value.dtype == torch.float64 for value in values if value.is_floating_point())

@@ -15,7 +15,10 @@ import torch
 from torch import fx, nn
 
 from torchreach.networks.builder import ChainBuilder, Shape, check_finite, is_leaf
+from torchreach.networks.fake_quantized import add_fake_quantized, is_quantization_part, observers
 from torchreach.networks.graph import GraphReader
+from torchreach.networks.int8_modules import add_int8_module
+from torchreach.networks.quantizer import Quantizer
 
 _log = logging.getLogger(__name__)
 
@@ -23,10 +26,13 @@ _log = logging.getLogger(__name__)
 def chain(module: nn.Module, input_shape: Shape | None = None) -> nn.Sequential:
     """`module` as a flat `nn.Sequential` of leaf layers, in evaluation order: chain(m)(x) == m(x).
 
-    The leaves are layers of `torchreach.networks.layers.AFFINE`, `nn.ReLU`, and layers marked
-    `splits_at_zero`. They are the module's own layers, and layers made for functional calls hold its own
-    parameters: training the module changes the chain. (Weights that the forward pass itself computes from
-    parameters, such as `weight * mask`, are taken as they are now.) The module is left as it was.
+    A deployed (statically quantised) network is described in float64, see `torchreach.networks.quantizer`: then
+    the outputs agree up to what torch's kernels round differently, and the layers are snapshots.
+
+    The leaves are layers of `torchreach.networks.layers.AFFINE`, `nn.ReLU`, layers marked `splits_at_zero`, and
+    `Quantizer` in deployed networks. They are the module's own layers, and layers made for functional calls hold
+    its own parameters: training the module changes the chain. (Weights that the forward pass itself computes
+    from parameters, such as `weight * mask`, are taken as they are now.) The module is left as it was.
 
     Evaluation semantics throughout, whatever mode the module is in: dropout is left out, batch norm uses its
     running statistics.
@@ -40,14 +46,26 @@ def chain(module: nn.Module, input_shape: Shape | None = None) -> nn.Sequential:
         InvalidNetworkError: a parameter is NaN or infinite.
         ShapeError: a layer does not accept what `input_shape` leads to.
     """
-    check_finite(module)
+    check_finite(module, skip=observers(module))
     builder = ChainBuilder(None if input_shape is None else tuple(input_shape))
     _add(builder, module, "")
-    return builder.sequential()
+    return builder.finish()
+
+
+def weight_only(module: nn.Module, input_shape: Shape | None = None) -> nn.Sequential:
+    """Float twin of a deployed network: its dequantised weights, and no rounding or clamping of activations.
+
+    Arguments and errors as `chain`; a network without quantisers gives the same as `chain`.
+    """
+    return nn.Sequential(*(layer for layer in chain(module, input_shape) if not isinstance(layer, Quantizer)))
 
 
 def _add(builder: ChainBuilder, module: nn.Module, name: str) -> None:
     kind = type(module)
+    if kind.__module__.startswith("torch.ao.nn.") and add_int8_module(builder, module, name):
+        return
+    if add_fake_quantized(builder, module, name, _add):
+        return
     if is_leaf(module):
         builder.append(module, name)
         return
@@ -64,6 +82,9 @@ def _add(builder: ChainBuilder, module: nn.Module, name: str) -> None:
 
 
 def _trace(builder: ChainBuilder, module: nn.Module, name: str) -> None:
+    if isinstance(module, fx.GraphModule):  # exported ones refuse eval(), and there is nothing left to trace
+        add_graph_module(builder, module, name)
+        return
     state = torch.get_rng_state()
     with evaluation_mode(module):
         try:
@@ -118,7 +139,7 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
+        return is_leaf(m) or is_quantization_part(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 @contextmanager

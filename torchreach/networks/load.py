@@ -59,7 +59,7 @@ def _read_exported(path: Path) -> nn.Sequential:
     check_finite(module)
     builder = ChainBuilder(None if shape is None else tuple(int(n) for n in shape[1:]))
     add_graph_module(builder, module, "")
-    return builder.sequential()
+    return builder.finish()
 
 
 def _first_line(error: Exception) -> str:
