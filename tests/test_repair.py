@@ -320,7 +320,7 @@ def test_callable_target_decides():
         ({"target": "half"}, r"target must be a factor in \(0, 1\), a Target or a callable .* got 'half'"),
         ({"alpha": 0}, "alpha must be a positive number, got 0"),
         ({"alpha": float("nan")}, "alpha must be a positive number, got nan"),
-        ({"step": "newton"}, "step must be one of pointwise, extremum, midpoint, got 'newton'"),
+        ({"step": "newton"}, "step must be one of pointwise, extremum, midpoint, magnitude, got 'newton'"),
         ({"iterations": 0}, "iterations must be a positive integer, got 0"),
     ],
 )
