@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from torchreach.deployed import deployed_discrepancy, rounds
 from torchreach.networks.merge import merge
 from torchreach.options import Budget, Exact
 from torchreach.reach.api import reach
@@ -41,6 +42,9 @@ def discrepancy(
 
     Raises: as `merge` and `reach`.
     """
+    shape = None if len(stars.shape) == 1 else stars.shape
+    if rounds(original, shape) or rounds(compressed, shape):
+        return deployed_discrepancy(original, compressed, stars, budget or Budget(), tolerances or Tolerances())
     merged = merge(original, compressed, None if len(stars.shape) == 1 else stars.shape)
     reached = reach(
         merged,

@@ -24,11 +24,12 @@ ARITHMETICS = ("integer", "float32")
 class Quantizer(nn.Module):
     """x -> scale * (clamp(round_half_even(x / scale) + zero_point, lowest, highest) - zero_point).
 
-    scale, zero_point: one number each, or tensors that broadcast against one input (no batch axis).
+    scale, zero_point: one number each, float64 and int64; they stay that whatever dtype the network is moved to.
     arithmetic: of the kernel whose result is quantised, one of `ARITHMETICS`.
 
     Raises: InvalidNetworkError: a scale that is zero, negative or not finite; a zero point outside of
-        [lowest, highest]; UnsupportedLayerError: lowest >= highest.
+        [lowest, highest]. UnsupportedLayerError: several scales (per channel), which only weights may have; lowest >=
+        highest.
     """
 
     scale: Tensor
@@ -52,6 +53,12 @@ class Quantizer(nn.Module):
             raise UnsupportedLayerError(
                 f"arithmetic{place} must be one of {', '.join(ARITHMETICS)}, got {arithmetic!r}"
             )
+        if scale.numel() != 1 or zero_point.numel() != 1:
+            raise UnsupportedLayerError(
+                f"activations{place} must have one scale and one zero point (per tensor), got {scale.numel()} and "
+                f"{zero_point.numel()} (per channel)"
+            )
+        scale, zero_point = scale.reshape(()), zero_point.reshape(())
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise InvalidNetworkError(f"the scale{place} must be positive and finite, got {_show(scale)}")
         if lowest >= highest:
@@ -92,8 +99,6 @@ class Quantizer(nn.Module):
 
     def with_relu(self) -> Quantizer:
         """The quantiser after, or before, a ReLU: codes of negative numbers become the zero point."""
-        if self.zero_point.numel() > 1:
-            raise UnsupportedLayerError(f"a ReLU next to quantiser {self.name!r} needs one zero point, got several")
         return self.limited(int(self.zero_point), self.highest)
 
     def limited(self, lowest: int, highest: int) -> Quantizer:
@@ -117,4 +122,4 @@ class Quantizer(nn.Module):
 
 
 def _show(value: Tensor) -> str:
-    return f"{value.item():.6g}" if value.numel() == 1 else f"{value.flatten()[:4].tolist()} ..."
+    return f"{value.item():.6g}"

@@ -97,7 +97,15 @@ def reduce(
             layer: MergedAffine = _Entry(steps, active, live)
             terms = layer.terms
             zero = step.bias.new_zeros(1, prod(step.in_shape))
-            bias, magnitude = (_collect(steps, active, live, zero, rule, bias=True)[0] for rule in RULES)
+            constants = (lambda step: step.bias), (lambda step: step.bias_magnitude)
+            bias, magnitude = (
+                _collect(steps, active, live, zero, rule, constant)[0]
+                for rule, constant in zip(RULES, constants, strict=True)
+            )
+            # Noise of settled neurons reaches the live features behind them; that of live ones is theirs.
+            noise = None
+            if any(step.noise is not None for step in steps):
+                noise = _collect(steps, active, live, zero, Step.magnitude, _noise)[0]
         else:
             units = step.bias.new_zeros(sizes[k - 1], steps[k - 1].features)
             units[torch.arange(sizes[k - 1], device=units.device), live[k - 1]] = 1.0
@@ -105,6 +113,7 @@ def reduce(
             layer = _Update(*(_collect(steps[k:], *parts, rule) for rule in RULES))
             terms = sizes[k - 1] + sum(s.terms for s in steps[k:])
             bias = magnitude = step.bias.new_zeros(width[k])
+            noise = None
         result.append(
             replace(
                 step,
@@ -114,6 +123,7 @@ def reduce(
                 bias_magnitude=magnitude,
                 terms=terms,
                 relu=relu,
+                noise=noise,
             )
         )
         sign = signs[k].new_zeros(len(signs[k]), width[k])
@@ -132,16 +142,19 @@ def _collect(
     live: list[Tensor],
     rows: Tensor,
     rule: Callable[[Step, Tensor], Tensor],
-    *,
-    bias: bool = False,
+    constant: Callable[[Step], Tensor] | None = None,
 ) -> Tensor:
-    """Rows [R, N_in] through `steps` by `rule`, with biases or without: the live features [R, T] of each step."""
+    """Rows [R, N_in] through `steps` by `rule`, with a constant added or without: the live features [R, T] of each."""
     parts = []
     for step, index, passes in zip(steps, live, [*active, None], strict=True):
         rows = rule(step, rows)
-        if bias:
-            rows = rows + (step.bias_magnitude if rule is Step.magnitude else step.bias)
+        if constant is not None:
+            rows = rows + constant(step)
         parts.append(rows[:, index])
         if passes is not None:
             rows = rows * passes
     return torch.cat(parts, 1)
+
+
+def _noise(step: Step) -> Tensor:
+    return torch.zeros_like(step.bias) if step.noise is None else step.noise

@@ -51,7 +51,7 @@ class Step:
         return out
 
     def _apply(self, rule, rows: Tensor) -> Tensor:
-        flat = rule(self.block, rows.reshape(-1, *self.in_shape))
+        flat = rule(self.block, rows.reshape(rows.shape[:-1].numel(), *self.in_shape))
         return flat.reshape(*rows.shape[:-1], self.features)
 
 
@@ -124,7 +124,7 @@ def _fused(blocks: list[tuple[nn.Sequential, nn.Module | None]], layer: nn.Modul
         return None
     if isinstance(last, Quantizer) and isinstance(layer, nn.ReLU):
         return last.with_relu()
-    if isinstance(last, nn.ReLU) and isinstance(layer, Quantizer) and layer.scale.numel() == 1:
+    if isinstance(last, nn.ReLU) and isinstance(layer, Quantizer):
         return layer.with_relu()
     if isinstance(last, Quantizer) and isinstance(layer, Quantizer) and last.same_grid(layer):
         return last.limited(layer.lowest, layer.highest)

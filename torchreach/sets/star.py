@@ -274,6 +274,22 @@ class StarBatch:
         features = basis[:, 0] + 2 * (reach @ basis[:, 1:])[:, 0]
         return share * features, share * (self.b.to(COMPUTE_DTYPE).abs() + 2 * (A @ reach.transpose(1, 2))[:, :, 0])
 
+    def bounding_box(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Box (lower, upper) [S, N] around each star, float64, and whether it is the star itself [S].
+
+        Constraints are left out of account; without them it is the smallest. Exact for stars made by `from_box` and `from_image`.
+        """
+        rows = self.basis.flatten(2).to(COMPUTE_DTYPE)
+        ends = torch.stack((self.lower, self.upper)).to(COMPUTE_DTYPE)[..., None] * rows[:, 1:]
+        low, high = rows[:, 0] + ends.amin(0).sum(1), rows[:, 0] + ends.amax(0).sum(1)
+        used = rows[:, 1:] != 0
+        plain = (used.sum(2) <= 1).all(1) & (used.sum(1) <= 1).all(1) & (self.A.shape[1] == 0)
+        unrounded = (rows[:, 0] == 0) | ~used.any(1)
+        unrounded &= (rows[:, 1:].abs().sum(1) == 1) | ~used.any(1)
+        size = (self.dim + 4) * UNIT_ROUNDOFF * (rows[:, 0].abs() + ends.abs().amax(0).sum(1))
+        size = torch.where(plain[:, None] & unrounded, 0.0, size)
+        return low - size, high + size, plain
+
     def is_empty(self) -> Tensor:
         """[S] bool: proven to contain no point."""
         _, A, b = self.normalised()

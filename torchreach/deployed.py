@@ -1,0 +1,227 @@
+"""Certified discrepancy of networks whose activations are rounded: deployed int8 semantics.
+
+Few cells of the input grid: enumeration, exact (`search.cells`). Many: the deployed network is relaxed to a ReLU
+network with bounded noise (`bounds.rounding.relax`), and the two are compared in difference coordinates, in one pass
+and then by branch and bound for as long as the budget allows (`bounds.difference`, `search.signs`). Both where both
+apply; the interval is their intersection.
+
+What is certified: y1 as the real-valued function of its weights; y2 as any kernel executes it that computes its sums
+within `bounds.rounding.kernel_error`, for inputs in float32. One star at a time: each has a grid of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from torchreach.bounds.difference import Pair, difference_bounds
+from torchreach.bounds.rounding import InputGrid, blank, extra_inputs, relax, with_inputs
+from torchreach.bounds.zonotope import zonotope_bounds
+from torchreach.errors import ShapeError, UnsupportedLayerError
+from torchreach.networks.chain import chain
+from torchreach.networks.quantizer import Quantizer
+from torchreach.networks.steps import Step, steps
+from torchreach.options import Budget
+from torchreach.reach.api import VERTEX_DIM, reach
+from torchreach.results import Discrepancy, ReachStats, Status
+from torchreach.search.cells import LIMIT, Cells, attained, box_rows, search_cells
+from torchreach.search.result import Question, SearchResult
+from torchreach.search.rounded_witness import climb
+from torchreach.search.signs import search_signs
+from torchreach.sets.star import StarBatch
+from torchreach.tolerances import COMPUTE_DTYPE, Tolerances, round_down, round_up
+
+# Numbers in all cells' boxes of one star.
+MEMORY = 2**23
+# States of a search without a budget of seconds.
+STATES = 8
+# Relative gap up to which an interval is called exact: a deployed network knows its input only in float32.
+EXACT_GAP = 1e-4
+
+
+def rounds(network: nn.Module, input_shape: tuple[int, ...] | None) -> bool:
+    """Whether `network` quantises activations."""
+    return any(isinstance(layer, Quantizer) for layer in chain(network, input_shape))
+
+
+@torch.no_grad()
+def deployed_discrepancy(
+    original: nn.Module, compressed: nn.Module, stars: StarBatch, budget: Budget, tolerances: Tolerances
+) -> Discrepancy:
+    """Certified interval around max |y1 - y2| per output and star, where one network or both round activations.
+
+    budget: its seconds are shared by the stars; the rest of it does not apply.
+
+    Raises: ShapeError: sizes that do not fit. UnsupportedLayerError, InvalidNetworkError as `chain`.
+    """
+    began = time.monotonic()
+    first, second = (
+        steps(network, stars.shape, dtype=COMPUTE_DTYPE, device=stars.device, quantized=True)
+        for network in (original, compressed)
+    )
+    if first[-1].features != second[-1].features:
+        raise ShapeError(
+            f"networks must have equally many outputs: the original has {first[-1].features}, "
+            f"the compressed {second[-1].features}"
+        )
+    swapped = _quantised(first) and not _quantised(second)
+    if swapped:  # the rounded one second; rows of y1 - y2 and y2 - y1 change places at the end
+        original, first, second = compressed, second, first
+    low, high, is_box = stars.bounding_box()
+    found = []
+    for s in range(len(stars)):
+        deadline = None if budget.seconds is None else began + budget.seconds * (s + 1) / len(stars)
+        task = _Task(original, first, second, low[s], high[s], tolerances.gap, deadline)
+        if not bool(is_box[s]):
+            task.points = stars.select([s]).sample(512)[0].flatten(1).to(COMPUTE_DTYPE)
+        task.run()
+        found.append(task)
+    lower, upper, witness = (
+        torch.stack([getattr(task, name) for task in found]) for name in ("lower", "upper", "witness")
+    )
+    if swapped:
+        lower, upper, witness = (part.flip(1) for part in (lower, upper, witness))
+    return _result(stars, found, lower, upper, witness, time.monotonic() - began)
+
+
+def _quantised(network: tuple[Step, ...]) -> bool:
+    return any(step.quantizer is not None for step in network)
+
+
+@dataclass
+class _Task:
+    """One box: what is certified and attained of y1 - y2 (row 0) and y2 - y1 (row 1) so far."""
+
+    original: nn.Module
+    first: tuple[Step, ...]
+    second: tuple[Step, ...]
+    low: Tensor
+    high: Tensor
+    tolerance: float
+    deadline: float | None
+    points: Tensor | None = None  # [B, N_in] inputs to attain at, where not all of the box belongs to the set
+    complete: bool = False
+    cells: int = 0
+
+    def __post_init__(self) -> None:
+        n = self.first[-1].features
+        self.upper = self.low.new_full((2, n), torch.inf)
+        self.lower = -self.upper
+        self.witness = ((self.low + self.high) / 2).expand(2, n, -1).clone()
+
+    def run(self) -> None:
+        grid = None if _quantised(self.first) else InputGrid.of(self.second[0])
+        cells = None if grid is None else Cells(self.first, self.second, grid, self.low, self.high)
+        few = False
+        if cells is not None and cells.total <= LIMIT and cells.total * (1 + len(cells.free)) <= MEMORY:
+            few = len(cells.free) <= VERTEX_DIM
+            if not few:
+                cells.root = self._range_of_first(cells)
+            result = search_cells(
+                cells, self._ranges if few else None, tolerance=self.tolerance, deadline=self.deadline
+            )
+            self.cells = result.cells
+            self.complete = result.complete
+            self.upper = result.upper
+            if self.points is None:
+                self.lower, self.witness = result.lower, result.witness
+        if not (few and self.complete):
+            for upper in self._relaxed():
+                self.upper = torch.minimum(self.upper, upper)
+            candidates = self.points
+            if candidates is None:
+                candidates = climb(self.first, self.second, self.low, self.high)
+            self._offer(cells, candidates)
+        elif self.points is not None:
+            self._offer(cells, self.points)
+
+    def _ranges(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        shape = self.first[0].in_shape
+        boxes = StarBatch.from_box(low.reshape(-1, *shape), high.reshape(-1, *shape))
+        found = reach(self.original, boxes, keep_stars=False)
+        return found.lower, found.upper, found.argmin.flatten(2), found.argmax.flatten(2)
+
+    def _range_of_first(self, cells: Cells) -> tuple[Tensor, Tensor]:
+        """y1's own range [N_out] over the box: its difference from a network that is zero."""
+        pair = Pair.of(cells.first, blank(cells.first))
+        up = self._search(pair, cells.lower[cells.free], cells.upper[cells.free], share=0.5)
+        upper = torch.stack((cells.root[1], -cells.root[0]))
+        for state in up:
+            upper = torch.minimum(upper, state.upper)
+        return -upper[1], upper[0]
+
+    def _relaxed(self) -> Iterator[Tensor]:
+        """Ever tighter bounds [2, N_out] from the relaxation."""
+        first, second = self.first, relax(self.second, self.low, self.high)
+        own, other = 0, extra_inputs(self.second, second)
+        if _quantised(first):
+            first = relax(first, self.low, self.high)
+            own = extra_inputs(self.first, first)
+        size = torch.maximum(self.low.abs(), self.high.abs())
+        ones = size.new_ones(own + other)
+        first = with_inputs(first, len(size) + own, other, torch.cat((size, ones[:own])))
+        second = with_inputs(second, len(size), own, torch.cat((size, ones[own:])))
+        low, high = torch.cat((self.low, -ones)), torch.cat((self.high, ones))
+        try:
+            pair = Pair.of(first, second)
+        except (ShapeError, UnsupportedLayerError):
+            # Different architectures: each network by itself.
+            rows = box_rows(low[None], high[None])
+            (a, b), (c, d) = (zonotope_bounds(network, *rows)[-1] for network in (first, second))
+            yield torch.stack((b - c, d - a), 1)[0]
+            return
+        output = difference_bounds(pair, low[None], high[None])[-1]
+        yield torch.stack((output.du[0], -output.dl[0]))
+        for state in self._search(pair, low, high):
+            yield state.upper
+
+    def _search(self, pair: Pair, low: Tensor, high: Tensor, share: float = 1.0) -> Iterator[SearchResult]:
+        """States of a search until the deadline, or a few of them; `share` of the time that is left."""
+        now = time.monotonic()
+        end = None if self.deadline is None else now + share * (self.deadline - now)
+        for count, state in enumerate(search_signs(pair, low, high, Question("signed", max(self.tolerance, 1e-6)))):
+            yield state
+            over = count + 1 >= STATES if end is None else time.monotonic() > end
+            if over or state.closed:
+                return
+
+    def _offer(self, cells: Cells | None, x: Tensor) -> None:
+        if cells is not None:
+            value = cells.attained(x)
+        else:
+            value = attained(self.first, self.second, x)
+        value, at = value.max(0)
+        self.witness = torch.where((value > self.lower)[..., None], x[at], self.witness)
+        self.lower = torch.maximum(self.lower, value)
+
+
+def _result(
+    stars: StarBatch, found: list[_Task], lower: Tensor, upper: Tensor, witness: Tensor, seconds: float
+) -> Discrepancy:
+    """lower, upper: [S, 2, N] of y1 - y2 and y2 - y1; witness: [S, 2, N, N_in]."""
+    dtype = stars.dtype
+    upper = torch.maximum(upper, lower)
+    gap = (upper - lower) <= EXACT_GAP * (1 + upper.abs())
+    exact = gap.flatten(1).all(1)
+    side = lower[:, 0] >= lower[:, 1]
+    chosen = torch.where(side[..., None], witness[:, 0], witness[:, 1])
+    return Discrepancy(
+        lower=round_down(lower.amax(1).clamp(min=0), dtype),
+        upper=round_up(upper.amax(1), dtype),
+        range_lower=round_down(-upper[:, 1], dtype),
+        range_upper=round_up(upper[:, 0], dtype),
+        witness=chosen.reshape(*chosen.shape[:2], *stars.shape).to(dtype),
+        regions=torch.tensor([task.cells for task in found], device=stars.device),
+        status=tuple(Status.EXACT if ok else Status.BOUNDED for ok in exact.tolist()),
+        stats=ReachStats(
+            layers=(),
+            method="cells" if all(task.complete for task in found) else "relaxation",
+            root_bounds="zonotope",
+            seconds=seconds,
+        ),
+        semantics="deployed int8",
+    )

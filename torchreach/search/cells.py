@@ -1,0 +1,300 @@
+"""Difference of a network and a deployed one, exactly, by the cells of the deployed network's input quantiser.
+
+On one cell of the input grid the deployed network is constant, so
+
+    max over the box of y1 - y2  =  max over cells of (max of y1 over the cell, less the output of the cell's codes)
+
+Cells are closed and reach over their thresholds by what rounding may do to the quantiser's input, so that every
+input lies in a cell of each code that a kernel can give it. y1 is bounded on all cells at once by zonotopes of the
+network without its settled neurons (exact where it is linear on the cell); only cells whose bound exceeds what is
+already attained are enumerated, by a rule that the caller brings. Inputs attained lie inside their cell by more than
+that rounding, and their codes are followed through the network (`bounds.rounding.outputs`).
+
+Axis letters: C cells, R rows (a cell and one of its possible outputs), J inputs with several codes, M inputs that
+vary, N features.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from torchreach.bounds.rounding import InputGrid, outputs, restricted
+from torchreach.bounds.zonotope import zonotope_bounds
+from torchreach.networks.reduced import reduce
+from torchreach.networks.steps import Step
+from torchreach.tolerances import UNIT_ROUNDOFF
+
+LIMIT = 2**17  # cells of one box
+NUMBERS = 2**23  # in one intermediate tensor
+TOP = 256  # cells looked at more closely at a time
+INSIDE = 4.0  # an attained input keeps this multiple of the rounding allowance away from thresholds
+
+# Boxes [C, N_in] -> certified (lower, upper) and their inputs (argmin, argmax): [C, N_out], [C, N_out, N_in].
+Ranges = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """Certified intervals around the largest y1 - y2 (row 0) and y2 - y1 (row 1) over one box.
+
+    lower: [2, N_out] attained at `witness` [2, N_out, N_in], -inf where no input of the box has codes beyond doubt.
+    upper: [2, N_out]. cells: how many there are. complete: whether nothing was left out for want of time.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    witness: Tensor
+    cells: int
+    complete: bool
+
+
+class Cells:
+    """The cells of one box, and both networks as functions of what varies on it."""
+
+    def __init__(
+        self, first: tuple[Step, ...], second: tuple[Step, ...], grid: InputGrid, lower: Tensor, upper: Tensor
+    ) -> None:
+        """first: steps of the original; second: of the deployed network; lower, upper: [N_in], float64."""
+        self.lower, self.upper = lower, upper
+        self.code_low, code_high = grid.codes(lower, upper)
+        counts = code_high - self.code_low + 1
+        self.several = (counts > 1).nonzero().flatten()
+        self.counts = counts[self.several].long()
+        self.free = ((upper > lower) | (counts > 1)).nonzero().flatten()
+        self.total = prod(self.counts.double().tolist())
+        # position of each input with several codes among the inputs that vary
+        self.place = torch.searchsorted(self.free, self.several)
+        self.full_grid = grid
+        self.grid = replace(grid, scale=grid.scale[self.several], shift=grid.shift[self.several])
+        size = torch.maximum(lower.abs(), upper.abs())
+        self.first = restricted(first, lower, self.free, size)
+        values = grid.quantizer.value(self.code_low)
+        largest = torch.maximum(values.abs(), grid.quantizer.value(code_high).abs())
+        self.second = restricted(second[1:], values, self.several, largest)
+        low, high = lower[self.free], upper[self.free]
+        bounds = zonotope_bounds(self.first, *box_rows(low[None], high[None]))
+        signs = [(down >= 0).long() - (up <= 0).long() for down, up in bounds]
+        smaller = reduce(self.first, signs, bounds)
+        self.walked = self.first if smaller is None else smaller[0]
+        self.root = bounds[-1][0][0], bounds[-1][1][0]
+
+    @property
+    def outputs(self) -> int:
+        return self.first[-1].features
+
+    def codes(self, numbers: Tensor) -> Tensor:
+        """Codes [C, J] of cells by number."""
+        digits = []
+        for count in self.counts.flip(0).tolist():
+            digits.append(numbers % count)
+            numbers = torch.div(numbers, count, rounding_mode="floor")
+        digit = torch.stack(digits[::-1], 1) if digits else numbers.new_zeros(len(numbers), 0)
+        return self.code_low[self.several] + digit
+
+    def boxes(self, codes: Tensor, inside: float = 0.0) -> tuple[Tensor, Tensor]:
+        """(low, high) [C, M] of cells with codes [C, J]; `inside`: away from thresholds (see `INSIDE`)."""
+        low, high = (part[self.free].expand(len(codes), -1).clone() for part in (self.lower, self.upper))
+        down, up = self.grid.cell(codes)
+        if inside:
+            size = torch.where(down.isfinite(), down.abs(), 0.0) + torch.where(up.isfinite(), up.abs(), 0.0)
+            margin = inside * self.grid.error(size) / self.grid.scale.abs()
+            down, up = down + margin, up - margin
+        low[:, self.place] = torch.maximum(low[:, self.place], down)
+        high[:, self.place] = torch.minimum(high[:, self.place], up)
+        # A cell that only rounding reaches, or that is thinner than its margins, is a point of the box.
+        crossed = low > high
+        point = torch.where(low > self.upper[self.free], self.upper[self.free], (low + high) / 2)
+        point = torch.minimum(torch.maximum(point, self.lower[self.free]), self.upper[self.free])
+        return torch.where(crossed, point, low), torch.where(crossed, point, high)
+
+    def whole(self, part: Tensor) -> Tensor:
+        """Inputs [..., N_in] with the varying ones [..., M] filled in."""
+        x = self.lower.expand(*part.shape[:-1], -1).clone()
+        x[..., self.free] = part
+        return x
+
+    def bound_first(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Certified y1 (lower, upper) [C, N_out] on sub-boxes [C, M], and whether it is linear there [C]."""
+        bounds = zonotope_bounds(self.walked, *box_rows(low, high))
+        linear = torch.ones(len(low), dtype=torch.bool, device=low.device)
+        for (down, up), step in zip(bounds, self.walked, strict=True):
+            if step.relu is not None:
+                linear &= ~((down < 0) & (up > 0) & step.relu).any(1)
+        return *bounds[-1], linear
+
+    def corners(self, low: Tensor, high: Tensor) -> Tensor:
+        """Where y1's linear piece at the middle of sub-boxes [C, M] is largest, then smallest: [C, 2, N_out, M]."""
+        rows, _ = box_rows(low, high)
+        for step in self.walked:
+            rows = step.map_rows(rows)
+            if step.relu is not None:
+                rows = rows * ((rows[:, 0] > 0) | ~step.relu)[:, None]
+        way = rows[:, 1:].mT.sign()  # [C, N_out, M]
+        way = torch.stack((way, -way), 1)
+        low, high = low[:, None, None], high[:, None, None]
+        return torch.where(way > 0, high, torch.where(way < 0, low, (low + high) / 2))
+
+    def attained(self, x: Tensor) -> Tensor:
+        """Values [B, 2, N_out] of y1 - y2 and y2 - y1 that inputs x [B, N_in] attain at least, whatever the kernel.
+
+        -inf where the codes of the input itself are in doubt.
+        """
+        first, last = self.full_grid.codes(x, x)
+        codes = self.grid.quantizer.value(first[:, self.several])
+        value = attained(self.first, self.second, x[:, self.free], codes)
+        return torch.where((first == last).all(1)[:, None, None], value, -torch.inf)
+
+
+def attained(first: tuple[Step, ...], second: tuple[Step, ...], x: Tensor, x2: Tensor | None = None) -> Tensor:
+    """Values [B, 2, N_out] of y1 - y2 and y2 - y1 attained at least by inputs x [B, N_in], whatever the kernel.
+
+    x2: the inputs of `second`, where they are others.
+    """
+    ends = []
+    for steps, inputs in ((first, x), (second, x if x2 is None else x2)):
+        if all(step.quantizer is None for step in steps):
+            ends.append(zonotope_bounds(steps, inputs[:, None], torch.zeros_like(inputs))[-1])
+            continue
+        index, low, high = outputs(steps, inputs)
+        index = index[:, None].expand_as(low)
+        inf = low.new_full((len(inputs), low.shape[1]), torch.inf)
+        ends.append((inf.scatter_reduce(0, index, low, "amin"), (-inf).scatter_reduce(0, index, high, "amax")))
+    (low, high), (below, above) = ends
+    value = torch.stack((low - above, below - high), 1)
+    return value - 4 * UNIT_ROUNDOFF * value.abs()
+
+
+def box_rows(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes [C, M] as rows [C, 1 + M, M] over [-1, 1]^M and their rounding [C, M]."""
+    middle, radius = (low + high) / 2, (high - low) / 2
+    slack = 4 * UNIT_ROUNDOFF * (middle.abs() + radius)
+    return torch.cat((middle[:, None], torch.diag_embed(radius)), 1), slack
+
+
+@torch.no_grad()
+def search_cells(cells: Cells, ranges: Ranges | None, *, tolerance: float, deadline: float | None) -> CellResult:
+    """Certified intervals over the box, by enumeration of its cells.
+
+    ranges: how to bound y1 on boxes where it is not linear; None leaves such cells to zonotopes.
+    tolerance: an objective is finished when its interval is this narrow (absolute). deadline: by `time.monotonic`;
+    cells not reached by then are bounded together.
+    """
+    work = _Work(cells)
+    complete = work.enumerate(deadline)
+    while complete and work.open(tolerance):
+        if deadline is not None and time.monotonic() > deadline:
+            complete = False
+            break
+        work.refine(ranges, tolerance)
+    return CellResult(work.best, torch.maximum(work.upper(), work.best), work.witness, int(cells.total), complete)
+
+
+class _Work:
+    """Bounds of all rows so far, and the best inputs."""
+
+    def __init__(self, cells: Cells) -> None:
+        self.cells = cells
+        n, like = cells.outputs, cells.lower
+        self.best = like.new_full((2, n), -torch.inf)
+        self.witness = like.expand(2, n, -1).clone()
+        self.left_over = like.new_full((2, n), -torch.inf)
+
+    def enumerate(self, deadline: float | None) -> bool:
+        """Bounds all cells; whether there was time for it."""
+        cells = self.cells
+        variables = len(cells.free)
+        widest = max(step.features for step in (*cells.walked, *cells.second))
+        size = max(NUMBERS // ((1 + variables) * max(variables, 1) + (1 + variables) * widest), 1)
+        total, first = int(cells.total), 0
+        y1, rows, linear = [], [], []
+        while first < total:
+            if first and deadline is not None and time.monotonic() > deadline:
+                # y2 of the other cells is bounded by one interval evaluation over all codes.
+                self.left_over = self._all_cells()
+                break
+            numbers = torch.arange(first, min(first + size, total), device=cells.lower.device)
+            codes = cells.codes(numbers)
+            low, high, flat = cells.bound_first(*cells.boxes(codes))
+            y1.append((torch.maximum(low, cells.root[0]), torch.minimum(high, cells.root[1])))
+            index, below, above = outputs(cells.second, cells.grid.quantizer.value(codes))
+            rows.append((index + first, below, above))
+            linear.append(flat)
+            first += len(numbers)
+        self.y1 = [torch.cat(part) for part in zip(*y1, strict=True)]
+        self.index, self.below, self.above = (torch.cat(part) for part in zip(*rows, strict=True))
+        self.linear = torch.cat(linear)
+        self.looked_at = torch.zeros_like(self.linear)
+        return first >= total
+
+    def _all_cells(self) -> Tensor:
+        cells = self.cells
+        low = cells.code_low[cells.several]
+        ends = [cells.grid.quantizer.value(code) for code in (low, low + cells.counts - 1)]
+        middle, radius = (ends[0] + ends[1]) / 2, (ends[1] - ends[0]) / 2
+        wide = replace(cells.second[0], noise=_sum(cells.second[0].noise, cells.second[0].magnitude(radius[None])[0]))
+        _, below, above = outputs((wide, *cells.second[1:]), middle[None])
+        down, up = cells.root
+        return torch.stack((up - below.amin(0), above.amax(0) - down))
+
+    def bounds(self) -> Tensor:
+        """[2, R, N_out] upper bounds of y1 - y2 and y2 - y1 on rows."""
+        low, high = (part[self.index] for part in self.y1)
+        value = torch.stack((high - self.below, self.above - low))
+        return value + 4 * UNIT_ROUNDOFF * value.abs()
+
+    def upper(self) -> Tensor:
+        return torch.maximum(self.bounds().amax(1), self.left_over)
+
+    def open(self, tolerance: float) -> bool:
+        """Whether some row is above what is attained and its cell has not been looked at."""
+        excess = (self.bounds() - (self.best + tolerance)[:, None]).amax((0, 2))
+        self.excess = torch.where(self.looked_at[self.index], -torch.inf, excess)
+        return bool((self.excess > 0).any())
+
+    def refine(self, ranges: Ranges | None, tolerance: float) -> None:
+        """Looks at the cells that exceed what is attained the most."""
+        cells = self.cells
+        order = self.excess.topk(min(TOP, len(self.excess)))
+        which = self.index[order.indices[order.values > 0]].unique()
+        self.looked_at[which] = True
+        codes = cells.codes(which)
+        inner = cells.boxes(codes, INSIDE)
+        points = cells.whole(cells.corners(*inner)).flatten(1, 2)
+        self.offer(torch.cat((points, cells.whole((inner[0] + inner[1]) / 2)[:, None]), 1).flatten(0, 1))
+        bent = ~self.linear[which]
+        if ranges is None or not bool(bent.any()):
+            return
+        which, codes = which[bent], codes[bent]
+        excess = (self.bounds() - (self.best + tolerance)[:, None]).amax((0, 2))
+        needed = torch.zeros_like(self.linear)
+        needed[self.index[excess > 0]] = True
+        which, codes = which[needed[which]], codes[needed[which]]
+        if not len(which):
+            return
+        low, high, argmin, argmax = ranges(*(cells.whole(part) for part in cells.boxes(codes)))
+        self.y1[0][which] = torch.maximum(self.y1[0][which], low)
+        self.y1[1][which] = torch.minimum(self.y1[1][which], high)
+        inner = [cells.whole(part)[:, None] for part in cells.boxes(codes, INSIDE)]
+        points = torch.minimum(torch.maximum(torch.cat((argmin, argmax), 1), inner[0]), inner[1])
+        self.offer(points.flatten(0, 1))
+
+    def offer(self, x: Tensor) -> None:
+        """Takes inputs [B, N_in] of the box, as float32 numbers where there are some nearby."""
+        cells = self.cells
+        single = x.float().to(x.dtype)
+        x = torch.where((single >= cells.lower) & (single <= cells.upper), single, x)
+        value = cells.attained(x)
+        value, at = value.max(0)
+        better = value > self.best
+        self.best = torch.where(better, value, self.best)
+        self.witness = torch.where(better[..., None], x[at], self.witness)
+
+
+def _sum(first: Tensor | None, second: Tensor) -> Tensor:
+    return second if first is None else first + second
