@@ -47,11 +47,18 @@ def check_finite(module: nn.Module, prefix: str = "", skip: tuple[str, ...] = ()
     for name, value in (*module.named_parameters(prefix), *module.named_buffers(prefix)):
         if skip and name.startswith(skip):
             continue
+        if is_packed(value):
+            value = value.dequantize()
         if isinstance(value, UninitializedParameter | UninitializedBuffer):
             raise InvalidNetworkError(f"parameter {name!r} is not initialised: run the lazy module once first")
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             kind = "NaN" if bool(torch.isnan(value).any()) else "infinite"
             raise InvalidNetworkError(f"weights must be finite: parameter {name!r} contains {kind} values")
+
+
+def is_packed(value: Tensor) -> bool:
+    """Whether `value` is a tensor subclass of torchao, which stands for `value.dequantize()`."""
+    return type(value).__module__.startswith("torchao.")
 
 
 def refresh_pruned(layer: nn.Module) -> None:
@@ -139,6 +146,8 @@ class ChainBuilder:
 
         Warns once, naming all of them, of activations whose scale was never calibrated.
         """
+        if self.raw:
+            self.refuse("output", "codes", "the network must return numbers, not integer codes: dequantise them")
         if self.uncalibrated:
             warnings.warn(
                 f"scale 1 and zero point 0 at {', '.join(map(repr, self.uncalibrated))}: these look as if they were "

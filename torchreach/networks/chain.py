@@ -18,6 +18,7 @@ from torchreach.networks.builder import ChainBuilder, Shape, check_finite, is_le
 from torchreach.networks.fake_quantized import add_fake_quantized, is_quantization_part, observers
 from torchreach.networks.graph import GraphReader
 from torchreach.networks.int8_modules import add_int8_module
+from torchreach.networks.packed_weights import plain_layer
 from torchreach.networks.quantizer import Quantizer
 
 _log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def _add(builder: ChainBuilder, module: nn.Module, name: str) -> None:
     if add_fake_quantized(builder, module, name, _add):
         return
     if is_leaf(module):
-        builder.append(module, name)
+        builder.append(plain_layer(builder, module, name), name)
         return
     if module._forward_pre_hooks or module._forward_hooks:
         builder.refuse(name, kind.__name__, "a forward hook may change what the module computes; remove it")

@@ -68,6 +68,11 @@ def add_fake_quantized(
     return True
 
 
+def prepared_weight(builder: ChainBuilder, module: nn.Module, weight: Tensor, name: str) -> Tensor:
+    """A constant that a fake-quantise module rounds or an observer looks at, as it comes out."""
+    return _fake_quantized(builder, module, weight, name) if _is(module, "FakeQuantizeBase") else weight
+
+
 def _is(module: nn.Module, base: str) -> bool:
     return any(k.__name__ == base and k.__module__.startswith(("torch.ao.", "torchao.")) for k in type(module).__mro__)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -21,8 +22,10 @@ from torch.fx.node import map_aggregate, map_arg
 
 from torchreach.errors import UnsupportedLayerError
 from torchreach.networks.builder import ChainBuilder, as_parameter, linear_layer
+from torchreach.networks.fake_quantized import is_quantization_part, prepared_weight
 from torchreach.networks.layers import Reshape
 from torchreach.networks.operations import CONSTANT, IDENTITIES, operation
+from torchreach.networks.quantized_graph import CONSTANT_QUANTIZED, check_weight, quantized_operation
 
 
 class _Value:
@@ -83,13 +86,15 @@ class GraphReader:
         return self._call(node, args, kwargs)
 
     def _call_module(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-        if not any(isinstance(a, _Value) for a in (*args, *kwargs.values())) and str(node.target) == "_guards_fn":
+        if str(node.target) == "_guards_fn":  # of exported programs: it asserts the example's shape
             return None
         if len(args) != 1 or kwargs:
             self._refuse_graph(node, "a layer must take one value")
-        self._take(node, args[0])
         path = str(node.target)
         layer = self.root.get_submodule(path)
+        if isinstance(args[0], Tensor) and is_quantization_part(layer):
+            return prepared_weight(self.builder, layer, args[0], self._name(path))
+        self._take(node, args[0])
         self.add_module(self.builder, layer, self._name(path))
         return self._done(in_place=getattr(layer, "inplace", False))
 
@@ -99,10 +104,12 @@ class GraphReader:
         map_aggregate((args, kwargs), found.append)
         values = [a for a in found if isinstance(a, _Value)]
         if not values and not any(isinstance(a, _Shape) or a is _BATCH for a in found):
-            if name.rstrip("_") in CONSTANT:
-                with torch.no_grad():
-                    return self._evaluate(node, args, kwargs)
-            self._refuse(node, name)
+            if name.rstrip("_") not in CONSTANT | CONSTANT_QUANTIZED:
+                self._refuse(node, name)
+            with torch.no_grad():
+                value = self._evaluate(node, args, kwargs)
+            check_weight(self.builder, self._place(node), name, args, value)
+            return value
         if not values or name in ("getattr", "size", "sym_size", "dim"):
             return self._shape_query(node, name, args, kwargs)
         if len(values) > 1:
@@ -111,6 +118,9 @@ class GraphReader:
         handler = getattr(self, f"_op_{name.replace('.', '_').rstrip('_')}", None)
         if name.rstrip("_") in IDENTITIES:
             handler = self._op_identity
+        quantized = quantized_operation(name)
+        if quantized is not None:
+            handler = partial(_quantized, quantized, self)
         if handler is None:
             self._refuse(node, name)
         try:
@@ -142,7 +152,7 @@ class GraphReader:
     def _shape_query(self, node: fx.Node, name: str, args: tuple, kwargs: dict) -> Any:
         first = args[0]
         if isinstance(first, _Value):
-            if first is not self.head:
+            if first is not self.head and not self._is_batch_size(name, args, kwargs):
                 self._refuse_graph(node, "it reads the shape of a value that another layer has already used")
             if name == "getattr" and args[1] == "shape":
                 return _Shape()
@@ -157,6 +167,11 @@ class GraphReader:
             if isinstance(args[1], slice):
                 return [_BATCH, *self._features(node)][args[1]]
         self._refuse(node, name, "torchreach cannot follow what it does with the input's shape")
+
+    @staticmethod
+    def _is_batch_size(name: str, args: tuple, kwargs: dict) -> bool:
+        """Whether x.size(0) is asked for, which no layer changes."""
+        return name in ("size", "sym_size") and (args[1] if len(args) > 1 else kwargs.get("dim")) == 0
 
     def _axis(self, node: fx.Node, axis: int) -> Any:
         return _BATCH if axis == 0 else (0, *self._features(node))[axis]
@@ -375,3 +390,7 @@ class GraphReader:
             f"node {self._place(node)!r}: {reason}; torchreach needs a chain of layers, one value through "
             "all of them (no residual connections, no branches)"
         )
+
+
+def _quantized(add: Callable[..., None], reader: GraphReader, node: fx.Node, *args: Any, **kwargs: Any) -> None:
+    add(reader.builder, reader._place(node), *args, **kwargs)

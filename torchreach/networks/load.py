@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import importlib.util
+import sys
 from pathlib import Path
 
 import torch
@@ -50,7 +53,7 @@ def load(source: str | Path | nn.Module, *, dtype: torch.dtype | None = None) ->
 
 def _read_exported(path: Path) -> nn.Sequential:
     try:
-        program = torch.export.load(path)
+        program = _load_program(path)
         module = exported_module(program)
         inputs = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
         shape = inputs[0].meta["val"].shape if len(inputs) == 1 else None
@@ -60,6 +63,18 @@ def _read_exported(path: Path) -> nn.Sequential:
     builder = ChainBuilder(None if shape is None else tuple(int(n) for n in shape[1:]))
     add_graph_module(builder, module, "")
     return builder.finish()
+
+
+def _load_program(path: Path) -> torch.export.ExportedProgram:
+    with contextlib.suppress(ImportError):  # registers the operations of quantised graphs
+        importlib.import_module("torch.ao.quantization.fx._decomposed")
+    try:
+        return torch.export.load(path)
+    except Exception:
+        if importlib.util.find_spec("torchao") is None or "torchao" in sys.modules:
+            raise
+        importlib.import_module("torchao")  # the same for torchao's own, which take seconds to import
+        return torch.export.load(path)
 
 
 def _first_line(error: Exception) -> str:

@@ -19,6 +19,11 @@ _FUNCTIONS: dict[Any, str] = {
     **{getattr(torch, n): n for n in ("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide")},
     **{getattr(torch, n): n for n in ("neg", "rsub", "matmul", "mm", "addmm", "t", "transpose", "dropout")},
     **{getattr(torch, n): n for n in ("conv1d", "conv2d", "squeeze", "unsqueeze", "clone", "tensor", "ones", "zeros")},
+    torch.quantize_per_tensor: "quantize_per_tensor",
+    torch.quantize_per_channel: "quantize_per_channel",
+    torch.fake_quantize_per_tensor_affine: "fake_quantize_per_tensor_affine",
+    torch.fake_quantize_per_channel_affine: "fake_quantize_per_channel_affine",
+    torch.dequantize: "dequantize",
     functional.relu: "relu",
     functional.relu_: "relu_",
     functional.linear: "linear",
@@ -46,6 +51,7 @@ _METHODS = {
     *("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_"),
     *("flatten", "view", "reshape", "unflatten", "t", "transpose", "permute", "squeeze", "unsqueeze"),
     *("contiguous", "clone", "detach", "to", "float", "double", "size", "dim"),
+    "dequantize",
 }
 IDENTITIES = {
     *("contiguous", "clone", "detach", "detach_", "alias", "lift_fresh_copy"),
@@ -55,6 +61,7 @@ IDENTITIES = {
 CONSTANT = {
     *("add", "sub", "rsub", "mul", "div", "neg", "matmul", "mm", "linear", "relu", "clamp", "clamp_min"),
     *("t", "transpose", "permute", "reshape", "view", "flatten", "squeeze", "unsqueeze", "expand"),
+    *("sqrt", "zeros_like"),
     *("tensor", "ones", "zeros", "full", "getitem", "getattr", "size", "sym_size", "dim"),
     *IDENTITIES,
 }
@@ -66,8 +73,9 @@ def operation(node: fx.Node) -> str:
     target = node.target
     if node.op == "call_method":
         name = str(target) if str(target) in _METHODS else f"Tensor.{target}"
-    elif isinstance(target, torch._ops.OpOverload):
-        namespace, name = target._schema.name.split("::")
+    elif isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        qualified = target._schema.name if isinstance(target, torch._ops.OpOverload) else target._qualified_op_name
+        namespace, name = qualified.split("::")
         name = name if namespace == "aten" else f"{namespace}.{name}"
     else:
         name = _FUNCTIONS.get(target) or f"function {getattr(target, '__name__', target)}"
