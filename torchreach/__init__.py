@@ -8,6 +8,7 @@ from torchreach.errors import TorchreachError, UncalibratedWarning
 from torchreach.lp.certify import Certification, certify
 from torchreach.lp.mixed_integer import MixedIntegerResult, mixed_integer_discrepancy
 from torchreach.networks.chain import weight_only
+from torchreach.networks.eager_int8 import load_int8
 from torchreach.networks.load import load
 from torchreach.networks.merge import Comparison, MergedLinear, MergedNetwork, MergedReLU, merge
 from torchreach.networks.quantized import prune_weights, quantize_weights
@@ -53,6 +54,7 @@ __all__ = [
     "certify",
     "discrepancy",
     "load",
+    "load_int8",
     "merge",
     "mixed_integer_discrepancy",
     "prune_weights",

@@ -141,14 +141,14 @@ class ChainBuilder:
     def sequential(self) -> nn.Sequential:
         return nn.Sequential(*self.layers)
 
-    def finish(self) -> nn.Sequential:
+    def finish(self, *, warn: bool = True) -> nn.Sequential:
         """The whole chain. A deployed network's is in float64, so that its float layers fit its exact weights.
 
-        Warns once, naming all of them, of activations whose scale was never calibrated.
+        warn: of activations whose scale was never calibrated, naming all of them.
         """
         if self.raw:
             self.refuse("output", "codes", "the network must return numbers, not integer codes: dequantise them")
-        if self.uncalibrated:
+        if self.uncalibrated and warn:
             warnings.warn(
                 f"scale 1 and zero point 0 at {', '.join(map(repr, self.uncalibrated))}: these look as if they were "
                 "never calibrated (run the prepared network on data before torch's `convert`)",

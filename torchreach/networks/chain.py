@@ -8,6 +8,7 @@ x.ndim == 2`, `len(x)`), which fx cannot follow, by `torch.export` on an example
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,6 +23,9 @@ from torchreach.networks.packed_weights import plain_layer
 from torchreach.networks.quantizer import Quantizer
 
 _log = logging.getLogger(__name__)
+
+# One analysis reads its networks several times; what is wrong with one of them is said once.
+_WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def chain(module: nn.Module, input_shape: Shape | None = None) -> nn.Sequential:
@@ -41,16 +45,21 @@ def chain(module: nn.Module, input_shape: Shape | None = None) -> nn.Sequential:
     Args:
         input_shape: shape of one input, no batch axis; needed only where a layer's meaning depends on it.
 
+    Warns: UncalibratedWarning, once for each network, names activations with scale 1 and zero point 0.
+
     Raises:
         UnsupportedLayerError: a layer without a sound rule, named with its position, or a graph that is not
             a chain (residual connections, several inputs or outputs).
-        InvalidNetworkError: a parameter is NaN or infinite.
+        InvalidNetworkError: a parameter is NaN or infinite, a scale not positive, a zero point out of range.
         ShapeError: a layer does not accept what `input_shape` leads to.
     """
     check_finite(module, skip=observers(module))
     builder = ChainBuilder(None if input_shape is None else tuple(input_shape))
     _add(builder, module, "")
-    return builder.finish()
+    result = builder.finish(warn=module not in _WARNED)
+    if builder.uncalibrated:
+        _WARNED.add(module)
+    return result
 
 
 def weight_only(module: nn.Module, input_shape: Shape | None = None) -> nn.Sequential:

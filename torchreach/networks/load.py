@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from torchreach.errors import FileFormatError
-from torchreach.networks.builder import ChainBuilder, check_finite
+from torchreach.networks.builder import ChainBuilder, Shape, check_finite
 from torchreach.networks.chain import add_graph_module, chain, exported_module
+from torchreach.networks.quantizer import Quantizer
 
 
 def load(source: str | Path | nn.Module, *, dtype: torch.dtype | None = None) -> nn.Sequential:
@@ -33,7 +34,12 @@ def load(source: str | Path | nn.Module, *, dtype: torch.dtype | None = None) ->
         InvalidNetworkError: a weight is NaN or infinite.
     """
     if isinstance(source, nn.Module):
-        return chain(source if dtype is None else copy.deepcopy(source).to(dtype))
+        network = chain(source)
+        if dtype is None:
+            return network
+        if any(isinstance(layer, Quantizer) for layer in network):  # int8 modules have no other dtype
+            return copy.deepcopy(network).to(dtype)
+        return chain(copy.deepcopy(source).to(dtype))
     path = Path(source)
     if not path.is_file():
         raise FileFormatError(f"no such file: {path}")
@@ -44,6 +50,11 @@ def load(source: str | Path | nn.Module, *, dtype: torch.dtype | None = None) ->
         network = read_onnx(path)
     elif kind == ".pt2":
         network = _read_exported(path)
+    elif kind in (".pth", ".pt"):
+        raise FileFormatError(
+            f"{path}: a state dict has no structure; read an eager-mode int8 one with "
+            "torchreach.load_int8(path, float_network)"
+        )
     else:
         raise FileFormatError(
             f"{path}: a network file must end in .onnx or .pt2 (torch.export.save), got {path.suffix or 'no ending'!r}"
@@ -52,17 +63,28 @@ def load(source: str | Path | nn.Module, *, dtype: torch.dtype | None = None) ->
 
 
 def _read_exported(path: Path) -> nn.Sequential:
+    module, shape = read_program(path)
+    check_finite(module)
+    builder = ChainBuilder(shape)
+    add_graph_module(builder, module, "")
+    return builder.finish()
+
+
+def read_program(path: Path) -> tuple[fx.GraphModule, Shape | None]:
+    """The module in a `.pt2` file, and the shape of one input where it has one input.
+
+    Raises: FileFormatError.
+    """
+    if path.suffix.lower() != ".pt2" or not path.is_file():
+        raise FileFormatError(f"a .pt2 file (torch.export.save) is required, got {path}")
     try:
         program = _load_program(path)
         module = exported_module(program)
         inputs = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
         shape = inputs[0].meta["val"].shape if len(inputs) == 1 else None
     except Exception as error:  # zip, json and schema errors, all of them signs of a damaged file
-        raise FileFormatError(f"{path} is not a readable .pt2 program: {_first_line(error)}") from None
-    check_finite(module)
-    builder = ChainBuilder(None if shape is None else tuple(int(n) for n in shape[1:]))
-    add_graph_module(builder, module, "")
-    return builder.finish()
+        raise FileFormatError(f"{path} is not a readable .pt2 program: {first_line(error)}") from None
+    return module, None if shape is None else tuple(int(n) for n in shape[1:])
 
 
 def _load_program(path: Path) -> torch.export.ExportedProgram:
@@ -77,5 +99,5 @@ def _load_program(path: Path) -> torch.export.ExportedProgram:
         return torch.export.load(path)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
