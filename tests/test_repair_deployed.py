@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -58,11 +59,11 @@ def points(count: int = 300, features: int = 3) -> Tensor:
     return 2 * torch.rand(count, features, generator=torch.Generator().manual_seed(5)) - 1
 
 
-def int8(network: nn.Sequential, weights=PER_CHANNEL, inputs: Tensor | None = None, fuse: bool = False) -> Net:
+def int8(network: nn.Module, weights=PER_CHANNEL, inputs: Tensor | None = None, fuse: bool = False) -> Net:
     """Eager-mode int8 module of `network`, calibrated on `inputs`; without those every scale is 1."""
-    module = Net(*copy.deepcopy(network)).eval()
+    module = Net(*copy.deepcopy(network).children()).eval()
     if fuse:
-        names = [[f"body.{i}", f"body.{i + 1}"] for i in range(0, len(network) - 1, 2)]
+        names = [[f"body.{i}", f"body.{i + 1}"] for i in range(0, len(module.body) - 1, 2)]
         module = quantise.fuse_modules(module, names)
     activations = quantise.MinMaxObserver.with_args(dtype=torch.quint8, reduce_range=True)
     module.qconfig = quantise.QConfig(activation=activations, weight=weights)  # type: ignore[assignment]
@@ -85,8 +86,8 @@ def codes(module: nn.Module) -> list[Tensor]:
     return [layer.weight().int_repr().int() for layer in layers(module)]
 
 
-def student(module: nn.Module, shape: tuple[int, ...] = (3,), constraints: Constraints | None = None):
-    return DeployedStudent(module, chain(module, shape), torch.device("cpu"), constraints, QUICK, 0)
+def student(module: nn.Module, constraints: Constraints | None = None, training: RepairOptions = QUICK):
+    return DeployedStudent(module, chain(module, (3,)), torch.device("cpu"), constraints, training, 0)
 
 
 def largest(found) -> float:
@@ -236,19 +237,20 @@ def test_masks_may_be_given():
         student(given, constraints=Constraints({"body.2.weight": ~mask}, {}))
 
 
-@pytest.mark.parametrize("fuse", [False, True])
-def test_calibration_spans_what_the_points_and_the_data_reach(fuse):
+@pytest.mark.parametrize(("fuse", "reduce"), [(False, True), (True, True), (True, False)])
+def test_calibration_spans_what_the_points_and_the_data_reach(fuse, reduce):
     network = dense()
     given = int8(network, fuse=fuse)
-    learner = student(given)
+    learner = student(given, training=replace(QUICK, reduce_range=reduce))
+    inner = 127 if reduce else 255
     x = points()
     learner.calibrate(x[:100], (x[100:], torch.zeros(200)))
     assert not learner.calibrate(x, None)  # once
     first, *others = [layer for layer in chain(learner.network, (3,)) if isinstance(layer, Quantizer)]
     # both ends within a code, zero on the grid
     assert float(first.value(first.codes(x.double())).sub(x).abs().max()) <= float(first.scale) * 0.51
-    assert int(first.codes(x).max() - first.codes(x).min()) >= 126
-    assert int(first.codes(x).max()) <= 127
+    assert inner - 1 <= int(first.codes(x).max() - first.codes(x).min()) <= inner
+    assert int(first.codes(x).max()) <= inner
     value = x
     for index, (layer, quantizer) in enumerate(zip(network[::2], others, strict=True)):
         value = layer(value)
@@ -257,7 +259,7 @@ def test_calibration_spans_what_the_points_and_the_data_reach(fuse):
         # nothing below zero gets a code where a ReLU follows
         assert (int(quantizer.zero_point) > 0) == last
         reached = quantizer.codes(value.detach())
-        top = 255 if last else 127
+        top = 255 if last else inner
         assert top - 4 <= int(reached.max() - reached.min())
         assert int(reached.max()) <= top + 2
     assert not isinstance(learner.network, nn.Sequential)
@@ -284,6 +286,19 @@ def test_gradients_pass_inside_the_range_of_a_quantiser_only():
     x = torch.tensor([low - 1, low + 1e-3, 0.1, high - 1e-3, high + 1], requires_grad=True)
     rounding(x).sum().backward()
     assert x.grad.tolist() == [0, 1, 1, 1, 0]
+
+
+def test_targets_between_two_codes_are_met_by_the_sum_and_not_by_the_threshold():
+    """Through the last rounding, training would make the output jump between both codes."""
+    original = dense(sizes=(3, 1))
+    learner = student(int8(original))
+    learner.calibrate(points(), None)
+    x = points(1).expand(16, -1)
+    last = learner.model[-1].quantizer
+    y = (learner.network(x) + 0.3 * last.scale).float()
+    learner.training = replace(QUICK, epochs=100, learning_rate=1e-3)
+    learner.retrain(x, y, None, 1.0)
+    assert float((learner.network(x) - y).abs().max()) < 0.35 * float(last.scale)
 
 
 def test_convolutions_and_pools_are_repaired():

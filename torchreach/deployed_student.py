@@ -4,6 +4,9 @@
     backward   dy/dx = 1 inside the range, 0 outside          (straight-through, Bengio et al. 2013; weights and
                                                                activations, Jacob et al. 2018)
 
+The last rounding is left out while training: through it, a target between two codes would be answered by the sum
+that lies at the threshold between them, where the output jumps, instead of by the sum that equals the target.
+
 Training starts from the given network's own weights. After it the weights go back on their given grid, and
 everything into a copy of the given module: that is the network which is evaluated.
 """
@@ -32,7 +35,7 @@ CALIBRATION = 4096
 
 
 class Rounding(nn.Module):
-    """What a Quantizer does, with gradients: 1 inside its range and 0 outside."""
+    """What a Quantizer does, with gradients: 1 inside its range and 0 outside. In training mode it only clamps."""
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__()
@@ -40,6 +43,9 @@ class Rounding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.quantizer
+        if self.training:
+            low, high = q.value(torch.tensor([q.lowest, q.highest], device=q.scale.device)).to(x)
+            return x.clamp(low, high)
         scale, zero_point = q.scale.to(x.device, torch.float32), q.zero_point.to(x.device, torch.int32)
         return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, q.lowest, q.highest)
 
@@ -92,9 +98,8 @@ class DeployedStudent:
     def calibrate(self, x: Tensor, data: Data | None) -> bool:
         """Smallest and largest value of every activation over x [B, *shape] and `data` become the ends of its codes.
 
-        Zero stays a code of its own. What a ReLU sets to zero anyway needs no codes. Results that go into another
-        int8 layer use codes up to 127 only, as torch's own calibration does on x86: with larger ones a processor
-        without VNNI instructions saturates the kernels' 16-bit partial sums.
+        Zero stays a code of its own. What a ReLU sets to zero anyway needs no codes. With `reduce_range` the outputs
+        of the network alone span all codes.
         """
         if self.calibrated:
             return False
@@ -110,6 +115,7 @@ class DeployedStudent:
                 seen += len(parts[-1])
             x = torch.cat(parts)
         fitted: dict[str, Quantizer] = {}
+        reduced = self.training.reduce_range
         last = max(i for i, part in enumerate(self.model) if isinstance(part, Rounding))
         with torch.no_grad():
             for index, part in enumerate(self.model):
@@ -118,7 +124,7 @@ class DeployedStudent:
                 elif isinstance(part, Rounding):
                     low, high = (float(end) for end in torch.aminmax(x))
                     low = 0.0 if isinstance(self._next(index), nn.ReLU) else low
-                    part.quantizer = _spanning(part.quantizer, min(low, 0.0), max(high, 0.0), inner=index < last)
+                    part.quantizer = _spanning(part.quantizer, min(low, 0.0), max(high, 0.0), reduced and index < last)
                     fitted[part.quantizer.name] = part.quantizer
                 held = {key: values[f"{index}.{key}"] for key, _ in part.named_parameters()}
                 x = functional_call(part, held, (x,))
@@ -127,7 +133,9 @@ class DeployedStudent:
 
     def retrain(self, x: Tensor, y: Tensor, data: Data | None, rate: float) -> float:
         free = list(self.free.values())
+        last = self._roundings()[-1].train()
         loss = fit(free, self._output, (x.to(free[0]), y), data, self.training, rate, self.generator)
+        last.eval()
         if self.is_finite():
             self._convert()
         return loss
@@ -200,12 +208,12 @@ def _without_pooling(layers: nn.Sequential) -> list[Quantizer]:
     ]
 
 
-def _spanning(quantizer: Quantizer, low: float, high: float, inner: bool) -> Quantizer:
-    """`quantizer` with the smallest scale whose codes reach from `low` <= 0 to `high` >= 0."""
+def _spanning(quantizer: Quantizer, low: float, high: float, halved: bool) -> Quantizer:
+    """`quantizer` with the smallest scale whose codes, or half of them, reach from `low` <= 0 to `high` >= 0."""
     if low == high:
         return quantizer
     codes = quantizer.highest - quantizer.lowest
-    codes = codes // 2 if inner else codes
+    codes = codes // 2 if halved else codes
     below = round(-low / (high - low) * codes)
     # One end is reached exactly: many inputs lie there, such as the black of a picture.
     scale = max(-low / below if below else 0.0, high / (codes - below) if codes > below else 0.0)

@@ -35,6 +35,9 @@ class RepairOptions:
             iteration, and is halved after one that brought the certificate no closer to the target.
         optimizer: takes a list of parameters, returns the `torch.optim.Optimizer` to use instead of Adam.
         data_weight: weight of the loss on `repair`'s `data`.
+        reduce_range: of deployed networks: calibrate what goes into int8 layers to half of the codes, as torch does
+            on x86, where processors without VNNI instructions saturate the kernels' 16-bit partial sums. Without it
+            results are rounded half as coarsely; for processors that do not saturate.
     """
 
     samples: int = 200
@@ -43,6 +46,7 @@ class RepairOptions:
     learning_rate: float = 1e-2
     optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None
     data_weight: float = 0.1
+    reduce_range: bool = True
 
     def __post_init__(self) -> None:
         for name in ("samples", "epochs", "batch_size"):
