@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
@@ -32,8 +33,11 @@ class _Value:
     """A value computed from the network's input."""
 
 
+@dataclass(frozen=True)
 class _Shape:
-    """x.shape of the current value."""
+    """x.shape of some value; `features` without the batch axis, None where unknown."""
+
+    features: tuple[int, ...] | None
 
 
 _BATCH = object()  # x.shape[0]
@@ -152,29 +156,31 @@ class GraphReader:
     def _shape_query(self, node: fx.Node, name: str, args: tuple, kwargs: dict) -> Any:
         first = args[0]
         if isinstance(first, _Value):
-            if first is not self.head and not self._is_batch_size(name, args, kwargs):
+            dim: Any = args[1] if len(args) > 1 else kwargs.get("dim")
+            if name in ("size", "sym_size") and dim == 0:
+                return _BATCH  # of any value: no layer changes it
+            if (name == "getattr" and dim == "shape") or (name in ("size", "sym_size") and dim is None):
+                return _Shape(self.builder.shape if first is self.head else None)
+            if first is not self.head:
                 self._refuse_graph(node, "it reads the shape of a value that another layer has already used")
-            if name == "getattr" and args[1] == "shape":
-                return _Shape()
             if name in ("size", "sym_size"):
-                dim = args[1] if len(args) > 1 else kwargs.get("dim")
-                return _Shape() if dim is None else self._axis(node, dim)
-            if (name == "getattr" and args[1] == "ndim") or name == "dim":
+                return self._axis(dim, self._features(node))
+            if (name == "getattr" and dim == "ndim") or name == "dim":
                 return 1 + len(self._features(node))
         elif isinstance(first, _Shape) and name == "getitem":
+            if args[1] == 0:
+                return _BATCH
+            if first.features is None:
+                self._refuse(node, "shape", "input_shape=(...) is required to know it, and it must be read at once")
             if isinstance(args[1], int):
-                return self._axis(node, args[1])
+                return self._axis(args[1], first.features)
             if isinstance(args[1], slice):
-                return [_BATCH, *self._features(node)][args[1]]
+                return [_BATCH, *first.features][args[1]]
         self._refuse(node, name, "torchreach cannot follow what it does with the input's shape")
 
     @staticmethod
-    def _is_batch_size(name: str, args: tuple, kwargs: dict) -> bool:
-        """Whether x.size(0) is asked for, which no layer changes."""
-        return name in ("size", "sym_size") and (args[1] if len(args) > 1 else kwargs.get("dim")) == 0
-
-    def _axis(self, node: fx.Node, axis: int) -> Any:
-        return _BATCH if axis == 0 else (0, *self._features(node))[axis]
+    def _axis(axis: int, features: tuple[int, ...]) -> Any:
+        return (_BATCH, *features)[axis]
 
     def _features(self, node: fx.Node) -> tuple[int, ...]:
         shape = self.builder.shape

@@ -44,7 +44,7 @@ def add_int8_module(builder: ChainBuilder, module: nn.Module, name: str) -> bool
     if handler is None:
         builder.refuse(
             name,
-            f"quantised {kind.__name__}",
+            path,
             "of the eager int8 modules torchreach supports Quantize, DeQuantize, Linear, LinearReLU, Conv1d, Conv2d, "
             "ConvReLU1d, ConvReLU2d and Dropout",
         )
@@ -56,7 +56,7 @@ def quantize(
     builder: ChainBuilder, name: str, scale: Any, zero_point: Any, lowest: int, highest: int, *, arithmetic: str
 ) -> None:
     """Adds a Quantizer of an activation, and notes a scale that was never calibrated."""
-    scale, zero_point = torch.as_tensor(scale), torch.as_tensor(zero_point)
+    scale, zero_point = torch.as_tensor(scale, dtype=torch.float64), torch.as_tensor(zero_point)
     kind = "Quantizer"
     if zero_point.is_floating_point():
         builder.refuse(name, kind, "activations with floating-point zero points are not supported")
