@@ -15,7 +15,19 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in FILES}
 
 BASE = {"errors", "masks", "tolerances", "options", "results"}
-ANALYSES = {"discrepancy", "repair", "checks", "target", "training", "students", "deployed_student"}
+ANALYSES = {
+    "discrepancy",
+    "repair",
+    "checks",
+    "target",
+    "training",
+    "students",
+    "deployed",
+    "deployed_student",
+    "star_search",
+    "portfolio",
+    "equivalence",
+}
 REPORTS = {"input_sets", "report", "page", "pictures", "verdict"}
 FOLDERS = {"networks", "lp", "sets", "bounds", "search", "reach"}
 # What each group may import, itself aside. Any other top-level file belongs to the command line, which may

@@ -223,7 +223,7 @@ def test_known_cases_lie_in_the_interval(search, net: str, box: str, compression
 
 
 def test_wrong_questions_are_named() -> None:
-    with pytest.raises(OptionError, match="goal must be one of signed, outputs, largest, got 'all'"):
+    with pytest.raises(OptionError, match="goal must be one of signed, outputs, largest, above, got 'all'"):
         Question("all")
     with pytest.raises(OptionError, match="tolerance must be positive, got 0"):
         Question(tolerance=0)

@@ -12,7 +12,7 @@ from torchreach.networks.eager_int8 import load_int8
 from torchreach.networks.load import load
 from torchreach.networks.merge import Comparison, MergedLinear, MergedNetwork, MergedReLU, merge
 from torchreach.networks.quantized import prune_weights, quantize_weights
-from torchreach.options import Budget, Exact
+from torchreach.options import Budget, Exact, Search
 from torchreach.reach.api import reach
 from torchreach.repair import RepairOptions, Target, repair
 from torchreach.results import (
@@ -45,6 +45,7 @@ __all__ = [
     "RepairOptions",
     "RepairResult",
     "RepairStep",
+    "Search",
     "StarBatch",
     "Status",
     "Target",

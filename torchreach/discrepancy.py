@@ -2,30 +2,34 @@
 
     discrepancy_n = max over the input star of |y1_n - y2_n|          (Mo et al., equation 16)
 
-The range of y1 - y2 is the exact reach set of the merged network; its upper bounds are certified, its lower
-bounds are attained by witnesses that are replayed through both networks.
+The range of y1 - y2 is the exact reach set of the merged network, enumerated, or enclosed by branch and bound
+(`portfolio`). Upper bounds are certified, lower bounds are attained by witnesses that are replayed through both
+networks.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from torchreach.deployed import deployed_discrepancy, rounds
-from torchreach.networks.merge import merge
-from torchreach.options import Budget, Exact
-from torchreach.reach.api import reach
+from torchreach.errors import OptionError
+from torchreach.options import Budget, Exact, Search
+from torchreach.portfolio import compare
 from torchreach.results import Discrepancy, ProgressCallback
+from torchreach.search.result import Question
 from torchreach.sets.star import StarBatch
 from torchreach.tolerances import Tolerances
+
+METHODS = {"auto": None, "exact": Exact(), "search": Search()}
 
 
 def discrepancy(
     original: nn.Module,
     compressed: nn.Module,
     stars: StarBatch,
-    method: Exact | None = None,
+    method: Exact | Search | str | None = None,
     *,
+    tolerance: float | None = None,
     budget: Budget | None = None,
     tolerances: Tolerances | None = None,
     progress: ProgressCallback | None = None,
@@ -35,37 +39,46 @@ def discrepancy(
     Args:
         original, compressed: networks of supported layers with equal input and output sizes.
         stars: input stars [S] of the networks' input shape.
-        method, budget, tolerances, progress: as in `reach`.
+        method: "auto" (or None) enumerates the linear regions where they are few, searches by branch and bound
+            where they are many, and takes turns where that is not clear. `Exact(...)` or "exact" only enumerates,
+            `Search(...)` or "search" only searches. A search needs two networks of one architecture; others are
+            enumerated, and `stats.fallback` says why.
+        tolerance: end on a star as soon as upper - lower is at most this for each of its outputs. Without one, a
+            search ends when both ends of every range are known to 1e-6.
+        budget: when to stop; a spent budget, or Ctrl-C, gives the interval so far.
+        tolerances, progress: as in `reach`; for a search, `progress` counts branches in place of stars.
 
     Guarantee: for every real input x of star s, |y1_n(x) - y2_n(x)| <= upper[s, n]; at witness[s, n] it is
     at least lower[s, n]. Both speak of the networks as real-valued functions of their weights.
 
-    Raises: as `merge` and `reach`.
+    Raises: as `merge` and `reach`; OptionError: an unknown method, or a tolerance that is not positive.
     """
     shape = None if len(stars.shape) == 1 else stars.shape
     if rounds(original, shape) or rounds(compressed, shape):
         return deployed_discrepancy(original, compressed, stars, budget or Budget(), tolerances or Tolerances())
-    merged = merge(original, compressed, None if len(stars.shape) == 1 else stars.shape)
-    reached = reach(
-        merged,
+    question = Question("signed")
+    if tolerance is not None:
+        if not tolerance > 0:
+            raise OptionError(f"tolerance must be positive or None, got {tolerance!r}")
+        question = Question("outputs", tolerance)
+    return compare(
+        original,
+        compressed,
         stars,
-        method,
-        budget=budget,
-        tolerances=tolerances,
-        keep_stars=False,
+        chosen(method),
+        question,
+        budget=budget or Budget(),
+        tolerances=tolerances or Tolerances(),
         progress=progress,
     )
-    # A value may be attained on either side of zero; the other side's attained value can have any sign.
-    below, above = -reached.attained_lower, reached.attained_upper
-    use_above = above >= below
-    mask = use_above.reshape(*use_above.shape, *[1] * len(stars.shape))
-    return Discrepancy(
-        lower=torch.maximum(above, below).clamp(min=0),
-        upper=torch.maximum(reached.upper, -reached.lower),
-        range_lower=reached.lower,
-        range_upper=reached.upper,
-        witness=torch.where(mask, reached.argmax, reached.argmin),
-        regions=reached.count,
-        status=reached.status,
-        stats=reached.stats,
-    )
+
+
+def chosen(method: Exact | Search | str | None) -> Exact | Search | None:
+    """A method given by name or as options; None: auto. Raises OptionError."""
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise OptionError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        return METHODS[method]
+    if method is not None and not isinstance(method, Exact | Search):
+        raise OptionError(f"method must be a name, Exact(...) or Search(...), got {method!r}")
+    return method

@@ -8,6 +8,7 @@ from torchreach.errors import OptionError
 
 METHODS = ("auto", "vertices", "programs")
 ROOT_BOUNDS = ("auto", "lirpa", "zonotope", "interval", "none")
+SPLITS = ("auto", "inputs", "signs")
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,34 @@ class Exact:
 
 
 @dataclass(frozen=True)
+class Search:
+    """Branch and bound on the difference of two networks of one architecture.
+
+    Attributes:
+        split: "inputs" (halves boxes and enumerates the small ones; effort grows exponentially in the number of
+            inputs that vary), "signs" (splits on the signs of single neurons; for many inputs), or "auto": inputs
+            up to five that vary.
+        seed: of the random starts of the witness search.
+    """
+
+    split: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise OptionError(f"Search.split must be one of {', '.join(SPLITS)}, got {self.split!r}")
+
+
+@dataclass(frozen=True)
 class Budget:
-    """When to stop enumerating; a spent budget gives a valid, wider interval with status BOUNDED.
+    """When to stop; a spent budget gives a valid, wider interval with status BOUNDED.
 
     Attributes:
         seconds: wall-clock limit, None for no limit.
-        stars: limit on enumerated output stars, None for no limit.
-        memory: bytes for open stars, kept stars and the work on them, on the device of the stars; None for half
-            of what is free there when the run starts. Little memory means smaller batches first.
+        stars: limit on enumerated output stars, and on the branches of each star's search; None for no limit.
+        memory: bytes for open stars, kept stars and the work on them, or for the open branches of a search, on the
+            device of the stars; None for half of what is free there when the run starts. Little memory means
+            smaller batches first.
     """
 
     seconds: float | None = None

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Status(enum.Enum):
     """How an interval was obtained, per input star."""
 
-    EXACT = "exact"  # every linear region was enumerated and lower and upper meet: within 1e-6 (1 + magnitude)
-    # in float64, 1e-4 (1 + magnitude) in float32
+    EXACT = "exact"  # lower and upper meet, within 1e-6 (1 + magnitude) in float64, 1e-4 (1 + magnitude) in
+    # float32: every linear region was enumerated, or a search closed
     BOUNDED = "bounded"  # the budget ended first, or numerical limits left a gap: certified but may be wide
 
 
@@ -45,13 +45,18 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class ReachStats:
-    """Counts of one reachability run."""
+    """Counts of one reachability run, or of a comparison of two networks.
+
+    A comparison that enumerated several times, longer each time, gives `layers` of the last run.
+    """
 
     layers: tuple[LayerStats, ...]
-    method: str  # "vertices" or "programs"
+    method: str  # "vertices", "programs", "inputs", "signs", or several of them in the order of their use
     root_bounds: str  # which library bounded the neurons before any split
     seconds: float
     output_programs: int = 0  # linear programs spent on the output range
+    branches: int = 0  # bounds of sub-problems taken by searches
+    fallback: str = ""  # why a search could not be used, where one was wanted
 
     @property
     def splits(self) -> int:
@@ -122,7 +127,7 @@ class Discrepancy:
             (the paper's equation 16). `lower` is attained at `witness`.
         range_lower, range_upper: [S, N] certified signed range of y1 - y2.
         witness: [S, N, *input shape] input that attains `lower`, replayed through both networks.
-        status: per input star: EXACT, or BOUNDED if the budget ended first.
+        status: per input star: EXACT, or BOUNDED if the budget or the tolerance asked for ended the work first.
         semantics: which reading of the networks the numbers speak of ("float": weights as they are,
             real arithmetic).
         regions: [S] number of joint linear regions that were enumerated.

@@ -155,8 +155,9 @@ class Pair:
     def evaluate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y1 - y2 [B, N_out] at inputs x [B, N_in], and a bound on what rounding did to it.
 
-        Errors go forward by |V| and |W - V|; relu(z) - relu(z - d) moves by at most the errors of z and d
-        together, and is never larger than |d|.
+        Errors go forward by |V| and |W - V|, and end at neurons that are certainly off. relu(z) - relu(z - d) is off
+        by the error of d where both are certainly on; else by at most the errors of z and d together, and it is
+        never larger than |d|.
         """
         a, e = x, torch.zeros_like(x)
         a_error, e_error = torch.zeros_like(x), torch.zeros_like(x)
@@ -169,8 +170,11 @@ class Pair:
             if k == self.depth - 1:
                 return d, d_error * (1 + 1e-9)
             a, e = z.clamp(min=0), relu_difference(z, d)
-            a_error = z_error
+            z2, z2_error = z - d, z_error + d_error + 2 * UNIT_ROUNDOFF * (z.abs() + d.abs())
+            a_error = torch.where(z + z_error <= 0, 0.0, z_error)
             e_error = torch.minimum(z_error + d_error, 2 * (d.abs() + d_error)) + 4 * UNIT_ROUNDOFF * d.abs()
+            on, off = (z - z_error >= 0) & (z2 - z2_error >= 0), (z + z_error <= 0) & (z2 + z2_error <= 0)
+            e_error = torch.where(off, 0.0, torch.where(on, d_error + 4 * UNIT_ROUNDOFF * d.abs(), e_error))
         raise AssertionError("a network has at least one affine layer")
 
 

@@ -85,20 +85,27 @@ def first_interrupt() -> Iterator[list[int]]:
     """Make the first Ctrl-C fill the list this yields instead of raising; the second one raises as usual.
 
     An exception could come between taking work off the frontier and putting its children back, and lose it.
+    Inside another `first_interrupt` it yields the outer one's list, so that one Ctrl-C ends all of them.
     """
-    pressed: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed
-        return
     before = signal.getsignal(signal.SIGINT)
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
-
+    if isinstance(before, _Note) or threading.current_thread() is not threading.main_thread():
+        yield before.pressed if isinstance(before, _Note) else []
+        return
+    note = _Note()
     signal.signal(signal.SIGINT, note)
     try:
-        yield pressed
+        yield note.pressed
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+class _Note:
+    """Handler that notes the first signal."""
+
+    def __init__(self) -> None:
+        self.pressed: list[int] = []
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        if self.pressed:
+            raise KeyboardInterrupt
+        self.pressed.append(number)

@@ -1,4 +1,4 @@
-"""What the searches share: their answer, the best witnesses so far, and when a question is closed.
+"""What the searches share: their question and answer, the set they search, and the best witnesses so far.
 
 A search maximises 2 N_out objectives over one box: y1 - y2 per output (row 0) and y2 - y1 (row 1).
 """
@@ -6,16 +6,20 @@ A search maximises 2 N_out objectives over one box: y1 - y2 per output (row 0) a
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from torchreach.bounds.difference import Pair
 from torchreach.errors import OptionError
+from torchreach.tolerances import UNIT_ROUNDOFF
 
-GOALS = ("signed", "outputs", "largest")
+GOALS = ("signed", "outputs", "largest", "above")
+# Certified upper bounds [B, 2, N_out] over boxes [B, N_in] (inf where it gave up, -inf where there is no such
+# input), and inputs [B, 2, N_out, N_in] that nearly attain them.
+Finish = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,9 @@ class SearchResult:
 class Question:
     """What a search must close.
 
-    goal: "signed" (every objective on its own), "outputs" (max |y1 - y2| per output: of its two signs only the
-        larger), "largest" (max over outputs of |y1 - y2|).
+    goal: "signed" (every objective on its own, but the larger sign of each output first), "outputs" (max |y1 - y2|
+        per output: of its two signs only the larger), "largest" (max over outputs of |y1 - y2|), "above" (max over
+        outputs of y1 - y2).
     tolerance: an objective is closed when its upper bound is this close to what is attained (absolute).
     threshold: it is also closed when its upper bound is at most this.
     """
@@ -81,15 +86,51 @@ class Question:
             lower = lower.amax(0).expand_as(lower)
         elif self.goal == "largest":
             lower = lower.amax().expand_as(lower)
-        return (lower + self.tolerance).clamp(min=self.threshold)
+        elif self.goal == "above":
+            lower = lower[:1].amax().expand_as(lower)
+        enough = (lower + self.tolerance).clamp(min=self.threshold)
+        if self.goal == "above":
+            enough[1] = torch.inf
+        return enough
+
+    def urgent(self, lower: Tensor) -> Tensor:
+        """[2, N_out] upper bounds to get below first, at least `enough`."""
+        return replace(self, goal="outputs").enough(lower) if self.goal == "signed" else self.enough(lower)
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """Half-spaces A x <= b that cut a box: A [P, N_in], b [P]; `inside` [N_in] is a point of the set.
+
+    They are taken as they are, so that what shall hold on a set whose data are rounded needs b to be a little larger.
+    """
+
+    A: Tensor
+    b: Tensor
+    inside: Tensor
+
+    def pull(self, x: Tensor) -> Tensor:
+        """Points [B, N_in] moved towards `inside` until they satisfy the constraints."""
+        pace = (x - self.inside) @ self.A.T
+        room = (self.b - self.A @ self.inside).clamp(min=0)
+        share = torch.where(pace > room, room / pace, 1.0).amin(1, keepdim=True)
+        return self.inside + share * (x - self.inside)
+
+    def miss(self, low: Tensor, high: Tensor) -> Tensor:
+        """[B] whether a box [B, N_in] certainly holds no point of the set."""
+        size = torch.maximum(low.abs(), high.abs()) @ self.A.abs().T
+        least = (low @ self.A.clamp(min=0).T) + (high @ self.A.clamp(max=0).T)
+        return (least - 4 * (low.shape[1] + 4) * UNIT_ROUNDOFF * (size + self.b.abs()) > self.b).any(1)
 
 
 class Best:
     """Largest values met so far in one box [1, N_in], [2, N_out], and where [2, N_out, N_in]; grows by `offer`."""
 
-    def __init__(self, pair: Pair, low: Tensor, high: Tensor, x: Tensor) -> None:
+    def __init__(
+        self, pair: Pair, low: Tensor, high: Tensor, x: Tensor, constraints: Constraints | None = None
+    ) -> None:
         """x: [B, N_in] first candidates, at least one."""
-        self.pair, self.low, self.high = pair, low, high
+        self.pair, self.low, self.high, self.constraints = pair, low, high, constraints
         self.lower = torch.full((2, pair.outputs), -torch.inf, dtype=x.dtype, device=x.device)
         self.witness = low.expand(2, pair.outputs, -1).clone()
         self.offer(x)
@@ -98,6 +139,8 @@ class Best:
         """Replays candidates x [B, N_in]; what counts is the value less the replay's rounding."""
         if not len(x):
             return
+        if self.constraints is not None:
+            x = self.constraints.pull(x)
         x = torch.minimum(torch.maximum(x, self.low), self.high)
         y, error = self.pair.evaluate(x)
         value, at = torch.stack((y - error, -y - error), 1).max(0)

@@ -41,13 +41,14 @@ from torchreach.bounds.difference import Backward, Pair, difference_bounds
 from torchreach.bounds.hexagon import Graph, Hexagon, height, start_slopes
 from torchreach.search.boxes import one_box
 from torchreach.search.leaves import solve_leaves
-from torchreach.search.result import Best, Question, SearchResult
+from torchreach.search.result import Best, Constraints, Question, SearchResult
 from torchreach.search.witness import ascend
 from torchreach.tolerances import UNIT_ROUNDOFF
 
 ROOT_STEPS, STEPS, LEAF_STEPS = 150, 30, 200
 RATE = 0.3
 ROOT_DECAY, DECAY, LEAF_DECAY = 0.98, 0.92, 0.98
+COPIES = 4  # of the open branches that one round holds at most
 AVERAGE = 0.15  # share of the newest touching point in the mean that chooses splits
 
 
@@ -200,6 +201,10 @@ class Branches:
     bound: Tensor
     split: Tensor  # column over the layers' signs of z, then of z2; one past the end: none is left
 
+    @property
+    def bytes(self) -> int:
+        return sum(part.nbytes for part in (*self.hexagons, *self.slopes, self.row, self.bound, self.split))
+
     def select(self, i: Tensor) -> Branches:
         return Branches(
             [h[i] for h in self.hexagons], [s[:, i] for s in self.slopes], self.row[i], self.bound[i], self.split[i]
@@ -257,6 +262,8 @@ def search_signs(
     upper: Tensor,
     question: Question | None = None,
     *,
+    constraints: Constraints | None = None,
+    memory: float = torch.inf,
     batch: int = 64,
     starts: int = 24,
     seed: int = 0,
@@ -264,7 +271,11 @@ def search_signs(
     """States of a search over one box lower <= x <= upper [N_in], one per batch.
 
     It ends with a closed state, or when all that is left are branches with every sign settled.
-    batch: branches split at a time. starts, seed: of the witness search that comes first (`ascend`).
+
+    Args:
+        constraints: witnesses lie in this part of the box; bounds hold for all of it.
+        memory: bytes of open branches beyond which it ends, open, instead of splitting more.
+        batch: branches split at a time. starts, seed: of the witness search that comes first (`ascend`).
 
     Raises: as `difference_bounds`, at the first state.
     """
@@ -276,7 +287,7 @@ def search_signs(
     for hexagon in hidden:
         work.add(hexagon)
     net = Reduced(pair, work)
-    best = ascend(pair, low, high, starts=starts, seed=seed)
+    best = ascend(pair, low, high, constraints, starts=starts, seed=seed)
     eye = torch.eye(n, dtype=low.dtype, device=low.device)
     objectives = torch.cat((torch.zeros_like(torch.cat((eye, eye))), torch.cat((eye, -eye))), 1)
     packed = [h.pack().expand(2 * n, -1, -1) for h in net.root]
@@ -306,9 +317,12 @@ def search_signs(
         top = torch.maximum(top, best.lower)
         closed = bool((top.flatten() <= enough).all())
         yield SearchResult(best.lower, top, best.witness, branches, len(left.row), closed)
-        if len(left.row) == 0:
+        if len(left.row) == 0 or left.bytes * COPIES > memory:
             return
-        chosen = (left.bound - enough[left.row]).topk(min(batch, len(left.row))).indices
+        excess = left.bound - question.urgent(best.lower).flatten()[left.row]
+        if not bool((excess > 0).any()):
+            excess = left.bound - enough[left.row]
+        chosen = excess.topk(min(batch, len(left.row))).indices
         rest = torch.ones(len(left.row), dtype=torch.bool, device=low.device)
         rest[chosen] = False
         new = left.select(chosen).children()

@@ -15,22 +15,33 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchreach.bounds.difference import Pair
-from torchreach.search.result import Best
+from torchreach.search.result import Best, Constraints
 
 WIDTHS = (0.25, 0.002)
 STRIDES = (0.5, 0.02)  # first and last step, in half widths of the box
 
 
-def ascend(pair: Pair, lower: Tensor, upper: Tensor, *, starts: int = 24, steps: int = 60, seed: int = 0) -> Best:
+def ascend(
+    pair: Pair,
+    lower: Tensor,
+    upper: Tensor,
+    constraints: Constraints | None = None,
+    *,
+    starts: int = 24,
+    steps: int = 60,
+    seed: int = 0,
+) -> Best:
     """Best inputs found in one box [1, N_in] for every output and sign, `starts` random starts each.
 
-    lower, upper: as `checked_boxes` returns them. The same seed gives the same starts on every device.
+    lower, upper: as `checked_boxes` returns them. constraints: cut the box; every step ends in the set.
+    The same seed gives the same starts on every device.
     """
     g = torch.Generator().manual_seed(seed)
     n = pair.outputs
     share = torch.rand(2 * n * starts, pair.inputs, generator=g, dtype=lower.dtype).to(lower.device)
     x = lower + (upper - lower) * share
     x[0] = lower[0] + (upper[0] - lower[0]) / 2
+    x = x if constraints is None else constraints.pull(x)
     eye = torch.eye(n, dtype=x.dtype, device=x.device)
     sign = torch.cat((eye, -eye)).repeat_interleave(starts, 0)
     half = (upper - lower) / 2
@@ -43,10 +54,11 @@ def ascend(pair: Pair, lower: Tensor, upper: Tensor, *, starts: int = 24, steps:
             leaf = x.detach().requires_grad_()
             (gradient,) = torch.autograd.grad((_smooth(pair, leaf, width) * sign).sum(), leaf)
         x = torch.minimum(torch.maximum(x + stride * half * gradient.sign(), lower), upper)
+        x = x if constraints is None else constraints.pull(x)
         value = (_smooth(pair, x, 0.0) * sign).sum(1)
         at = torch.where((value > best)[:, None], x, at)
         best = torch.maximum(best, value)
-    return Best(pair, lower, upper, at)
+    return Best(pair, lower, upper, at, constraints)
 
 
 def _smooth(pair: Pair, x: Tensor, width: float) -> Tensor:
