@@ -455,3 +455,25 @@ def test_activations_with_a_scale_per_channel_are_refused_by_name(engine):  # no
     )
     with pytest.raises(UnsupportedLayerError, match="floating-point zero points"):
         chain(nn.Sequential(floating))
+
+
+def test_the_command_line_compares_a_state_dict_with_the_exported_original(engine, tmp_path):
+    from typer.testing import CliRunner
+
+    from torchreach.cli import app
+
+    original = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    wrapped = tq.QuantWrapper(copy.deepcopy(original))
+    wrapped.qconfig = tq.get_default_qconfig(engine)
+    ready = tq.prepare(wrapped)
+    ready(samples((4,)))
+    state = {key.removeprefix("module."): value for key, value in tq.convert(ready).state_dict().items()}
+    torch.save(state, tmp_path / "small.pth")
+    program = torch.export.export(original, (samples((4,), 2),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    torch.export.save(program, tmp_path / "original.pt2")
+    box = "0,0.02;0.1,0.12;-0.3,-0.29;0,0"
+    ran = CliRunner().invoke(
+        app, ["compare", str(tmp_path / "original.pt2"), str(tmp_path / "small.pth"), "--box", box]
+    )
+    assert ran.exit_code == 0, ran.output
+    assert "certified: |y1 - y2| <=" in ran.output

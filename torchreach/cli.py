@@ -55,7 +55,14 @@ app = typer.Typer(
 _SET, _ANSWER, _ENGINE, _REPAIR = "Input set (exactly one)", "Answer", "How to compute", "Repair"
 
 Original = Annotated[Path, typer.Argument(metavar="A", help="The original network: an .onnx or .pt2 file.")]
-Compressed = Annotated[Path, typer.Argument(metavar="B", help="The compressed network: an .onnx or .pt2 file.")]
+Compressed = Annotated[
+    Path,
+    typer.Argument(
+        metavar="B",
+        help="The compressed network: an .onnx or .pt2 file. In compare also a .pth state dict of an eager-mode int8 "
+        "network; A must then be a .pt2 file with layers of the same names.",
+    ),
+]
 Box = Annotated[
     str | None,
     typer.Option(
