@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 import torchreach as tr
 from tests.data import require_data
+from tests.networks import exact
 from torchreach.errors import FileFormatError, InvalidNetworkError, ShapeError, UnsupportedLayerError
 from torchreach.networks.chain import chain
 from torchreach.networks.layers import Reshape
@@ -477,3 +478,29 @@ def test_the_command_line_compares_a_state_dict_with_the_exported_original(engin
     )
     assert ran.exit_code == 0, ran.output
     assert "certified: |y1 - y2| <=" in ran.output
+
+
+@every_engine
+@pytest.mark.parametrize("zero_point", [0, 128, 253])
+def test_kernels_round_within_a_stated_error_of_the_threshold(zero_point, engine):  # noqa: ARG001
+    """u (9 |z| + 20 |b|) for the float32 operations, and u 256 scale: onednn adds the zero point before it rounds."""
+    unit = 2.0**-24
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(400):
+        share = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+        code, step = int(share[0] * 100) + 1, trial % 3 + 0.5
+        x_scale, w_scale = (float(np.float32(s)) for s in (share[1] * 0.1 + 0.001, share[2] * 0.01 + 0.0001))
+        bias = float(np.float32(7 * code * x_scale * w_scale * (trial % 2)))
+        z = 7 * code * x_scale * w_scale + bias
+        scale = float(np.float32(z / (step * (1 + (share[3] - 0.5) * 600 * unit))))  # z / scale is about k + 1/2
+        layer = torch.ao.nn.quantized.Linear(1, 1)
+        weight = torch._make_per_tensor_quantized_tensor(torch.tensor([[7]], dtype=torch.int8), w_scale, 0)
+        layer.set_weight_bias(weight, torch.tensor([bias]))
+        layer.scale, layer.zero_point = scale, zero_point
+        x = torch._make_per_tensor_quantized_tensor(torch.tensor([[code]], dtype=torch.uint8), x_scale, 0)
+        got = int(layer(x).int_repr())
+        slack = unit * (9 * z + 20 * abs(bias) + 256 * scale)
+        quantizer = Quantizer(scale, zero_point, 0, 255)
+        low, high = quantizer.code_range(exact(z - slack), exact(z + slack))
+        assert low <= got <= high
+        assert high - low <= 1
