@@ -14,12 +14,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain as chain_of
 
 import torch
 from torch import Tensor, nn
 
 from torchreach.bounds.difference import Pair, difference_bounds
-from torchreach.bounds.rounding import InputGrid, blank, extra_inputs, relax, with_inputs
+from torchreach.bounds.rounding import InputGrid, blank, relax, varying, with_inputs
 from torchreach.bounds.zonotope import zonotope_bounds
 from torchreach.errors import ShapeError, UnsupportedLayerError
 from torchreach.networks.chain import chain
@@ -28,7 +29,7 @@ from torchreach.networks.steps import Step, steps
 from torchreach.options import Budget
 from torchreach.reach.api import VERTEX_DIM, reach
 from torchreach.results import Discrepancy, ReachStats, Status
-from torchreach.search.cells import LIMIT, Cells, attained, box_rows, search_cells
+from torchreach.search.cells import LIMIT, Cells, attained, box_rows, search_cells, single_precision
 from torchreach.search.result import Question, SearchResult
 from torchreach.search.rounded_witness import climb
 from torchreach.search.signs import search_signs
@@ -39,6 +40,7 @@ from torchreach.tolerances import COMPUTE_DTYPE, Tolerances, round_down, round_u
 MEMORY = 2**23
 # States of a search without a budget of seconds.
 STATES = 8
+SAMPLES = 1024  # random inputs besides those that are searched for
 # Relative gap up to which an interval is called exact: a deployed network knows its input only in float32.
 EXACT_GAP = 1e-4
 
@@ -75,14 +77,16 @@ def deployed_discrepancy(
     found = []
     for s in range(len(stars)):
         deadline = None if budget.seconds is None else began + budget.seconds * (s + 1) / len(stars)
-        task = _Task(original, first, second, low[s], high[s], tolerances.gap, deadline)
+        own1, own2, index = varying(first, second, low[s], high[s])
+        task = _Task(
+            original, own1, own2, low[s], index, low[s][index], high[s][index], tolerances.gap, deadline, stars.shape
+        )
         if not bool(is_box[s]):
-            task.points = stars.select([s]).sample(512)[0].flatten(1).to(COMPUTE_DTYPE)
+            task.points = stars.select([s]).sample(512)[0].flatten(1)[:, index].to(COMPUTE_DTYPE)
         task.run()
         found.append(task)
-    lower, upper, witness = (
-        torch.stack([getattr(task, name) for task in found]) for name in ("lower", "upper", "witness")
-    )
+    lower, upper = (torch.stack([getattr(task, name) for task in found]) for name in ("lower", "upper"))
+    witness = torch.stack([task.whole(task.witness) for task in found])
     if swapped:
         lower, upper, witness = (part.flip(1) for part in (lower, upper, witness))
     return _result(stars, found, lower, upper, witness, time.monotonic() - began)
@@ -94,15 +98,18 @@ def _quantised(network: tuple[Step, ...]) -> bool:
 
 @dataclass
 class _Task:
-    """One box: what is certified and attained of y1 - y2 (row 0) and y2 - y1 (row 1) so far."""
+    """One box of M inputs that vary: what is certified and attained of y1 - y2 (row 0) and y2 - y1 (row 1) so far."""
 
     original: nn.Module
-    first: tuple[Step, ...]
+    first: tuple[Step, ...]  # on M inputs, as are `second`, `low` and `high`
     second: tuple[Step, ...]
+    fixed: Tensor  # [N_in] the other inputs
+    index: Tensor  # [M] which inputs vary
     low: Tensor
     high: Tensor
     tolerance: float
     deadline: float | None
+    shape: tuple[int, ...]
     points: Tensor | None = None  # [B, N_in] inputs to attain at, where not all of the box belongs to the set
     complete: bool = False
     cells: int = 0
@@ -117,8 +124,8 @@ class _Task:
         grid = None if _quantised(self.first) else InputGrid.of(self.second[0])
         cells = None if grid is None else Cells(self.first, self.second, grid, self.low, self.high)
         few = False
-        if cells is not None and cells.total <= LIMIT and cells.total * (1 + len(cells.free)) <= MEMORY:
-            few = len(cells.free) <= VERTEX_DIM
+        if cells is not None and cells.total <= LIMIT and cells.total * (1 + len(self.low)) <= MEMORY:
+            few = len(self.low) <= VERTEX_DIM
             if not few:
                 cells.root = self._range_of_first(cells)
             result = search_cells(
@@ -134,21 +141,29 @@ class _Task:
                 self.upper = torch.minimum(self.upper, upper)
             candidates = self.points
             if candidates is None:
-                candidates = climb(self.first, self.second, self.low, self.high)
+                share = torch.rand(
+                    SAMPLES, len(self.low), generator=torch.Generator().manual_seed(0), dtype=COMPUTE_DTYPE
+                )
+                candidates = self.low + (self.high - self.low) * share.to(self.low.device)
+                candidates = torch.cat((climb(self.first, self.second, self.low, self.high), candidates))
             self._offer(cells, candidates)
         elif self.points is not None:
             self._offer(cells, self.points)
 
     def _ranges(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        shape = self.first[0].in_shape
-        boxes = StarBatch.from_box(low.reshape(-1, *shape), high.reshape(-1, *shape))
+        boxes = StarBatch.from_box(*(self.whole(end).reshape(-1, *self.shape) for end in (low, high)))
         found = reach(self.original, boxes, keep_stars=False)
-        return found.lower, found.upper, found.argmin.flatten(2), found.argmax.flatten(2)
+        argmin, argmax = (part.flatten(2)[:, :, self.index] for part in (found.argmin, found.argmax))
+        return found.lower, found.upper, argmin, argmax
+
+    def whole(self, x: Tensor) -> Tensor:
+        """Inputs [..., N_in] with the varying ones x [..., M] filled in."""
+        return self.fixed.expand(*x.shape[:-1], -1).index_copy(-1, self.index, x)
 
     def _range_of_first(self, cells: Cells) -> tuple[Tensor, Tensor]:
         """y1's own range [N_out] over the box: its difference from a network that is zero."""
         pair = Pair.of(cells.first, blank(cells.first))
-        up = self._search(pair, cells.lower[cells.free], cells.upper[cells.free], share=0.5)
+        up = self._search(pair, cells.lower, cells.upper, share=0.5)
         upper = torch.stack((cells.root[1], -cells.root[0]))
         for state in up:
             upper = torch.minimum(upper, state.upper)
@@ -156,28 +171,33 @@ class _Task:
 
     def _relaxed(self) -> Iterator[Tensor]:
         """Ever tighter bounds [2, N_out] from the relaxation."""
-        first, second = self.first, relax(self.second, self.low, self.high)
-        own, other = 0, extra_inputs(self.second, second)
-        if _quantised(first):
-            first = relax(first, self.low, self.high)
-            own = extra_inputs(self.first, first)
+        second = relax(self.second, self.low, self.high)
+        first = relax(self.first, self.low, self.high) if _quantised(self.first) else None
+        own = 0 if first is None else first.extra
         size = torch.maximum(self.low.abs(), self.high.abs())
-        ones = size.new_ones(own + other)
-        first = with_inputs(first, len(size) + own, other, torch.cat((size, ones[:own])))
-        second = with_inputs(second, len(size), own, torch.cat((size, ones[own:])))
+        ones = size.new_ones(own + second.extra)
+        steps1 = self.first if first is None else first.steps
+        steps1 = with_inputs(steps1, len(size) + own, second.extra, torch.cat((size, ones[:own])))
+        steps2 = with_inputs(second.steps, len(size), own, torch.cat((size, ones[own:])))
         low, high = torch.cat((self.low, -ones)), torch.cat((self.high, ones))
         try:
-            pair = Pair.of(first, second)
+            pair = Pair.of(steps1, steps2)
         except (ShapeError, UnsupportedLayerError):
             # Different architectures: each network by itself.
             rows = box_rows(low[None], high[None])
-            (a, b), (c, d) = (zonotope_bounds(network, *rows)[-1] for network in (first, second))
-            yield torch.stack((b - c, d - a), 1)[0]
-            return
-        output = difference_bounds(pair, low[None], high[None])[-1]
-        yield torch.stack((output.du[0], -output.dl[0]))
-        for state in self._search(pair, low, high):
-            yield state.upper
+            ranges = [zonotope_bounds(network, *rows)[-1] for network in (steps1, steps2)]
+            bottom, top = (torch.cat(part) for part in zip(*ranges, strict=True))
+            bounds: Iterator[Tensor] = iter((top - bottom.flip(0),))
+        else:
+            output = difference_bounds(pair, low[None], high[None])[-1]
+            bottom, top = torch.cat((output.l1, output.l2)), torch.cat((output.u1, output.u2))
+            single = torch.cat((output.du, -output.dl))
+            bounds = chain_of((single,), (state.upper for state in self._search(pair, low, high)))
+        infinite = low.new_tensor(torch.inf)
+        ends = [(-infinite, infinite) if r is None else (r.lowest, r.highest) for r in (first, second)]
+        lowest, highest = (torch.stack(part)[:, None] for part in zip(*ends, strict=True))
+        for upper in bounds:
+            yield _clamped(upper, bottom, top, lowest, highest)
 
     def _search(self, pair: Pair, low: Tensor, high: Tensor, share: float = 1.0) -> Iterator[SearchResult]:
         """States of a search until the deadline, or a few of them; `share` of the time that is left."""
@@ -190,6 +210,7 @@ class _Task:
                 return
 
     def _offer(self, cells: Cells | None, x: Tensor) -> None:
+        x = single_precision(x, self.low, self.high)
         if cells is not None:
             value = cells.attained(x)
         else:
@@ -197,6 +218,20 @@ class _Task:
         value, at = value.max(0)
         self.witness = torch.where((value > self.lower)[..., None], x[at], self.witness)
         self.lower = torch.maximum(self.lower, value)
+
+
+def _clamped(upper: Tensor, low: Tensor, high: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+    """Bounds [2, N_out] on y1 - y2 and y2 - y1 after the clamps, from those before them.
+
+    low, high: [2, N_out] ranges of both outputs before the clamps to [lowest, highest], [2, 1] each. With c the clamp,
+    c1(a) - c2(b) <= max(a - b, lowest1 - b, c1(a) - highest2), the last two only where the clamps can act; and it is
+    at most what the ranges of c1(a) and c2(b) say.
+    """
+    last, first = torch.minimum(high, highest), torch.maximum(low, lowest)
+    last, first = torch.maximum(last, lowest), torch.minimum(first, highest)
+    raised = torch.where(low < lowest, lowest - low.flip(0), -torch.inf)
+    cut = torch.where(high.flip(0) > highest.flip(0), last - highest.flip(0), -torch.inf)
+    return torch.minimum(torch.maximum(upper, torch.maximum(raised, cut)), last - first.flip(0))
 
 
 def _result(

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torchreach.bounds.zonotope import relu_band
 from torchreach.errors import UnsupportedLayerError
 from torchreach.networks.builder import linear_layer
-from torchreach.networks.layers import RESHAPING
+from torchreach.networks.layers import RESHAPING, ElementwiseAffine
 from torchreach.networks.quantizer import Quantizer
 from torchreach.networks.steps import Step
 from torchreach.tolerances import UNIT_ROUNDOFF
@@ -143,16 +143,18 @@ class InputGrid:
     def cell(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Ends [..., N] of the closed set of inputs that may get these codes, infinite at the last codes."""
         low, high = self.quantizer.cell(codes)
-        size = torch.where(low.isfinite(), low.abs(), 0.0) + torch.where(high.isfinite(), high.abs(), 0.0)
+        size = torch.maximum(*(torch.where(end.isfinite(), end.abs(), 0.0) for end in (low, high)))
         error = 2 * INPUT_ERROR * (size + 4 * self.shift.abs())
         ends = torch.stack(((low - error - self.shift) / self.scale, (high + error - self.shift) / self.scale))
         return ends.amin(0), ends.amax(0)
 
 
-def _excess(quantizer: Quantizer, low: Tensor, high: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
-    """Range (middle, radius) of Q(computed z) - z over z in [low, high]."""
+def _excess(
+    quantizer: Quantizer, low: Tensor, high: Tensor, kernel: Tensor, *, clamped: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Range (middle, radius) of Q(computed z) - z over z in [low, high]; without saturation if not `clamped`."""
     low, high = low - kernel, high + kernel
-    first, last = quantizer.code_range(low, high)
+    first, last = quantizer.code_range(low, high, clamped=clamped)
     half = torch.where(last > first, quantizer.scale / 2, 0.0)
     most = torch.maximum(quantizer.value(first) - low, half) + kernel
     least = torch.minimum(quantizer.value(last) - high, -half) - kernel
@@ -160,86 +162,120 @@ def _excess(quantizer: Quantizer, low: Tensor, high: Tensor, kernel: Tensor) -> 
     return (most + least) / 2, radius + 4 * UNIT_ROUNDOFF * (most.abs() + least.abs() + high.abs() + low.abs())
 
 
-@torch.no_grad()
-def relax(steps: tuple[Step, ...], lower: Tensor, upper: Tensor) -> tuple[Step, ...]:
-    """ReLU network with noise that contains the deployed `steps` for every input of one box [N_in].
+@dataclass(frozen=True)
+class Relaxed:
+    """A ReLU network with noise, and then a clamp to [lowest, highest], that contains a deployed network over one box.
 
-    Its inputs are those of the steps and then one variable in [-1, 1] for each that the input quantiser rounds in
-    more than one way over the box; `with_errors` says how many. Between [lower, upper] and the network's output
-    nothing is lost but what noise is taken to be independent.
+    Its inputs are those of the network and then `extra` variables in [-1, 1], one for each input that the input
+    quantiser rounds in more than one way.
+    """
+
+    steps: tuple[Step, ...]
+    extra: int
+    lowest: Tensor  # []
+    highest: Tensor
+
+
+@torch.no_grad()
+def relax(steps: tuple[Step, ...], lower: Tensor, upper: Tensor) -> Relaxed:
+    """Relaxation of the deployed `steps` over one box [N_in].
+
+    Guarantee: for every input in the box, whatever kernel within `kernel_error` executes the steps, its output is the
+    clamp of the relaxed network's for some values of its extra inputs and its noise.
 
     Raises: UnsupportedLayerError: an affine step too large to be a matrix.
     """
-    grid = InputGrid.of(steps[0])
-    first = steps[1] if grid is not None else steps[0]
-    matrix, bias = _matrix(first), first.bias
-    size = torch.maximum(lower.abs(), upper.abs())
-    if grid is None:
-        keep, columns, noise = matrix, matrix[:, :0], _composed(first, size)
-    else:
-        low, high = grid.codes(lower, upper)
-        ends = torch.stack((grid.scale * lower + grid.shift, grid.scale * upper + grid.shift))
-        kernel = grid.error(size)
-        middle, radius = _excess(grid.quantizer, ends.amin(0), ends.amax(0), kernel)
-        fixed = low == high
-        middle = torch.where(fixed, grid.quantizer.value(low), middle + grid.shift)
-        keep = matrix * torch.where(fixed, 0.0, grid.scale)
-        columns = (matrix * radius)[:, ~fixed]
-        bias = bias + matrix @ middle
-        size = torch.maximum(grid.quantizer.value(low).abs(), grid.quantizer.value(high).abs())
-        noise = _composed(first, ends.abs().amax(0) + size + middle.abs() + radius)
-    box = torch.stack((lower, upper)).mean(0), (upper - lower) / 2 * (1 + 4 * UNIT_ROUNDOFF)
-    extra = columns.shape[1]
-    rows = torch.diag(torch.cat((box[1], box[1].new_ones(extra))))
-    rows = torch.cat((torch.cat((box[0], box[0].new_zeros(extra)))[None], rows))
-    slack = 4 * UNIT_ROUNDOFF * rows.abs().sum(0)
-    step = _linear_step(first, torch.cat((keep, columns), 1), bias, noise)
-    rest = list(steps[2:] if grid is not None else steps[1:])
+    step, rest, size = _entry(steps, lower, upper)
+    extra = step.in_shape[0] - len(lower)
+    radius = torch.cat(((upper - lower) / 2, lower.new_ones(extra)))
+    middle = torch.cat(((lower + upper) / 2, lower.new_zeros(extra)))
+    rows = torch.cat((middle[None], torch.diag(radius)))[None]
+    slack = 4 * UNIT_ROUNDOFF * rows.abs().sum(1)
     result: list[Step] = []
-    rows, slack = rows[None], slack[None]
     while True:
-        gamma = (step.terms + rows.shape[1] + 8) * UNIT_ROUNDOFF
-        slack = step.magnitude(slack + gamma * rows.abs().sum(1)) + gamma * step.bias_magnitude
-        rows = step.map_rows(rows)
-        added = torch.zeros_like(step.bias) if step.noise is None else step.noise
-        spread = rows[:, 1:].abs().sum(1) + slack + gamma * rows.abs().sum(1) + added
-        low, high = (rows[:, 0] - spread)[0], (rows[:, 0] + spread)[0]
-        kernel = kernel_error(step, torch.maximum(low.abs(), high.abs()), size[None])[0]
-        relu = step.relu
-        if step.quantizer is None:
-            shift, added = torch.zeros_like(kernel), added + kernel
-            size = torch.maximum(low.abs(), high.abs()) + kernel
-        else:
-            fused = step.quantizer.lowest == int(step.quantizer.zero_point)
-            ends = (low.clamp(min=0), high.clamp(min=0)) if fused else (low, high)
-            shift, radius = _excess(step.quantizer, *ends, kernel)
-            added = added + radius
-            relu = torch.full_like(low, fused, dtype=torch.bool)
-            codes = step.quantizer.code_range(low - kernel, high + kernel)
-            size = torch.maximum(*(step.quantizer.value(code).abs() for code in codes))
-        step = replace(step, bias=step.bias + shift, bias_magnitude=step.bias_magnitude + shift.abs())
-        step = replace(step, noise=added, relu=relu, quantizer=None)
-        rows[:, 0] += shift
-        slack = slack + added
-        spread = rows[:, 1:].abs().sum(1) + slack + gamma * rows.abs().sum(1)
-        low, high = rows[:, 0] - spread, rows[:, 0] + spread
+        low, high = _range(*_mapped(step, rows, slack))
+        last = not rest or (len(rest) == 1 and step.quantizer is not None and _is_identity(rest[0]))
+        step, size = _relaxed_step(step, low[0], high[0], size, last=last)
         result.append(step)
-        if not rest:
-            return tuple(result)
-        if len(rest) == 1 and _is_identity(rest[0]) and relu is not None and not bool(relu.any()):
-            # Rounded outputs: the step after the quantiser is the identity, up to one product in float32.
-            last = 4 * SINGLE * torch.maximum(low.abs(), high.abs())[0]
-            result[-1] = replace(step, name="output", relu=None, noise=added + last)
-            return tuple(result)
-        assert relu is not None
-        if bool(relu.any()):
-            rows, slack = relu_band(rows, slack, low, high, relu)
+        if last:
+            quantizer = steps[-2].quantizer if rest else None
+            ends = [slack.new_tensor(end) for end in (-torch.inf, torch.inf)]
+            if quantizer is not None:
+                ends = [quantizer.value(slack.new_tensor(end)) for end in (quantizer.lowest, quantizer.highest)]
+            return Relaxed(tuple(result), extra, *ends)
+        rows, slack = _mapped(step, rows, slack)
+        if step.relu is not None and bool(step.relu.any()):
+            rows, slack = relu_band(rows, slack, *_range(rows, slack), step.relu)
         step = rest.pop(0)
 
 
-def extra_inputs(steps: tuple[Step, ...], relaxed: tuple[Step, ...]) -> int:
-    """How many variables `relax` has added to the inputs."""
-    return relaxed[0].in_shape[0] - int(torch.tensor(steps[0].in_shape).prod())
+def _mapped(step: Step, rows: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
+    """Zonotopes [B, 1 + G, N] and their error [B, N] after the step's affine block, rounding and noise included."""
+    gamma = (step.terms + rows.shape[1] + 8) * UNIT_ROUNDOFF
+    slack = step.magnitude(slack + gamma * rows.abs().sum(1)) + gamma * step.bias_magnitude
+    rows = step.map_rows(rows)
+    slack = slack + gamma * rows.abs().sum(1)
+    return rows, slack if step.noise is None else slack + step.noise
+
+
+def _range(rows: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
+    spread = rows[:, 1:].abs().sum(1) + slack
+    return rows[:, 0] - spread, rows[:, 0] + spread
+
+
+def _entry(steps: tuple[Step, ...], lower: Tensor, upper: Tensor) -> tuple[Step, list[Step], Tensor]:
+    """First affine step on inputs and errors of the input quantiser, the steps after it, how large its inputs are."""
+    grid = InputGrid.of(steps[0])
+    size = torch.maximum(lower.abs(), upper.abs())
+    if grid is None:
+        return (
+            _linear_step(steps[0], _matrix(steps[0]), steps[0].bias, _composed(steps[0], size)),
+            list(steps[1:]),
+            size,
+        )
+    first, matrix = steps[1], _matrix(steps[1])
+    low, high = grid.codes(lower, upper)
+    ends = torch.stack((grid.scale * lower + grid.shift, grid.scale * upper + grid.shift))
+    middle, radius = _excess(grid.quantizer, ends.amin(0), ends.amax(0), grid.error(size))
+    fixed = low == high
+    middle = torch.where(fixed, grid.quantizer.value(low), middle + grid.shift)
+    columns = torch.cat((matrix * torch.where(fixed, 0.0, grid.scale), (matrix * radius)[:, ~fixed]), 1)
+    size = torch.maximum(grid.quantizer.value(low).abs(), grid.quantizer.value(high).abs())
+    noise = _composed(first, ends.abs().amax(0) + size + middle.abs() + radius)
+    return _linear_step(first, columns, first.bias + matrix @ middle, noise), list(steps[2:]), size
+
+
+def _relaxed_step(step: Step, low: Tensor, high: Tensor, size: Tensor, *, last: bool) -> tuple[Step, Tensor]:
+    """The step, with z in [low, high] [N_out] and inputs |x| <= size, as affine, noise and ReLU.
+
+    last: a quantiser here rounds the outputs; its clamp is left to `Relaxed`.
+    Returns also a bound on the activations.
+    """
+    kernel = kernel_error(step, torch.maximum(low.abs(), high.abs()), size[None])[0]
+    noise = kernel if step.noise is None else kernel + step.noise
+    largest = torch.maximum(low.abs(), high.abs()) + kernel
+    if step.quantizer is None:
+        return replace(step, noise=noise), largest
+    if last:
+        # After the quantiser there is one product in float32.
+        shift, radius = _excess(step.quantizer, low, high, kernel, clamped=False)
+        noise, relu = noise - kernel + radius + 4 * SINGLE * (largest + shift.abs() + radius), None
+    else:
+        fused = step.quantizer.lowest == int(step.quantizer.zero_point)
+        ends = (low.clamp(min=0), high.clamp(min=0)) if fused else (low, high)
+        shift, radius = _excess(step.quantizer, *ends, kernel)
+        noise, relu = noise - kernel + radius, torch.full_like(low, fused, dtype=torch.bool)
+    codes = step.quantizer.code_range(low - kernel, high + kernel)
+    largest = torch.maximum(*(step.quantizer.value(code).abs() for code in codes))
+    if not last and len(step.block) == 1 and isinstance(step.block[0], nn.Linear):
+        # Where no threshold is crossed the neuron is a constant.
+        constant = codes[0] == codes[1]
+        matrix = torch.where(constant[:, None], 0.0, step.block[0].weight)
+        bias = torch.where(constant, step.quantizer.value(codes[0]), step.bias + shift)
+        noise = torch.where(constant, 0.0, noise)
+        return replace(_linear_step(step, matrix, bias, noise), relu=relu, quantizer=None), largest
+    changed = {"bias": step.bias + shift, "bias_magnitude": step.bias_magnitude + shift.abs()}
+    return replace(step, noise=noise, relu=relu, quantizer=None, **changed), largest
 
 
 def with_inputs(steps: tuple[Step, ...], at: int, extra: int, size: Tensor) -> tuple[Step, ...]:
@@ -258,6 +294,34 @@ def restricted(steps: tuple[Step, ...], x: Tensor, free: Tensor, size: Tensor) -
     units[torch.arange(len(free), device=x.device), free] = 1
     bias = first.linear(fixed[None])[0] + first.bias
     return (_linear_step(first, first.linear(units).T.contiguous(), bias, _composed(first, size)), *steps[1:])
+
+
+def varying(
+    first: tuple[Step, ...], second: tuple[Step, ...], lower: Tensor, upper: Tensor
+) -> tuple[tuple[Step, ...], tuple[Step, ...], Tensor]:
+    """Both networks on the inputs that vary over a box [N_in], or whose codes do, and which [M] these are."""
+    grids = [InputGrid.of(steps[0]) for steps in (first, second)]
+    free = upper > lower
+    for grid in grids:
+        if grid is not None:
+            low, high = grid.codes(lower, upper)
+            free = free | (low != high)
+    index = free.nonzero().flatten()
+    size = torch.maximum(lower.abs(), upper.abs())
+    networks = []
+    for steps, grid in zip((first, second), grids, strict=True):
+        if grid is None:
+            networks.append(restricted(steps, lower, index, size))
+            continue
+        ends = [grid.quantizer.value(code) for code in grid.codes(lower, upper)]
+        rest = restricted(steps[1:], ends[0], index, torch.maximum(ends[0].abs(), ends[1].abs()))
+        layer = ElementwiseAffine(grid.scale[index], grid.shift[index])
+        bias, magnitude = grid.shift[index], steps[0].bias_magnitude[index]
+        head = replace(
+            steps[0], block=nn.Sequential(layer), in_shape=(len(index),), bias=bias, bias_magnitude=magnitude
+        )
+        networks.append((head, *rest))
+    return networks[0], networks[1], index
 
 
 def blank(steps: tuple[Step, ...]) -> tuple[Step, ...]:

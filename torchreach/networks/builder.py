@@ -72,7 +72,8 @@ def refresh_pruned(layer: nn.Module) -> None:
 
 def linear_layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """`nn.Linear` around the given tensors: parameters are shared, other tensors do not train."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer = nn.Linear(1, 1, bias=bias is not None, device="meta")  # torch warns when it makes a layer without inputs
+    layer.out_features, layer.in_features = weight.shape
     layer.weight = as_parameter(weight)
     layer.bias = None if bias is None else as_parameter(bias)  # type: ignore[assignment]
     return layer

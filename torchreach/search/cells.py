@@ -55,33 +55,27 @@ class CellResult:
 
 
 class Cells:
-    """The cells of one box, and both networks as functions of what varies on it."""
+    """The cells of one box of M inputs, as `bounds.rounding.varying` leaves them."""
 
     def __init__(
         self, first: tuple[Step, ...], second: tuple[Step, ...], grid: InputGrid, lower: Tensor, upper: Tensor
     ) -> None:
-        """first: steps of the original; second: of the deployed network; lower, upper: [N_in], float64."""
-        self.lower, self.upper = lower, upper
+        """first: steps of the original; second: of the deployed network; lower, upper: [M], float64."""
+        self.first, self.lower, self.upper = first, lower, upper
         self.code_low, code_high = grid.codes(lower, upper)
         counts = code_high - self.code_low + 1
         self.several = (counts > 1).nonzero().flatten()
         self.counts = counts[self.several].long()
-        self.free = ((upper > lower) | (counts > 1)).nonzero().flatten()
         self.total = prod(self.counts.double().tolist())
-        # position of each input with several codes among the inputs that vary
-        self.place = torch.searchsorted(self.free, self.several)
         self.full_grid = grid
         self.grid = replace(grid, scale=grid.scale[self.several], shift=grid.shift[self.several])
-        size = torch.maximum(lower.abs(), upper.abs())
-        self.first = restricted(first, lower, self.free, size)
         values = grid.quantizer.value(self.code_low)
         largest = torch.maximum(values.abs(), grid.quantizer.value(code_high).abs())
         self.second = restricted(second[1:], values, self.several, largest)
-        low, high = lower[self.free], upper[self.free]
-        bounds = zonotope_bounds(self.first, *box_rows(low[None], high[None]))
+        bounds = zonotope_bounds(first, *box_rows(lower[None], upper[None]))
         signs = [(down >= 0).long() - (up <= 0).long() for down, up in bounds]
-        smaller = reduce(self.first, signs, bounds)
-        self.walked = self.first if smaller is None else smaller[0]
+        smaller = reduce(first, signs, bounds)
+        self.walked = first if smaller is None else smaller[0]
         self.root = bounds[-1][0][0], bounds[-1][1][0]
 
     @property
@@ -99,25 +93,18 @@ class Cells:
 
     def boxes(self, codes: Tensor, inside: float = 0.0) -> tuple[Tensor, Tensor]:
         """(low, high) [C, M] of cells with codes [C, J]; `inside`: away from thresholds (see `INSIDE`)."""
-        low, high = (part[self.free].expand(len(codes), -1).clone() for part in (self.lower, self.upper))
+        low, high = (part.expand(len(codes), -1).clone() for part in (self.lower, self.upper))
         down, up = self.grid.cell(codes)
         if inside:
-            size = torch.where(down.isfinite(), down.abs(), 0.0) + torch.where(up.isfinite(), up.abs(), 0.0)
+            size = torch.maximum(*(torch.where(end.isfinite(), end.abs(), 0.0) for end in (down, up)))
             margin = inside * self.grid.error(size) / self.grid.scale.abs()
             down, up = down + margin, up - margin
-        low[:, self.place] = torch.maximum(low[:, self.place], down)
-        high[:, self.place] = torch.minimum(high[:, self.place], up)
+        low[:, self.several] = torch.maximum(low[:, self.several], down)
+        high[:, self.several] = torch.minimum(high[:, self.several], up)
         # A cell that only rounding reaches, or that is thinner than its margins, is a point of the box.
         crossed = low > high
-        point = torch.where(low > self.upper[self.free], self.upper[self.free], (low + high) / 2)
-        point = torch.minimum(torch.maximum(point, self.lower[self.free]), self.upper[self.free])
+        point = torch.minimum(torch.maximum((low + high) / 2, self.lower), self.upper)
         return torch.where(crossed, point, low), torch.where(crossed, point, high)
-
-    def whole(self, part: Tensor) -> Tensor:
-        """Inputs [..., N_in] with the varying ones [..., M] filled in."""
-        x = self.lower.expand(*part.shape[:-1], -1).clone()
-        x[..., self.free] = part
-        return x
 
     def bound_first(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Certified y1 (lower, upper) [C, N_out] on sub-boxes [C, M], and whether it is linear there [C]."""
@@ -147,7 +134,7 @@ class Cells:
         """
         first, last = self.full_grid.codes(x, x)
         codes = self.grid.quantizer.value(first[:, self.several])
-        value = attained(self.first, self.second, x[:, self.free], codes)
+        value = attained(self.first, self.second, x, codes)
         return torch.where((first == last).all(1)[:, None, None], value, -torch.inf)
 
 
@@ -168,6 +155,12 @@ def attained(first: tuple[Step, ...], second: tuple[Step, ...], x: Tensor, x2: T
     (low, high), (below, above) = ends
     value = torch.stack((low - above, below - high), 1)
     return value - 4 * UNIT_ROUNDOFF * value.abs()
+
+
+def single_precision(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """Inputs [B, N_in] as float32 numbers, which is how a deployed network reads them, where the box has one nearby."""
+    single = x.float().to(x.dtype)
+    return torch.where((single >= lower) & (single <= upper), single, x)
 
 
 def box_rows(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,7 +201,7 @@ class _Work:
     def enumerate(self, deadline: float | None) -> bool:
         """Bounds all cells; whether there was time for it."""
         cells = self.cells
-        variables = len(cells.free)
+        variables = len(cells.lower)
         widest = max(step.features for step in (*cells.walked, *cells.second))
         size = max(NUMBERS // ((1 + variables) * max(variables, 1) + (1 + variables) * widest), 1)
         total, first = int(cells.total), 0
@@ -265,8 +258,8 @@ class _Work:
         self.looked_at[which] = True
         codes = cells.codes(which)
         inner = cells.boxes(codes, INSIDE)
-        points = cells.whole(cells.corners(*inner)).flatten(1, 2)
-        self.offer(torch.cat((points, cells.whole((inner[0] + inner[1]) / 2)[:, None]), 1).flatten(0, 1))
+        points = cells.corners(*inner).flatten(1, 2)
+        self.offer(torch.cat((points, ((inner[0] + inner[1]) / 2)[:, None]), 1).flatten(0, 1))
         bent = ~self.linear[which]
         if ranges is None or not bool(bent.any()):
             return
@@ -277,18 +270,17 @@ class _Work:
         which, codes = which[needed[which]], codes[needed[which]]
         if not len(which):
             return
-        low, high, argmin, argmax = ranges(*(cells.whole(part) for part in cells.boxes(codes)))
+        low, high, argmin, argmax = ranges(*cells.boxes(codes))
         self.y1[0][which] = torch.maximum(self.y1[0][which], low)
         self.y1[1][which] = torch.minimum(self.y1[1][which], high)
-        inner = [cells.whole(part)[:, None] for part in cells.boxes(codes, INSIDE)]
+        inner = [part[:, None] for part in cells.boxes(codes, INSIDE)]
         points = torch.minimum(torch.maximum(torch.cat((argmin, argmax), 1), inner[0]), inner[1])
         self.offer(points.flatten(0, 1))
 
     def offer(self, x: Tensor) -> None:
-        """Takes inputs [B, N_in] of the box, as float32 numbers where there are some nearby."""
+        """Takes inputs [B, N_in] of the box."""
         cells = self.cells
-        single = x.float().to(x.dtype)
-        x = torch.where((single >= cells.lower) & (single <= cells.upper), single, x)
+        x = single_precision(x, cells.lower, cells.upper)
         value = cells.attained(x)
         value, at = value.max(0)
         better = value > self.best

@@ -1,10 +1,13 @@
-"""Witness search where activations are rounded: sign-gradient ascent, straight through the quantisers.
+"""Witness search where activations are rounded: best responses, input by input, to the networks' gradients.
 
-The forward pass rounds; the backward pass takes Q for the clamp it contains (Bengio, Leonard, Courville: Estimating
-or propagating gradients through stochastic neurons, 2013). Every start keeps its best point. Nothing is certified
-here: the caller replays the points.
+Near x the difference is about g1 . x - g2 . Q(x) for the gradients g1, g2 of the two networks, g2 taken straight
+through the quantisers (Bengio, Leonard, Courville: Estimating or propagating gradients through stochastic neurons,
+2013) with respect to the rounded input Q(x). What the input quantiser adds jumps at thresholds, where it has no
+gradient; but for fixed g1, g2 each input has a best value at an end of one of its cells, found by looking at all of
+them. Half of the inputs, chosen at random, move there; the gradients are taken anew; every start keeps its best
+point. Nothing is certified here: the caller replays the points.
 
-Axis letters: B points, N features.
+Axis letters: B points, K candidates, N features.
 """
 
 from __future__ import annotations
@@ -12,9 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchreach.bounds.rounding import InputGrid
 from torchreach.networks.steps import Step
 
-STRIDES = (0.5, 0.02)  # first and last step, in half widths of the box
+CODES = 4  # cells of an input that are looked at: the first and the last ones of its range
+INSIDE = 4.0  # multiples of the rounding allowance kept from thresholds
 
 
 def climb(
@@ -24,27 +29,62 @@ def climb(
     upper: Tensor,
     *,
     starts: int = 8,
-    steps: int = 40,
+    steps: int = 30,
     seed: int = 0,
 ) -> Tensor:
     """Inputs [B, N_in] of the box [N_in] at which y1 - y2 or y2 - y1 of some output is large; seeded."""
     n, inputs = first[-1].features, len(lower)
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=lower.dtype).to(lower.device)
+
     eye = torch.eye(n, dtype=lower.dtype, device=lower.device)
     sign = torch.cat((eye, -eye)).repeat_interleave(starts, 0)
-    share = torch.rand(len(sign), inputs, generator=torch.Generator().manual_seed(seed), dtype=lower.dtype)
-    x = lower + (upper - lower) * share.to(lower.device)
+    candidates = _candidates(InputGrid.of(second[0]), lower, upper)  # [N, K]
+    x = lower + (upper - lower) * random(len(sign), inputs)
     best, at = torch.full_like(x[:, 0], -torch.inf), x
-    for step in range(steps):
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            value = ((straight_through(first, leaf) - straight_through(second, leaf)) * sign).sum(1)
-            (gradient,) = torch.autograd.grad(value.sum(), leaf)
-        value = value.detach()
+    rounded = [_round(network, candidates) for network in (first, second)]
+    for step in range(steps + 1):
+        gain, value = torch.zeros_like(candidates).expand(len(x), -1, -1), torch.zeros_like(best)
+        for network, side, images in zip((first, second), (1, -1), rounded, strict=True):
+            with torch.enable_grad():
+                leaf = _round(network, x[:, :, None])[:, :, 0].requires_grad_()
+                inner = network[1:] if _has_grid(network) else network
+                out = side * (straight_through(inner, leaf) * sign).sum(1)
+                (gradient,) = torch.autograd.grad(out.sum(), leaf)
+            value = value + out.detach()
+            gain = gain + gradient[:, :, None] * images
         at = torch.where((value > best)[:, None], x, at)
         best = torch.maximum(best, value)
-        stride = STRIDES[0] * (1 - step / steps) + STRIDES[1]
-        x = torch.minimum(torch.maximum(x + stride * (upper - lower) / 2 * gradient.sign(), lower), upper)
+        response = candidates.expand(len(x), -1, -1).gather(2, gain.argmax(2, keepdim=True))[:, :, 0]
+        # all at once first: it is the answer where both networks are linear
+        x = torch.where(random(*x.shape) < (1.0 if step == 0 else 0.5), response, x)
     return at
+
+
+def _candidates(grid: InputGrid | None, lower: Tensor, upper: Tensor) -> Tensor:
+    """Values [N, K] that an input may take: ends of the box, and of its cells, away from thresholds."""
+    ends = [lower, upper, (lower + upper) / 2]
+    if grid is not None:
+        first, last = grid.codes(lower, upper)
+        for code in (*(first + k for k in range(CODES)), *(last - k for k in range(CODES))):
+            low, high = grid.cell(torch.minimum(torch.maximum(code, first), last))
+            margin = INSIDE * grid.error(torch.maximum(lower.abs(), upper.abs())) / grid.scale.abs()
+            ends += [low + margin, high - margin]
+    return torch.stack([torch.minimum(torch.maximum(end, lower), upper) for end in ends], 1)
+
+
+def _has_grid(network: tuple[Step, ...]) -> bool:
+    return InputGrid.of(network[0]) is not None
+
+
+def _round(network: tuple[Step, ...], x: Tensor) -> Tensor:
+    """What the network's input quantiser, if it has one, makes of inputs [..., N, K]."""
+    grid = InputGrid.of(network[0])
+    if grid is None:
+        return x.clone()
+    return grid.quantizer(grid.scale[:, None] * x + grid.shift[:, None])
 
 
 def straight_through(steps: tuple[Step, ...], x: Tensor) -> Tensor:
