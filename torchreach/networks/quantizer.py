@@ -84,11 +84,16 @@ class Quantizer(nn.Module):
         """What the codes stand for, float64."""
         return (codes - self.zero_point) * self.scale
 
-    def code_range(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        """Smallest and largest code of any x in [lower, upper], thresholds included on both sides."""
-        low = torch.ceil(lower / self.scale - 0.5)
-        high = torch.floor(upper / self.scale + 0.5)
-        return tuple((end + self.zero_point).clamp(self.lowest, self.highest) for end in (low, high))  # type: ignore
+    def code_range(self, lower: Tensor, upper: Tensor, *, clamped: bool = True) -> tuple[Tensor, Tensor]:
+        """Smallest and largest code of any x in [lower, upper], thresholds included on both sides.
+
+        clamped: whether codes saturate at the ends of their range.
+        """
+        low = torch.ceil(lower / self.scale - 0.5) + self.zero_point
+        high = torch.floor(upper / self.scale + 0.5) + self.zero_point
+        if clamped:
+            low, high = (end.clamp(self.lowest, self.highest) for end in (low, high))
+        return low, high
 
     def cell(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Ends of the closed cell of x with these codes; infinite beyond the last codes."""
