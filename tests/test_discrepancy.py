@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import os
+import signal
 
 import pytest
 import torch
@@ -10,6 +13,13 @@ from torch import Tensor, nn
 
 import torchreach as tr
 from tests.networks import DEVICES, METHODS, random_network, random_pair, rounded_copy
+from tests.test_difference import noisy_copy, pair_of
+from torchreach import portfolio
+from torchreach.bounds import difference
+from torchreach.bounds.hexagon import height
+from torchreach.errors import OptionError, ShapeError
+from torchreach.search import signs
+from torchreach.search.witness import ascend
 
 RADIUS = 0.2
 
@@ -143,3 +153,243 @@ def test_slivers_are_neither_lost_nor_multiplied() -> None:
             found = tr.discrepancy(pair[0], pair[1], stars, tr.Exact(method))
             assert found.regions.tolist() == [regions]
             assert gap <= found.upper.item() <= gap + 1e-9
+
+
+# -- branch and bound, and both in turn ---------------------------------------------------------------------
+
+SEARCHES = [tr.Search("inputs"), tr.Search("signs")]
+by_split = pytest.mark.parametrize("method", SEARCHES, ids=lambda method: method.split)
+
+
+def near_pair(seed: int, inputs: int = 3) -> tuple[nn.Module, nn.Module]:
+    original = random_network(seed, [inputs, 10, 8, 2])
+    return original, rounded_copy(original, 8) if seed % 2 else noisy_copy(original, 1e-3, seed)
+
+
+def hard_pair() -> tuple[nn.Module, nn.Module, tr.StarBatch]:
+    """Far too many regions for a test, and an interval that does not close soon."""
+    original = random_network(7, [12, 40, 40, 2])
+    return original, noisy_copy(original, 3e-2, 7), random_box(7, 12)
+
+
+def assert_holds(found: tr.Discrepancy, original: nn.Module, compressed: nn.Module, stars: tr.StarBatch) -> None:
+    """No sample leaves the interval; witnesses lie in their stars and attain its lower end."""
+    size, n = found.lower.shape
+    networks = [copy.deepcopy(network).double() for network in (original, compressed)]
+    x = stars.sample(3000, seed=1).flatten(0, 1).double()
+    y = differences(networks[0], networks[1], x).reshape(size, -1, n)
+    assert (y.amax(1) <= found.range_upper.double() + 1e-12).all()
+    assert (y.amin(1) >= found.range_lower.double() - 1e-12).all()
+    assert (y.abs().amax(1) <= found.upper.double() + 1e-12).all()
+    assert (found.lower <= found.upper).all()
+    y = differences(networks[0], networks[1], found.witness.flatten(0, 1).double()).reshape(size, n, n)
+    assert (y.diagonal(dim1=1, dim2=2).abs() >= found.lower.double() - 1e-12).all()
+    assert stars.contains(found.witness, tolerance=1e-6).all()
+
+
+@pytest.mark.parametrize("method", ["auto", "search", *SEARCHES], ids=str)
+def test_every_method_gives_the_exact_interval_of_small_pairs(method: str | tr.Search) -> None:
+    for seed in range(4):
+        original, compressed = near_pair(seed)
+        stars = random_box(seed, 3)
+        exact = tr.discrepancy(original, compressed, stars, "exact")
+        found = tr.discrepancy(original, compressed, stars, method)
+        # A linear program of a sliver between two nearly equal cuts can stop short of the last digits.
+        by_signs = method == tr.Search("signs")
+        assert by_signs or found.status == (tr.Status.EXACT,)
+        for name in ("lower", "upper", "range_lower", "range_upper"):
+            close = 1e-4 if by_signs else 1e-6
+            torch.testing.assert_close(getattr(found, name), getattr(exact, name), atol=close, rtol=0)
+        assert_holds(found, original, compressed, stars)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["auto", "search", *SEARCHES], ids=str)
+def test_nothing_leaves_the_interval_of_a_search_that_ended_early(method: str | tr.Search, dtype: torch.dtype) -> None:
+    for seed in range(12):
+        original, compressed, inputs = random_pair(seed + 700)
+        original, compressed = original.to(dtype), compressed.to(dtype)
+        g = torch.Generator().manual_seed(seed)
+        lower = torch.randn(2, inputs, generator=g, dtype=dtype)
+        stars = tr.StarBatch.from_box(lower, lower + torch.rand(2, inputs, generator=g, dtype=dtype))
+        found = tr.discrepancy(original, compressed, stars, method, budget=tr.Budget(stars=3))
+        assert_holds(found, original, compressed, stars)
+        if found.stats.fallback:
+            continue
+        pair = pair_of(copy.deepcopy(original).double(), copy.deepcopy(compressed).double(), (inputs,))
+        for s, (low, high) in enumerate(zip(stars.lower.double(), stars.upper.double(), strict=True)):
+            attack = ascend(pair, low[None], high[None], starts=4, seed=seed).lower
+            assert (attack[0] <= found.range_upper[s]).all()
+            assert (-attack[1] >= found.range_lower[s]).all()
+
+
+@by_split
+def test_stars_with_constraints_and_maps_are_searched_as_they_are(method: tr.Search) -> None:
+    for seed in range(3):
+        original, compressed = near_pair(seed)
+        g = torch.Generator().manual_seed(seed)
+        box = tr.StarBatch.from_box(-torch.ones(2).double(), torch.ones(2).double())
+        stars = box.affine_map(torch.randn(3, 2, generator=g).double() * 0.2, torch.randn(3, generator=g).double())
+        normal = torch.randn(2, 3, generator=g).double()
+        centre = stars.center[0]
+        stars = stars.intersect(normal, normal @ centre + torch.tensor([0.02, 0.3]).double())
+        exact = tr.discrepancy(original, compressed, stars, "exact")
+        found = tr.discrepancy(original, compressed, stars, method, budget=tr.Budget(seconds=0.5))
+        assert_holds(found, original, compressed, stars)
+        assert (found.range_upper >= exact.range_upper - 1e-6).all()
+        assert (found.range_lower <= exact.range_lower + 1e-6).all()
+        assert (found.lower <= exact.upper + 1e-9).all()
+        if method.split == "inputs":  # the constraints cut boxes, and the engine that finishes them knows them
+            torch.testing.assert_close(found.upper, exact.upper, atol=1e-6, rtol=0)
+
+
+def test_image_stars_and_convolutions_are_searched() -> None:
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)).double()
+    compressed = rounded_copy(original, 32)
+    mask = torch.zeros(1, 3, 3, dtype=torch.bool)
+    mask[0, :2, :2] = True
+    stars = tr.StarBatch.from_image(torch.rand(2, 1, 3, 3).double(), 0.4, mask)
+    exact = tr.discrepancy(original, compressed, stars, "exact")
+    found = tr.discrepancy(original, compressed, stars, "search")
+    assert found.stats.method == "inputs"
+    torch.testing.assert_close(found.upper, exact.upper, atol=1e-6, rtol=0)
+    assert found.witness.shape == exact.witness.shape
+    assert_holds(found, original, compressed, stars)
+
+
+def test_a_tolerance_ends_the_work_early() -> None:
+    original, compressed, stars = hard_pair()
+    first = tr.discrepancy(original, compressed, stars, "search", budget=tr.Budget(stars=1))
+    wanted = 0.9 * float((first.upper - first.lower).max())
+    found = tr.discrepancy(original, compressed, stars, "search", tolerance=wanted)
+    assert (found.upper - found.lower).max() <= wanted
+    finer = tr.discrepancy(original, compressed, stars, tolerance=0.7 * wanted)
+    assert (finer.upper - finer.lower).max() <= 0.7 * wanted
+    assert first.stats.branches < found.stats.branches < finer.stats.branches
+    assert_holds(finer, original, compressed, stars)
+
+
+@pytest.mark.parametrize("budget", [tr.Budget(seconds=0.3), tr.Budget(memory=1e5), tr.Budget(stars=50)], ids=str)
+def test_a_spent_budget_is_an_answer(budget: tr.Budget) -> None:
+    original, compressed, stars = hard_pair()
+    found = tr.discrepancy(original, compressed, stars, tr.Search(), budget=budget)
+    assert found.status == (tr.Status.BOUNDED,)
+    assert_holds(found, original, compressed, stars)
+
+
+def test_each_star_of_a_batch_has_its_own_status() -> None:
+    original, compressed, hard = hard_pair()
+    low, high = hard.lower[0], hard.upper[0]
+    point = (low + high) / 2
+    stars = tr.StarBatch.from_box(torch.stack((low, point)), torch.stack((high, point + 1e-4)))
+    found = tr.discrepancy(original, compressed, stars, budget=tr.Budget(seconds=2))
+    assert found.status == (tr.Status.BOUNDED, tr.Status.EXACT)
+    assert_holds(found, original, compressed, stars)
+
+
+@pytest.mark.parametrize("method", ["auto", "search"])
+def test_ctrl_c_returns_the_interval_so_far(method: str) -> None:
+    original, compressed, stars = hard_pair()
+    seen: list[tr.Progress] = []
+
+    def stop(progress: tr.Progress) -> None:
+        seen.append(progress)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    found = tr.discrepancy(original, compressed, stars, method, progress=stop)
+    assert found.status == (tr.Status.BOUNDED,)
+    assert found.stats.seconds < 30
+    assert_holds(found, original, compressed, stars)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_progress_of_a_search_only_narrows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(portfolio, "REPORT_SECONDS", 0)
+    original, compressed, stars = hard_pair()
+    seen: list[tr.Progress] = []
+    found = tr.discrepancy(original, compressed, stars, "search", budget=tr.Budget(seconds=1), progress=seen.append)
+    assert len(seen) > 1
+    for before, after in itertools.pairwise(seen):
+        assert (after.upper <= before.upper).all()
+        assert (after.lower >= before.lower).all()
+        assert (after.attained_upper >= before.attained_upper).all()
+        assert after.done > before.done
+    assert (found.range_upper <= seen[-1].upper).all()
+
+
+def test_turns_grow_until_one_method_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(portfolio, "FIRST_SECONDS", 1e-3)
+    original = random_network(3, [4, 24, 24, 2])
+    compressed = noisy_copy(original, 1e-2, 3)
+    stars = random_box(3, 4)
+    found = tr.discrepancy(original, compressed, stars)
+    exact = tr.discrepancy(original, compressed, stars, "exact")
+    assert found.status == (tr.Status.EXACT,)
+    assert found.stats.method == "vertices + inputs"
+    torch.testing.assert_close(found.upper, exact.upper, atol=1e-6, rtol=0)
+
+
+def test_sets_of_very_many_regions_are_searched_first() -> None:
+    original, compressed, stars = hard_pair()
+    wide = tr.StarBatch.from_box(stars.lower - 3, stars.upper + 3)
+    found = tr.discrepancy(original, compressed, wide, budget=tr.Budget(seconds=1))
+    assert found.stats.method.startswith("signs")
+    small = tr.discrepancy(*near_pair(0), random_box(0, 3), budget=tr.Budget(seconds=60))
+    assert small.stats.method == "vertices"
+
+
+@pytest.mark.parametrize("method", ["auto", "search"])
+def test_networks_of_two_architectures_are_enumerated_and_the_result_says_so(
+    method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    original, other = random_network(0, [3, 8, 2]), random_network(1, [3, 5, 5, 2])
+    stars = random_box(0, 3)
+    found = tr.discrepancy(original, other, stars, method)
+    assert "one architecture" in found.stats.fallback
+    assert found.stats.method == "vertices"
+    exact = tr.discrepancy(original, other, stars, tr.Exact())
+    assert torch.equal(found.upper, exact.upper)
+    assert ("one architecture" in caplog.text) == (method == "search")
+    assert tr.discrepancy(*near_pair(0), stars).stats.fallback == ""
+
+
+@by_split
+def test_a_planted_wrong_slope_is_caught(method: tr.Search, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The soundness checks above can fail: heights a little too low put true values outside the interval."""
+    original = random_network(1, [3, 12, 12, 2])
+    compressed = noisy_copy(original, 1e-2, 1)
+    stars = tr.StarBatch.from_box(-torch.ones(3).double(), torch.ones(3).double())
+
+    def search() -> tr.Discrepancy:
+        return tr.discrepancy(original, compressed, stars, method, budget=tr.Budget(stars=600))
+
+    assert_holds(search(), original, compressed, stars)
+
+    def low(*args, **kwargs):
+        value, at = height(*args, **kwargs)
+        return value - 0.02, at
+
+    for module in (difference, signs):
+        monkeypatch.setattr(module, "height", low)
+    with pytest.raises(AssertionError):
+        assert_holds(search(), original, compressed, stars)
+
+
+def test_wrong_input_is_named() -> None:
+    original, compressed = near_pair(0)
+    stars = random_box(0, 3)
+    for method, message in (
+        ("best", "method must be one of auto, exact, search, got 'best'"),
+        (3, r"method must be a name, Exact\(...\) or Search\(...\), got 3"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            tr.discrepancy(original, compressed, stars, method)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="tolerance must be positive or None, got 0"):
+        tr.discrepancy(original, compressed, stars, tolerance=0)
+    with pytest.raises(OptionError, match=r"Search.split must be one of auto, inputs, signs, got 'both'"):
+        tr.Search("both")
+    for method in ("auto", "search"):
+        with pytest.raises(ShapeError):
+            tr.discrepancy(original, compressed, random_box(0, 4), method)

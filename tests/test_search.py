@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from fractions import Fraction
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 import torchreach as tr
 from tests.networks import DEVICES, acasxu_pair, cases, random_network, rounded_copy
 from tests.test_difference import boxes, layers_at, noisy_copy, pair_of, samples
+from tests.test_scales import exactly
 from torchreach.bounds.difference import Backward, difference_bounds
 from torchreach.bounds.hexagon import Hexagon
 from torchreach.errors import OptionError, ShapeError
 from torchreach.search.boxes import search_boxes
-from torchreach.search.result import Question, SearchResult, latest
+from torchreach.search.result import Constraints, Question, SearchResult, latest
 from torchreach.search.signs import Branches, Dual, Reduced, choose, search_signs
 from torchreach.search.witness import ascend
 
@@ -232,3 +234,83 @@ def test_wrong_questions_are_named() -> None:
     for search in SEARCHES:
         with pytest.raises(ShapeError, match=r"one box.*\[3\]; got \(2, 3\)"):
             next(search(pair, torch.zeros(2, 3), torch.ones(2, 3)))
+
+
+def test_replays_are_within_their_error_in_rational_arithmetic() -> None:
+    for seed, noise in enumerate((0.0, 1e-6, 1e-1)):
+        original = random_network(seed, [3, 30, 30, 2])
+        compressed = noisy_copy(original, noise, seed)
+        lower, upper = boxes(seed, 1, 3)
+        x = samples(lower, upper, 12, seed)[:, 0]
+        y, error = pair_of(original, compressed, (3,)).evaluate(x)
+        assert error.max() < 1e-9
+        for point, row, off in zip(x, y.tolist(), error.tolist(), strict=True):
+            true = [a - b for a, b in zip(exactly(original, point), exactly(compressed, point), strict=True)]
+            assert all(abs(Fraction(v) - t) <= Fraction(e) for v, t, e in zip(row, true, off, strict=True))
+
+
+def test_boxes_that_a_finisher_bounds_are_not_halved() -> None:
+    original = random_network(1, [2, 8, 8, 2])
+    pair = pair_of(original, noisy_copy(original, 1e-2, 1), (2,))
+    lower, upper = torch.full((2,), -1.0).double(), torch.ones(2).double()
+    alone = latest(search_boxes(pair, lower, upper, Question("signed", 1e-5)), seconds=20.0)
+    calls = []
+
+    def finish(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        assert (low <= high).all()
+        calls.append(len(low))
+        return alone.upper.expand(len(low), -1, -1), alone.witness.expand(len(low), -1, -1, -1)
+
+    state = next(search_boxes(pair, lower, upper, Question("signed", 1e-4), finish=finish))
+    assert calls == [1]
+    assert state.closed
+    assert (state.upper <= alone.upper).all()
+    assert (state.lower - alone.lower).abs().max() < 1e-12
+
+
+@BOTH
+def test_a_search_without_memory_ends_open_and_valid(search) -> None:
+    original = random_network(1, [4, 16, 16, 2])
+    pair = pair_of(original, noisy_copy(original, 1e-1, 1), (4,))
+    lower, upper = -torch.ones(4).double(), torch.ones(4).double()
+    states = list(search(pair, lower, upper, memory=1, batch=4))
+    assert len(states) == 1
+    assert not states[0].closed
+    y, error = pair.evaluate(samples(lower[None], upper[None], 20_000, 0)[:, 0])
+    assert ((y - error).amax(0) <= states[0].upper[0]).all()
+
+
+@BOTH
+def test_a_signed_search_closes_the_larger_sides_first(search) -> None:
+    original = random_network(4, [2, 6, 5, 3])
+    pair = pair_of(original, noisy_copy(original, 1e-2, 4), (2,))
+    lower, upper = torch.full((2,), -0.6).double(), torch.full((2,), 0.6).double()
+    outputs = Question("outputs", 1e-3)
+    for state in search(pair, lower, upper, Question("signed", 1e-3), batch=2):
+        first = bool((state.upper <= outputs.enough(state.lower)).all())
+        if first or state.closed:
+            break
+    assert first
+    assert not state.closed
+
+
+def test_constraints_cut_boxes_and_pull_points() -> None:
+    half = Constraints(torch.tensor([[1.0, 1.0]]).double(), torch.tensor([1.0]).double(), torch.zeros(2).double())
+    low, high = torch.tensor([[0.6, 0.6], [0.4, 0.4]]).double(), torch.ones(2, 2).double()
+    assert half.miss(low, high).tolist() == [True, False]
+    pulled = half.pull(torch.tensor([[2.0, 0.0], [0.25, 0.25], [-9.0, 3.0]]).double())
+    assert pulled.tolist() == [[1.0, 0.0], [0.25, 0.25], [-9.0, 3.0]]
+
+
+@BOTH
+def test_only_one_side_counts_where_one_is_asked_for(search) -> None:
+    original = random_network(2, [2, 6, 5, 2])
+    pair = pair_of(original, noisy_copy(original, 1e-2, 2), (2,))
+    lower, upper = torch.full((2,), -0.5).double(), torch.full((2,), 0.5).double()
+    full = latest(search(pair, lower, upper, Question("signed", 1e-4)), seconds=20.0)
+    assert full.closed
+    state = latest(search(pair, lower, upper, Question("above", 1e-4)), seconds=20.0)
+    assert state.closed
+    assert state.branches <= full.branches
+    assert float(state.upper[0].max() - full.lower[0].max()) <= 2e-4
+    assert (state.upper >= full.lower - 1e-12).all()

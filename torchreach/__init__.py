@@ -4,6 +4,7 @@ Batched star-set reachability in PyTorch. See README.md for a tour.
 """
 
 from torchreach.discrepancy import discrepancy
+from torchreach.equivalence import equivalent
 from torchreach.errors import TorchreachError, UncalibratedWarning
 from torchreach.lp.certify import Certification, certify
 from torchreach.lp.mixed_integer import MixedIntegerResult, mixed_integer_discrepancy
@@ -16,7 +17,9 @@ from torchreach.options import Budget, Exact, Search
 from torchreach.reach.api import reach
 from torchreach.repair import RepairOptions, Target, repair
 from torchreach.results import (
+    Answer,
     Discrepancy,
+    Equivalence,
     Progress,
     ReachResult,
     ReachStats,
@@ -30,10 +33,12 @@ from torchreach.tolerances import Tolerances
 __version__ = "0.1.0"
 
 __all__ = [
+    "Answer",
     "Budget",
     "Certification",
     "Comparison",
     "Discrepancy",
+    "Equivalence",
     "Exact",
     "MergedLinear",
     "MergedNetwork",
@@ -54,6 +59,7 @@ __all__ = [
     "UncalibratedWarning",
     "certify",
     "discrepancy",
+    "equivalent",
     "load",
     "load_int8",
     "merge",

@@ -1,10 +1,10 @@
 """Exact enumeration and branch and bound on one comparison of two networks, star by star.
 
 Method: Enumeration is fastest where a star has few regions, branch and bound where it has many, and nobody knows
-    before. Points of a star show how many regions it has at least: where nearly all points lie in regions of their own,
+    before. Points of a star show how many regions it has at least: where most of them lie in regions of their own,
     the search goes first, else enumeration. Without a limit they then take turns, each turn `GROWTH` times as
     long as the one before, so that the whole takes at most a fixed multiple of what the better one takes alone;
-    a budget of seconds is shared. What both certify is intersected.
+    a budget of seconds is halved between them. What both certify is intersected.
 Property: anytime. A star's interval is valid at any moment and only shrinks.
 Requirement: branch and bound needs two networks of one architecture; others are enumerated, and the statistics say so.
 
@@ -38,8 +38,11 @@ log = logging.getLogger(__name__)
 
 FIRST_SECONDS, GROWTH = 5.0, 4.0  # of a turn, without a budget of seconds
 REPORT_SECONDS = 0.2
-# Of this many points of a star, nearly all lie in regions of their own: it has some ten thousand regions at least.
-POINTS, APART = 2048, 0.95
+# Share of this many points of a star that lie in regions of their own, from which it is searched first: it has some
+# ten thousand regions at least, or (linear programs are slower) some thousand.
+POINTS = 2048
+EASY = 0.02
+APART = {"vertices": 0.95, "programs": 0.5}
 # Batches are looked at by points up to this many stars, and numbers.
 MOST_STARS, MOST_NUMBERS = 64, 2**25
 ROOT_POINTS = 32
@@ -68,11 +71,11 @@ def compare(
     with first_interrupt() as interrupted:
         run = _Run(original, compressed, stars, question, budget, tolerances, progress, interrupted)
         if isinstance(method, Exact):
-            run.enumerate(method, budget.seconds)
+            run.enumerate(method, budget.seconds, run.enumerable)
         elif run.pair is None:
             if method is not None:
                 log.warning("no branch and bound: %s; the regions are enumerated instead", run.fallback)
-            run.enumerate(Exact(), budget.seconds)
+            run.enumerate(Exact(), budget.seconds, run.enumerable)
         elif method is not None:
             run.search(method, budget.seconds)
         else:
@@ -141,32 +144,30 @@ class _Run:
 
     def take_turns(self) -> None:
         """Both methods in turn, until all stars are done or the budget is spent."""
-        seconds = self.budget.seconds
-        search_first = self.question != Question("signed") or self._many_regions()
+        seconds, everything = self.budget.seconds, torch.ones_like(self.enumerated)
+        # A tolerance or a threshold may be met long before the regions are enumerated.
+        first = self._few_regions() if self.question == Question("signed") else []
         if seconds is not None or self.budget.stars is not None:
-            turns = ("search", "enumerate") if search_first else ("enumerate", "search")
-            for i, turn in enumerate(turns):
-                left = None if seconds is None else seconds - self.elapsed
-                if turn == "search":
-                    self.search(Search(), left)
-                else:
-                    self.enumerate(self._engine(), left if i or left is None else left / 2)
+            for few in first:
+                self.enumerate(self._engine(), seconds and (seconds - self.elapsed) / 2, few)
+            self.search(Search(), seconds and seconds - self.elapsed)
+            self.enumerate(self._engine(), seconds and seconds - self.elapsed, everything)
             return
         share = FIRST_SECONDS
         while not self.interrupted and (self.open(self.enumerable) or self.open(self.searchable)):
-            if not search_first:
-                self.enumerate(self._engine(first=share == FIRST_SECONDS), share)
+            for few in first:
+                self.enumerate(self._engine(first=share == FIRST_SECONDS), share, few)
             self.search(Search(), share * len(self.open(self.searchable)))
-            search_first = False
+            first = [everything]
             share *= GROWTH
 
     def _engine(self, *, first: bool = False) -> Exact:
         # auto_LiRPA costs seconds to load, which a short turn does not have.
         return Exact(root_bounds="zonotope" if first or self.stars.dim <= VERTEX_DIM else "auto")
 
-    def enumerate(self, method: Exact, seconds: float | None) -> None:
-        """Exact reach of all open stars at once."""
-        open_ = self.open(self.enumerable)
+    def enumerate(self, method: Exact, seconds: float | None, among: Tensor) -> None:
+        """Exact reach of all open stars at once, of those in the mask `among` [S]."""
+        open_ = self.open(self.enumerable & among)
         if not open_ or self.interrupted or (seconds is not None and seconds <= 0):
             return
         index = torch.tensor(open_, device=self.stars.device)
@@ -247,11 +248,14 @@ class _Run:
         rows = torch.arange(len(index), device=index.device)[:, None, None]
         self._take(index, best, self.upper[index], points[rows, at].unflatten(3, self.stars.shape))
 
-    def _many_regions(self) -> bool:
-        """Whether some open star has far too many regions to enumerate, as its points show."""
+    def _few_regions(self) -> list[Tensor]:
+        """Masks [S] of stars that may have few enough regions to enumerate, as far as their points show.
+
+        The easiest come in a mask of their own, so that they do not wait for others of their batch.
+        """
         size = self.stars.basis[0, 0].numel()
         if self.pair is None or len(self.stars) > MOST_STARS or POINTS * size * len(self.stars) > MOST_NUMBERS:
-            return False
+            return [torch.ones_like(self.enumerated)]
         x = self.stars.sample(POINTS).flatten(2).to(COMPUTE_DTYPE)
         g = torch.Generator().manual_seed(0)
         key = torch.zeros_like(x[..., 0])
@@ -259,7 +263,8 @@ class _Run:
             x = (x @ W.T + b).clamp(min=0)
             key = key + (x > 0).to(x) @ torch.rand(len(b), generator=g, dtype=x.dtype).to(x.device)
         key = key.sort(1).values
-        return bool(((key[:, 1:] != key[:, :-1]).double().mean(1) >= APART).any())
+        apart = (key[:, 1:] != key[:, :-1]).double().mean(1)
+        return [apart < EASY, apart < APART["vertices" if self.stars.dim <= VERTEX_DIM else "programs"]]
 
     # -- results ----------------------------------------------------------------------------------------
 

@@ -159,6 +159,45 @@ class Discrepancy:
         return bool((self.upper <= torch.as_tensor(tolerance, device=self.upper.device)).all())
 
 
+class Answer(enum.Enum):
+    """Answer to whether two networks are equivalent on an input star."""
+
+    EQUIVALENT = "equivalent"  # certified for every input of the star
+    NOT_EQUIVALENT = "not equivalent"  # a witness shows it
+    UNKNOWN = "unknown"  # the budget ended first, or numerical limits left a gap
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """Whether two networks agree on input stars: to within `epsilon`, or in their label.
+
+    Attributes:
+        answer: per input star.
+        lower, upper: [S] certified interval. To within epsilon: around max over inputs and outputs of |y1 - y2|.
+            Labels: around the largest lead that any output has over output `label`, in either network; a
+            negative `upper` shows that all inputs have this label.
+        witness: [S, *input shape] where `answer` is NOT_EQUIVALENT, an input that shows it, replayed through both
+            networks; else the input that attains `lower`.
+        label: [S] the original's label at a point of the star; None where labels were not asked for.
+        epsilon: what was asked for; None where labels were.
+        branches: bounds of sub-problems taken by searches.
+        seconds: what it took.
+    """
+
+    answer: tuple[Answer, ...]
+    lower: Tensor
+    upper: Tensor
+    witness: Tensor
+    label: Tensor | None
+    epsilon: float | None
+    branches: int
+    seconds: float
+
+    def count(self, answer: Answer) -> int:
+        """Number of stars with this answer."""
+        return self.answer.count(answer)
+
+
 @dataclass(frozen=True)
 class RepairStep:
     """One iteration of the repair loop; iteration 0 is the compressed network as given."""

@@ -1,0 +1,292 @@
+"""Are two networks equivalent on a set of inputs? To within epsilon, or in the label they give.
+
+    epsilon:  |y1_n - y2_n| <= epsilon for every output n and input x          `portfolio`, with a threshold
+    top1:     argmax y1(x) = argmax y2(x) for every input x
+
+Method for labels: with c the label at one point, both networks give c everywhere if no output has a lead over c,
+
+    max over x and j of  y_j - y_c  <  0     in either network,
+
+which is a search of its own for each network, as the difference of y_j - y_c from a network that is zero. Where labels
+change inside the star, they change on nearly the same surface in both networks. Between two inputs of different
+labels, bisection finds where each network changes; in between, their labels differ.
+
+Property: sound; complete for labels only where the label does not change inside the star.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from torchreach.deployed import deployed_discrepancy, rounds
+from torchreach.errors import OptionError, ShapeError, UnsupportedLayerError
+from torchreach.networks.layers import Reshape
+from torchreach.networks.merge import merge
+from torchreach.networks.steps import Step, steps
+from torchreach.options import Budget, Exact, Search
+from torchreach.portfolio import compare
+from torchreach.reach.api import reach, replay
+from torchreach.reach.memory import default_budget
+from torchreach.reach.threads import first_interrupt
+from torchreach.results import Answer, Discrepancy, Equivalence
+from torchreach.search.result import Question, SearchResult
+from torchreach.sets.star import StarBatch
+from torchreach.star_search import StarSearch, pair_of
+from torchreach.tolerances import COMPUTE_DTYPE, Tolerances, round_down, round_up
+
+log = logging.getLogger(__name__)
+
+SAMPLES = 256
+BISECTIONS = 60
+# Closes once a lead is certainly negative.
+NEGATIVE = -torch.finfo(COMPUTE_DTYPE).tiny
+
+
+def equivalent(
+    original: nn.Module,
+    compressed: nn.Module,
+    stars: StarBatch,
+    epsilon: float | None = None,
+    *,
+    top1: bool = False,
+    budget: Budget | None = None,
+    tolerances: Tolerances | None = None,
+) -> Equivalence:
+    """Whether two networks agree on every input of each star: to within `epsilon`, or (`top1`) in their label.
+
+    Args:
+        original, compressed: networks of supported layers with equal input and output sizes.
+        stars: input stars [S] of the networks' input shape.
+        epsilon: bound on |y1 - y2| for every output; give this or `top1`.
+        top1: whether the largest output is the same one.
+        budget, tolerances: as in `discrepancy`. Ctrl-C ends it as a spent budget does.
+
+    Guarantee: EQUIVALENT is certified for the networks as real-valued functions of their weights (deployed networks:
+    as `discrepancy` says); NOT_EQUIVALENT comes with a witness, replayed with a bound on its rounding.
+
+    Raises: as `discrepancy`; OptionError: not exactly one of `epsilon` and `top1`, or a negative epsilon.
+        UnsupportedLayerError: `top1` of networks that round activations.
+    """
+    if (epsilon is None) != top1:
+        given = "both" if top1 else "neither"
+        raise OptionError(f"equivalent needs either epsilon or top1=True, got {given}")
+    if not isinstance(stars, StarBatch):
+        raise ShapeError(f"two networks are compared on a torchreach.StarBatch, got {type(stars).__name__}")
+    budget, tolerances = budget or Budget(), tolerances or Tolerances()
+    shape = None if len(stars.shape) == 1 else stars.shape
+    deployed = rounds(original, shape) or rounds(compressed, shape)
+    if epsilon is None:
+        if deployed:
+            raise UnsupportedLayerError(
+                "top1 needs networks that do not round activations: compare torchreach.weight_only(network), or ask "
+                "for an epsilon"
+            )
+        with torch.no_grad(), first_interrupt() as interrupted:
+            return _Labels(original, compressed, stars, budget, interrupted).run()
+    if not 0 <= epsilon < math.inf:
+        raise OptionError(f"epsilon must be a number >= 0, got {epsilon!r}")
+    if deployed:
+        found = deployed_discrepancy(original, compressed, stars, budget, tolerances)
+    else:
+        question = Question("largest", min(1e-6, max(1e-9, 1e-3 * epsilon)), epsilon)
+        found = compare(
+            original, compressed, stars, None, question, budget=budget, tolerances=tolerances, progress=None
+        )
+    return _within(found, epsilon)
+
+
+def _within(found: Discrepancy, epsilon: float) -> Equivalence:
+    """Answers from certified intervals."""
+    lower, upper = found.max_lower, found.max_upper
+    rows = torch.arange(len(lower), device=lower.device)
+    return Equivalence(
+        answer=_answers((upper.double() <= epsilon).tolist(), (lower.double() > epsilon).tolist()),
+        lower=lower,
+        upper=upper,
+        witness=found.witness[rows, found.lower.argmax(1)],
+        label=None,
+        epsilon=epsilon,
+        branches=found.stats.branches,
+        seconds=found.stats.seconds,
+    )
+
+
+def _answers(yes: list[bool], no: list[bool]) -> tuple[Answer, ...]:
+    return tuple(
+        Answer.EQUIVALENT if y else Answer.NOT_EQUIVALENT if n else Answer.UNKNOWN for y, n in zip(yes, no, strict=True)
+    )
+
+
+@dataclass
+class _Labels:
+    """The same-label question, star by star."""
+
+    original: nn.Module
+    compressed: nn.Module
+    stars: StarBatch
+    budget: Budget
+    interrupted: list[int]
+
+    def __post_init__(self) -> None:
+        self.began = time.monotonic()
+        stars = self.stars
+        merge(self.original, self.compressed, None if len(stars.shape) == 1 else stars.shape)  # refuses wrong input
+        self.networks = tuple(
+            steps(network, stars.shape, dtype=COMPUTE_DTYPE, device=stars.device)
+            for network in (self.original, self.compressed)
+        )
+        self.outputs = self.networks[0][-1].features
+        if self.outputs < 2:
+            raise ShapeError("top1 needs networks of at least two outputs, got one")
+        self.branches = 0
+
+    def run(self) -> Equivalence:
+        size, stars = len(self.stars), self.stars
+        points = stars.sample(SAMPLES)  # in the stars' dtype, as witnesses are
+        value, error = zip(*(replay(network, points.flatten(0, 1)) for network in self.networks), strict=True)
+        first = value[0].reshape(size, SAMPLES, -1)[:, 0]
+        self.label = first.argmax(1)
+        self.lower = torch.full((size,), -torch.inf, dtype=COMPUTE_DTYPE, device=stars.device)
+        self.upper = -self.lower
+        self.witness = points[:, 0].clone()
+        self.lower = torch.stack([
+            _lead(y - e, y + e, self.label.repeat_interleave(SAMPLES)).reshape(size, SAMPLES).amax(1)
+            for y, e in zip(value, error, strict=True)
+        ]).amax(0)  # fmt: skip
+        same = self._same_network()
+        yes, no = [same] * size, [False] * size
+        for s in range(size) if not same else ():
+            if self.interrupted:
+                break
+            end = None if self.budget.seconds is None else self.began + self.budget.seconds * (s + 1) / size
+            found = self._differ(s, points[s])
+            if found is None:
+                yes[s], reached = self._constant(s, end)
+                found = None if reached is None else self._differ(s, torch.cat((points[s], reached)))
+            if found is not None:
+                no[s] = True
+                self.witness[s] = found
+        return Equivalence(
+            answer=_answers(yes, no),
+            lower=round_down(self.lower, stars.dtype),
+            upper=round_up(self.upper, stars.dtype),
+            witness=self.witness,
+            label=self.label,
+            epsilon=None,
+            branches=self.branches,
+            seconds=time.monotonic() - self.began,
+        )
+
+    def _same_network(self) -> bool:
+        try:
+            pair = pair_of(self.original, self.compressed, self.stars.shape, self.stars.device)
+        except (ShapeError, UnsupportedLayerError):
+            return False
+        return pair.shared == pair.depth
+
+    def _constant(self, s: int, end: float | None) -> tuple[bool, Tensor | None]:
+        """Whether both networks give the star's label everywhere; and inputs [B, *shape] that show another."""
+        star, label = self.stars.select([s]), int(self.label[s])
+        tops, others = [], []
+        for i, network in enumerate((self.original, self.compressed)):
+            now = time.monotonic()
+            until = None if end is None else now + (end - now) / (2 - i)
+            lower, upper, x = self._leads(network, star, label, now if others else until)
+            tops.append(upper)
+            if lower > float(self.lower[s]):
+                self.lower[s], self.witness[s] = lower, x
+            if lower >= 0:
+                others.append(x)
+        self.upper[s] = max(*tops, float(self.lower[s]))
+        return bool(self.upper[s] < 0), torch.stack(others) if others else None
+
+    def _leads(
+        self, network: nn.Module, star: StarBatch, label: int, until: float | None
+    ) -> tuple[float, float, Tensor]:
+        """Interval around the largest lead over `label`, and an input that attains its lower end."""
+        lead, zero = (self._compared(network, label, scale) for scale in (1.0, 0.0))
+        memory = self.budget.memory or default_budget(star.device)
+        question = Question("above", threshold=NEGATIVE)
+        try:
+            work = StarSearch(lead, zero, star, question, Search(), memory=memory, alone=True)
+        except UnsupportedLayerError as error:
+            log.info("no difference bounds: %s", error)
+            left = None if until is None else max(until - time.monotonic(), 1e-3)
+            found = reach(
+                lead, star, Exact(), budget=Budget(left, self.budget.stars, self.budget.memory), keep_stars=False
+            )
+            at = int(found.attained_upper[0].argmax())
+            return float(found.attained_upper.max()), float(found.upper.max()), found.argmax[0, at]
+
+        def enough(state: SearchResult) -> bool:
+            spent = until is not None and time.monotonic() >= until
+            spent |= self.budget.stars is not None and state.branches >= self.budget.stars
+            return bool(self.interrupted) or spent or state.closed or float(state.lower[0].max()) >= 0
+
+        work.run(enough)
+        state = work.state
+        assert state is not None
+        self.branches += state.branches
+        x = work.space.features(state.witness[0, state.lower[0].argmax()]).to(star.dtype)
+        y, error = replay(steps(lead, star.shape, dtype=COMPUTE_DTYPE, device=star.device), x[None])
+        return float((y - error).max()), float(state.upper[0].max()), x
+
+    def _compared(self, network: nn.Module, label: int, scale: float) -> nn.Module:
+        """The leads of all other outputs over `label`, times `scale`."""
+        others = [i for i in range(self.outputs) if i != label]
+        layer = nn.Linear(self.outputs, len(others), bias=False, dtype=COMPUTE_DTYPE, device=self.stars.device)
+        with torch.no_grad():
+            layer.weight.zero_()
+            layer.weight[torch.arange(len(others)), others] = scale
+            layer.weight[:, label] = -scale
+        return nn.Sequential(network, Reshape((self.outputs,)), layer)
+
+    def _differ(self, s: int, points: Tensor) -> Tensor | None:
+        """An input at which the labels certainly differ, looked for at points [B, *shape] and between them."""
+        points = points.to(COMPUTE_DTYPE)
+        labels = [replay(network, points)[0].argmax(1) for network in self.networks]
+        here = (labels[0] == self.label[s]) & (labels[1] == self.label[s])
+        other = (labels[0] != self.label[s]) & (labels[1] != self.label[s])
+        if bool(here.any()) and bool(other.any()):
+            inside, outside = points[here], points[other]
+            count = max(len(inside), len(outside))
+            a, b = (part[torch.arange(count, device=part.device) % len(part)] for part in (inside, outside))
+            shape = (-1, *[1] * (points.ndim - 1))
+            crossing = [self._crossing(network, a, b, int(self.label[s])) for network in self.networks]
+            points = torch.cat((points, a + ((crossing[0] + crossing[1]) / 2).reshape(shape) * (b - a)))
+        points = points.to(self.stars.dtype)
+        (label1, sure1), (label2, sure2) = (_label(network, points) for network in self.networks)
+        sure = torch.where(label1 != label2, torch.minimum(sure1, sure2), -torch.inf)
+        best = sure.argmax()
+        return points[best] if float(sure[best]) > 0 else None
+
+    @staticmethod
+    def _crossing(network: tuple[Step, ...], a: Tensor, b: Tensor, label: int) -> Tensor:
+        """Shares t [B] of the way from a to b at which the label stops being `label`."""
+        low, high = (torch.full((len(a),), end, dtype=a.dtype, device=a.device) for end in (0.0, 1.0))
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            x = a + middle.reshape(-1, *[1] * (a.ndim - 1)) * (b - a)
+            still = replay(network, x)[0].argmax(1) == label
+            low, high = torch.where(still, middle, low), torch.where(still, high, middle)
+        return (low + high) / 2
+
+
+def _lead(low: Tensor, high: Tensor, label: Tensor) -> Tensor:
+    """[B] certain lead of any other output over `label` [B], for outputs between low and high [B, N]."""
+    own = high.gather(1, label[:, None])
+    return (low.scatter(1, label[:, None], -torch.inf) - own).amax(1)
+
+
+def _label(network: tuple[Step, ...], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels [B] at inputs [B, *shape], and by how much they certainly lead."""
+    y, error = replay(network, x)
+    label = y.argmax(1)
+    others = (y + error).scatter(1, label[:, None], -torch.inf).amax(1)
+    return label, (y - error).gather(1, label[:, None])[:, 0] - others
