@@ -1,0 +1,208 @@
+"""Branch and bound on the difference of two networks: how tight after how many seconds.
+
+mnist: the MNIST pair, all 784 pixels within eps, clipped to [-1, 1]: certified bound over largest value attained.
+acasxu: ACAS Xu networks and their float16 copies on the property boxes: seconds until max |y1 - y2| <= epsilon is
+    certified.
+int8: the same boxes with int8 weights: the interval when the seconds are over.
+cases: the recorded pairs: seconds until the search closes to 1e-6, beside exact enumeration, against recorded ranges.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from torch import nn
+
+import torchreach as tr
+from benchmarks import common, exact_mnist
+
+IMAGES, EPS = (0, 3, 7), (0.02, 0.05, 0.1)
+NETWORKS = tuple(f"1_{i}" for i in range(1, 10))
+INT8_NETWORKS = ("1_1", "1_5")
+PROPERTIES = (1, 2, 3, 4)
+EPSILONS = (0.05, 0.01)
+CLOSED = 1e-6
+# Recorded ranges come from tools without error bounds.
+TOLERANCE = 1e-7
+COLUMNS = {
+    "mnist": ("image", "eps", "one pass", "upper", "attained", "upper / attained", "branches", "CPU s"),
+    "acasxu": ("network", "property", "epsilon", "answer", "upper", "attained", "branches", "CPU s"),
+    "int8": ("network", "property", "lower", "upper", "method", "branches", "CPU s"),
+    "cases": ("case", "gap", "status", "branches", "CPU s", "enumeration CPU s", "deviation"),
+}
+
+
+def timed(work):
+    """Result of `work`, and the CPU seconds of this process."""
+    began = time.process_time()
+    return work(), time.process_time() - began
+
+
+def mnist(args: argparse.Namespace) -> list[dict]:
+    """One row per image and eps."""
+    pair, images = exact_mnist.networks(), np.load(common.require_folder() / "fnn_repair" / "images.npy")
+    rows = []
+    for index in IMAGES[:1] if args.quick else IMAGES:
+        image = torch.from_numpy(images)[index].double().flatten()[None]
+        for eps in EPS:
+            stars = tr.StarBatch.from_image(image, eps, clip=(-1, 1))
+            first = tr.discrepancy(*pair, stars, "search", budget=tr.Budget(seconds=1e-3))
+            found, seconds = timed(
+                lambda s=stars: tr.discrepancy(*pair, s, budget=tr.Budget(seconds=args.seconds), tolerance=CLOSED)
+            )
+            row = {
+                "image": index,
+                "eps": eps,
+                "one pass": float(first.max_upper),
+                "upper": float(found.max_upper),
+                "attained": float(found.max_lower),
+                "upper / attained": float(found.max_upper / found.max_lower),
+                "branches": found.stats.branches,
+                "CPU s": seconds,
+            }
+            rows.append(row)
+            common.say(f"image {index} eps {eps}: {row['upper / attained']:.3f}")
+    return rows
+
+
+def boxes(args: argparse.Namespace, networks: tuple[str, ...]):
+    """(network name, property numbers, network, box), each box of a network once."""
+    folder = common.require_folder() / "acasxu"
+    for name in networks[:1] if args.quick else networks:
+        network = tr.load(folder / f"ACASXU_run2a_{name}_batch_2000.onnx").double()
+        seen: dict[tuple, list[int]] = {}
+        for number in PROPERTIES:
+            stars = tr.StarBatch.from_vnnlib(folder / f"prop_{number}.vnnlib")
+            seen.setdefault(tuple(stars.lower.flatten().tolist() + stars.upper.flatten().tolist()), []).append(number)
+        for numbers in seen.values():
+            yield (
+                name,
+                "+".join(map(str, numbers)),
+                network,
+                tr.StarBatch.from_vnnlib(folder / f"prop_{numbers[0]}.vnnlib"),
+            )
+
+
+def acasxu(args: argparse.Namespace) -> list[dict]:
+    """One row per network, box and epsilon."""
+    rows = []
+    for name, numbers, network, stars in boxes(args, NETWORKS):
+        for epsilon in EPSILONS:
+            half = copy.deepcopy(network).half().double()
+            found, seconds = timed(
+                lambda n=network, h=half, s=stars, e=epsilon: tr.equivalent(
+                    n, h, s, e, budget=tr.Budget(seconds=args.seconds)
+                )
+            )
+            rows.append(
+                {
+                    "network": name,
+                    "property": numbers,
+                    "epsilon": epsilon,
+                    "answer": found.answer[0].value,
+                    "upper": float(found.upper[0]),
+                    "attained": float(found.lower[0]),
+                    "branches": found.branches,
+                    "CPU s": seconds,
+                }
+            )
+            common.say(f"{name} property {numbers} {epsilon}: {found.answer[0].value}, {seconds:.1f} CPU s")
+    return rows
+
+
+def int8(args: argparse.Namespace) -> list[dict]:
+    """One row per network and box."""
+    rows = []
+    for name, numbers, network, stars in boxes(args, INT8_NETWORKS):
+        small: nn.Module = tr.quantize_weights(network, 8)
+        found, seconds = timed(
+            lambda n=network, c=small, s=stars: tr.discrepancy(
+                n, c, s, budget=tr.Budget(seconds=args.seconds), tolerance=CLOSED
+            )
+        )
+        rows.append(
+            {
+                "network": name,
+                "property": numbers,
+                "lower": float(found.max_lower),
+                "upper": float(found.max_upper),
+                "method": found.stats.method,
+                "branches": found.stats.branches,
+                "CPU s": seconds,
+            }
+        )
+        common.say(f"{name} property {numbers}: [{rows[-1]['lower']:.4g}, {rows[-1]['upper']:.4g}]")
+    return rows
+
+
+def cases(args: argparse.Namespace) -> list[dict]:
+    """One row per recorded pair."""
+    rows = []
+    for case in common.acasxu_cases(3000 if args.quick else 100_000):
+        if not case.is_pair:
+            continue
+        box, pair = case.box(), case.networks()
+        stars = tr.StarBatch.from_box(box[:, 0], box[:, 1])
+        found, seconds = timed(
+            lambda p=pair, s=stars: tr.discrepancy(*p, s, "search", budget=tr.Budget(seconds=args.seconds))
+        )
+        _, enumeration = timed(lambda p=pair, s=stars: tr.discrepancy(*p, s, "exact"))
+        low, high = case.recorded_range()
+        off = torch.maximum((found.range_lower[0] - low).abs(), (found.range_upper[0] - high).abs())
+        rows.append(
+            {
+                "case": case.name,
+                "gap": float((found.upper - found.lower).max()),
+                "status": found.status[0].value,
+                "branches": found.stats.branches,
+                "CPU s": seconds,
+                "enumeration CPU s": enumeration,
+                "deviation": float(off.max()),
+                "holds": bool((found.range_lower[0] <= low + TOLERANCE).all())
+                and bool((found.range_upper[0] >= high - TOLERANCE).all()),
+            }
+        )
+        common.say(f"{case.name}: gap {rows[-1]['gap']:.2g}, {seconds:.2g} CPU s")
+    return rows
+
+
+SECTIONS = {"mnist": mnist, "acasxu": acasxu, "int8": int8, "cases": cases}
+
+
+def problems(section: str, row: dict) -> list[str]:
+    """What is wrong with a row, as opposed to slow or wide."""
+    low, high = ("lower", "upper") if section == "int8" else ("attained", "upper")
+    if section != "cases":
+        return [] if row[low] <= row[high] else [f"{section}: attained {row[low]:.6g} above certified {row[high]:.6g}"]
+    found = [] if row["holds"] else [f"{row['case']}: the interval does not contain the recorded range"]
+    if row["gap"] > CLOSED:
+        found.append(f"{row['case']}: not closed to {CLOSED:g}, gap {row['gap']:.2g}")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = common.options(__doc__)
+    parser.add_argument("--section", action="append", choices=list(SECTIONS), help="only this one; may be repeated")
+    parser.add_argument("--seconds", type=float, default=60.0, help="budget of each search (default: 60)")
+    parser.add_argument("--quick", action="store_true", help="one image, one network, small cases")
+    args = parser.parse_args(argv)
+    common.headline(args)
+    rows, wrong = [], []
+    for section in args.section or SECTIONS:
+        found = SECTIONS[section](args)
+        common.show(found, COLUMNS[section], section)
+        wrong += [problem for row in found for problem in problems(section, row)]
+        rows += [{"section": section, **row} for row in found]
+    return common.finish("search", args, rows, wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
