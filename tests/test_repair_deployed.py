@@ -265,6 +265,16 @@ def test_calibration_spans_what_the_points_and_the_data_reach(fuse, reduce):
     assert not isinstance(learner.network, nn.Sequential)
 
 
+def test_scales_follow_what_training_makes_of_the_outputs():
+    original = dense()
+    learner = student(int8(original), training=replace(QUICK, epochs=60, learning_rate=1e-2))
+    learner.calibrate(points(), None)
+    far = float(original(points()).abs().max()) * 1.8
+    assert float(learner.network(points()).abs().max()) < far / 1.5
+    learner.retrain(points(), 1.8 * original(points()).detach(), None, 1.0)
+    assert float(learner.network(points()).abs().max()) > 0.9 * far
+
+
 def test_training_sees_what_the_kernels_compute():
     original = dense()
     for weights, fuse in ((PER_CHANNEL, True), (AFFINE, False)):

@@ -14,7 +14,6 @@ everything into a copy of the given module: that is the network which is evaluat
 from __future__ import annotations
 
 import copy
-import logging
 from itertools import islice
 
 import torch
@@ -28,24 +27,21 @@ from torchreach.networks.quantized import PRUNED_SHARE, Constraints, Grid
 from torchreach.networks.quantizer import Quantizer
 from torchreach.training import Data, RepairOptions, batches, fit
 
-log = logging.getLogger(__name__)
-
-# Inputs from `data` that calibration looks at, besides the points.
+# Inputs from `data` that calibration looks at, besides the points, in batches of the usual size.
 CALIBRATION = 4096
 
 
 class Rounding(nn.Module):
-    """What a Quantizer does, with gradients: 1 inside its range and 0 outside. In training mode it only clamps."""
+    """What a Quantizer does, with gradients: 1 inside its range and 0 outside. In training mode: nothing."""
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__()
         self.quantizer = quantizer
 
     def forward(self, x: Tensor) -> Tensor:
-        q = self.quantizer
         if self.training:
-            low, high = q.value(torch.tensor([q.lowest, q.highest], device=q.scale.device)).to(x)
-            return x.clamp(low, high)
+            return x
+        q = self.quantizer
         scale, zero_point = q.scale.to(x.device, torch.float32), q.zero_point.to(x.device, torch.int32)
         return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, q.lowest, q.highest)
 
@@ -96,38 +92,10 @@ class DeployedStudent:
         self.keep()
 
     def calibrate(self, x: Tensor, data: Data | None) -> bool:
-        """Smallest and largest value of every activation over x [B, *shape] and `data` become the ends of its codes.
-
-        Zero stays a code of its own. What a ReLU sets to zero anyway needs no codes. With `reduce_range` the outputs
-        of the network alone span all codes.
-        """
         if self.calibrated:
             return False
         self.calibrated = True
-        values = self.constraints.straight_through(self.free)
-        device = next(iter(values.values())).device
-        x = x.to(device, torch.float32)
-        if data is not None:
-            more, seen = batches(data, self.training.batch_size, self.generator), 0
-            parts = [x]
-            while seen < CALIBRATION:
-                parts.append(next(more)[0].to(x))
-                seen += len(parts[-1])
-            x = torch.cat(parts)
-        fitted: dict[str, Quantizer] = {}
-        reduced = self.training.reduce_range
-        last = max(i for i, part in enumerate(self.model) if isinstance(part, Rounding))
-        with torch.no_grad():
-            for index, part in enumerate(self.model):
-                if isinstance(part, Rounding) and part.quantizer.name in fitted:
-                    part.quantizer = fitted[part.quantizer.name]
-                elif isinstance(part, Rounding):
-                    low, high = (float(end) for end in torch.aminmax(x))
-                    low = 0.0 if isinstance(self._next(index), nn.ReLU) else low
-                    part.quantizer = _spanning(part.quantizer, min(low, 0.0), max(high, 0.0), reduced and index < last)
-                    fitted[part.quantizer.name] = part.quantizer
-                held = {key: values[f"{index}.{key}"] for key, _ in part.named_parameters()}
-                x = functional_call(part, held, (x,))
+        self._calibrate(x, data)
         self._convert()
         return True
 
@@ -137,6 +105,7 @@ class DeployedStudent:
         loss = fit(free, self._output, (x.to(free[0]), y), data, self.training, rate, self.generator)
         last.eval()
         if self.is_finite():
+            self._calibrate(x, data)
             self._convert()
         return loss
 
@@ -160,6 +129,38 @@ class DeployedStudent:
         for own, theirs in zip(self.network.modules(), given.modules(), strict=True):
             own.training = theirs.training
         return self.network
+
+    def _calibrate(self, x: Tensor, data: Data | None) -> None:
+        """Smallest and largest value of every activation over x [B, *shape] and `data` become the ends of its codes.
+
+        Zero stays a code of its own. What a ReLU sets to zero anyway needs no codes. With `reduce_range` the outputs
+        of the network alone span all codes.
+        """
+        with torch.no_grad():
+            values = self.constraints.straight_through(self.free)
+        device = next(iter(values.values())).device
+        x = x.to(device, torch.float32)
+        if data is not None:
+            size = self.training.batch_size
+            more = islice(batches(data, size, self.generator), -(-CALIBRATION // size))
+            x = torch.cat((x, *(inputs.to(x) for inputs, _ in more)))
+        fitted: dict[str, Quantizer] = {}
+        last = max(i for i, part in enumerate(self.model) if isinstance(part, Rounding))
+        with torch.no_grad():
+            for index, part in enumerate(self.model):
+                if isinstance(part, Rounding):
+                    # pooling rounds to the grid of the layer before it
+                    name, halved = part.quantizer.name, self.training.reduce_range and index < last
+                    fitted.setdefault(name, self._spanning(index, part.quantizer, x, halved))
+                    part.quantizer = fitted[name]
+                held = {key: values[f"{index}.{key}"] for key, _ in part.named_parameters()}
+                x = functional_call(part, held, (x,))
+
+    def _spanning(self, index: int, quantizer: Quantizer, x: Tensor, halved: bool) -> Quantizer:
+        """`quantizer`, at place `index`, on the grid that spans what of x matters."""
+        low, high = (float(end) for end in torch.aminmax(x))
+        low = 0.0 if isinstance(self._next(index), nn.ReLU) else low
+        return spanning(quantizer, min(low, 0.0), max(high, 0.0), halved)
 
     def _roundings(self) -> list[Rounding]:
         return [part for part in self.model if isinstance(part, Rounding)]
@@ -208,7 +209,7 @@ def _without_pooling(layers: nn.Sequential) -> list[Quantizer]:
     ]
 
 
-def _spanning(quantizer: Quantizer, low: float, high: float, halved: bool) -> Quantizer:
+def spanning(quantizer: Quantizer, low: float, high: float, halved: bool) -> Quantizer:
     """`quantizer` with the smallest scale whose codes, or half of them, reach from `low` <= 0 to `high` >= 0."""
     if low == high:
         return quantizer

@@ -74,8 +74,8 @@ def repair(
     A deployed network (an eager-mode int8 module, which rounds its activations) is trained with its rounding, and
     converted again for each evaluation: codes of the given scheme and weight scales in a copy of the given module,
     whose state dict loads into any module of that structure. Iteration 1 only fits the scales and zero points of
-    the activations (smallest to largest value over the points and `data`; loss None), the later ones train. Give
-    `data`, or these grids fit nothing but the input sets.
+    the activations (smallest to largest value over the points and `data`; loss None), the later ones train and fit
+    them again. Give `data`, or these grids fit nothing but the input sets.
 
     Args:
         original, compressed: networks of supported layers with equal input and output sizes.
