@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain as chain_of
 
 import torch
@@ -40,6 +40,8 @@ from torchreach.tolerances import COMPUTE_DTYPE, Tolerances, round_down, round_u
 MEMORY = 2**23
 # States of a search without a budget of seconds.
 STATES = 8
+# Boxes looked at without a budget of seconds, and cells of one that is enumerated.
+BOXES, LEAF = 64, 2**12
 SAMPLES = 1024  # random inputs besides those that are searched for
 # Relative gap up to which an interval is called exact: a deployed network knows its input only in float32.
 EXACT_GAP = 1e-4
@@ -123,32 +125,81 @@ class _Task:
     def run(self) -> None:
         grid = None if _quantised(self.first) else InputGrid.of(self.second[0])
         cells = None if grid is None else Cells(self.first, self.second, grid, self.low, self.high)
-        few = False
-        if cells is not None and cells.total <= LIMIT and cells.total * (1 + len(self.low)) <= MEMORY:
-            few = len(self.low) <= VERTEX_DIM
+        few = len(self.low) <= VERTEX_DIM
+        countable = cells is not None and cells.total * (1 + len(self.low)) <= MEMORY and cells.total <= LIMIT
+        if cells is not None and countable:
             if not few:
                 cells.root = self._range_of_first(cells)
-            result = search_cells(
-                cells, self._ranges if few else None, tolerance=self.tolerance, deadline=self.deadline
-            )
-            self.cells = result.cells
-            self.complete = result.complete
-            self.upper = result.upper
+            ranges = self._ranges if few else None
+            result = search_cells(cells, ranges, tolerance=self.tolerance, deadline=self.deadline)
+            self.cells, self.complete, self.upper = result.cells, result.complete, result.upper
             if self.points is None:
                 self.lower, self.witness = result.lower, result.witness
-        if not (few and self.complete):
-            for upper in self._relaxed():
-                self.upper = torch.minimum(self.upper, upper)
-            candidates = self.points
-            if candidates is None:
-                share = torch.rand(
-                    SAMPLES, len(self.low), generator=torch.Generator().manual_seed(0), dtype=COMPUTE_DTYPE
-                )
-                candidates = self.low + (self.high - self.low) * share.to(self.low.device)
-                candidates = torch.cat((climb(self.first, self.second, self.low, self.high), candidates))
-            self._offer(cells, candidates)
-        elif self.points is not None:
-            self._offer(cells, self.points)
+        if few and self.complete:
+            if self.points is not None:
+                self._offer(cells, self.points)
+            return
+        self._offer(cells, self.points if self.points is not None else self._candidates())
+        searching = not (few and len(self.low))
+        for upper in self._relaxed(self.low, self.high, grid, search=searching):
+            self.upper = torch.minimum(self.upper, upper)
+        if not searching:
+            self._branch(grid)
+
+    def _candidates(self) -> Tensor:
+        """Inputs [B, M] of the box: searched for, and random."""
+        share = torch.rand(SAMPLES, len(self.low), generator=torch.Generator().manual_seed(0), dtype=COMPUTE_DTYPE)
+        sampled = self.low + (self.high - self.low) * share.to(self.low.device)
+        return torch.cat((climb(self.first, self.second, self.low, self.high), sampled))
+
+    def _branch(self, grid: InputGrid | None) -> None:
+        """Best first: the box is divided at thresholds of its inputs; parts with few cells are enumerated."""
+        open_ = [(self.low, self.high, grid, self.upper)]
+        finished = torch.full_like(self.upper, -torch.inf)
+        boxes = 0
+        while open_:
+            excess = [float((upper - self.lower).max()) for *_, upper in open_]
+            worst = max(range(len(open_)), key=excess.__getitem__)
+            over = boxes >= BOXES if self.deadline is None else time.monotonic() > self.deadline
+            if over or excess[worst] <= self.tolerance:
+                break
+            low, high, part, above = open_.pop(worst)
+            boxes += 1
+            cells = None if part is None else Cells(self.first, self.second, part, low, high)
+            if cells is not None and cells.total <= LEAF:
+                result = search_cells(cells, self._ranges, tolerance=self.tolerance, deadline=None)
+                finished = torch.maximum(finished, torch.minimum(result.upper, above))
+                self.cells += result.cells
+                if self.points is None:
+                    self._take(result.lower, result.witness)
+            else:
+                for half in self._divided(low, high, part):
+                    (upper,) = self._relaxed(*half, search=False)
+                    open_.append((*half, torch.minimum(upper, above)))
+            top = torch.stack((finished, *(upper for *_, upper in open_))).amax(0)
+            self.upper = torch.minimum(self.upper, torch.maximum(top, self.lower))
+        self.complete = not open_
+
+    def _divided(
+        self, low: Tensor, high: Tensor, grid: InputGrid | None
+    ) -> list[tuple[Tensor, Tensor, InputGrid | None]]:
+        """Two boxes that cover the box: apart at the middle threshold of an input with several codes, else halves."""
+        step = self.second[0 if grid is None else 1]
+        weight = step.magnitude(torch.eye(len(low), dtype=low.dtype, device=low.device)).sum(1)
+        if grid is None:
+            at = int((weight * (high - low)).argmax())
+            middle = (low[at] + high[at]) / 2
+            return [(low, _set(high, at, middle), None), (_set(low, at, middle), high, None)]
+        first, last = grid.codes(low, high)
+        at = int((weight * (last - first)).argmax())
+        code = ((first + last) / 2).floor()
+        result: list[tuple[Tensor, Tensor, InputGrid | None]] = []
+        for start, end in ((first, _set(last, at, code[at])), (_set(first, at, code[at] + 1), last)):
+            cells = (grid.cell(start), grid.cell(end))
+            bottom = torch.minimum(cells[0][0], cells[1][0])[at].clamp(low[at], high[at])
+            top = torch.maximum(cells[0][1], cells[1][1])[at].clamp(low[at], high[at])
+            result.append((_set(low, at, bottom), _set(high, at, top), replace(grid, first=start, last=end)))
+        return result
 
     def _ranges(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         boxes = StarBatch.from_box(*(self.whole(end).reshape(-1, *self.shape) for end in (low, high)))
@@ -169,17 +220,17 @@ class _Task:
             upper = torch.minimum(upper, state.upper)
         return -upper[1], upper[0]
 
-    def _relaxed(self) -> Iterator[Tensor]:
-        """Ever tighter bounds [2, N_out] from the relaxation."""
-        second = relax(self.second, self.low, self.high)
-        first = relax(self.first, self.low, self.high) if _quantised(self.first) else None
+    def _relaxed(self, low: Tensor, high: Tensor, grid: InputGrid | None, *, search: bool) -> Iterator[Tensor]:
+        """Bounds [2, N_out] over a box [M] from the relaxation: of a single pass, then tighter ones of a search."""
+        second = relax(self.second, low, high, InputGrid.of(self.second[0]) if grid is None else grid)
+        first = relax(self.first, low, high, InputGrid.of(self.first[0])) if _quantised(self.first) else None
         own = 0 if first is None else first.extra
-        size = torch.maximum(self.low.abs(), self.high.abs())
+        size = torch.maximum(low.abs(), high.abs())
         ones = size.new_ones(own + second.extra)
         steps1 = self.first if first is None else first.steps
         steps1 = with_inputs(steps1, len(size) + own, second.extra, torch.cat((size, ones[:own])))
         steps2 = with_inputs(second.steps, len(size), own, torch.cat((size, ones[own:])))
-        low, high = torch.cat((self.low, -ones)), torch.cat((self.high, ones))
+        low, high = torch.cat((low, -ones)), torch.cat((high, ones))
         try:
             pair = Pair.of(steps1, steps2)
         except (ShapeError, UnsupportedLayerError):
@@ -192,7 +243,9 @@ class _Task:
             output = difference_bounds(pair, low[None], high[None])[-1]
             bottom, top = torch.cat((output.l1, output.l2)), torch.cat((output.u1, output.u2))
             single = torch.cat((output.du, -output.dl))
-            bounds = chain_of((single,), (state.upper for state in self._search(pair, low, high)))
+            bounds = iter((single,))
+            if search:
+                bounds = chain_of(bounds, (state.upper for state in self._search(pair, low, high)))
         infinite = low.new_tensor(torch.inf)
         ends = [(-infinite, infinite) if r is None else (r.lowest, r.highest) for r in (first, second)]
         lowest, highest = (torch.stack(part)[:, None] for part in zip(*ends, strict=True))
@@ -216,8 +269,18 @@ class _Task:
         else:
             value = attained(self.first, self.second, x)
         value, at = value.max(0)
-        self.witness = torch.where((value > self.lower)[..., None], x[at], self.witness)
+        self._take(value, x[at])
+
+    def _take(self, value: Tensor, x: Tensor) -> None:
+        """Values [2, N_out] attained at inputs x [2, N_out, M]."""
+        self.witness = torch.where((value > self.lower)[..., None], x, self.witness)
         self.lower = torch.maximum(self.lower, value)
+
+
+def _set(values: Tensor, at: int, value: Tensor) -> Tensor:
+    changed = values.clone()
+    changed[at] = value
+    return changed
 
 
 def _clamped(upper: Tensor, low: Tensor, high: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ evaluate z = W x + b exactly, so a code is known only where z keeps away from th
 
     integer arithmetic    9 u |z| + 20 u |b|                 the sum is exact in int32, then a few roundings
     float32 arithmetic    2 (n + 16) u (|W| |x| + |b|)       n terms per sum      (Higham, ch. 3)
+    both                  256 u scale                        some kernels (onednn's, and fbgemm's for the input) add the
+                                                             zero point in float32 before they round
 
 with u = 2^-24; nearer than that both codes are possible, and both are followed. This covers fbgemm and onednn as they
 execute on x86 with VNNI instructions; kernels without them may saturate sums of two products (AVX2, codes above 127),
@@ -48,9 +50,10 @@ def kernel_error(step: Step, z: Tensor, x: Tensor) -> Tensor:
     """Bound [B, N_out] on |computed - real| of the step's affine block: |real| <= z [B, N_out], |inputs| <= x."""
     if _is_identity(step):
         return 4 * SINGLE * z
+    offset = 0.0 if step.quantizer is None else SINGLE * step.quantizer.largest_sum
     if step.quantizer is not None and step.quantizer.arithmetic == "integer":
-        return SINGLE * (9 * z + 20 * step.bias_magnitude)
-    return 2 * (step.terms + 16) * SINGLE * (step.magnitude(x) + step.bias_magnitude)
+        return SINGLE * (9 * z + 20 * step.bias_magnitude) + offset
+    return 2 * (step.terms + 16) * SINGLE * (step.magnitude(x) + step.bias_magnitude) + offset
 
 
 @torch.no_grad()
@@ -64,11 +67,17 @@ def outputs(steps: tuple[Step, ...], values: Tensor) -> tuple[Tensor, Tensor, Te
     middle, radius = values, torch.zeros_like(values)
     for step in steps:
         size = middle.abs() + radius
+        # |W| |x| <= |W| 1 max |x| is enough for what float64 rounds off.
         gamma = (step.terms + 8) * UNIT_ROUNDOFF
-        spread = step.magnitude(radius + gamma * size) + gamma * step.bias_magnitude
+        spread = step.magnitude(torch.ones_like(size[:1])) * size.amax(1, keepdim=True) if size.shape[1] else 0.0
+        spread = gamma * (spread + step.bias_magnitude)
         if step.noise is not None:
             spread = spread + step.noise
         z = step.linear(middle) + step.bias
+        spread = spread.expand_as(z).clone()
+        wide = (radius > 0).any(1).nonzero().flatten()
+        if len(wide):
+            spread[wide] += step.magnitude(radius[wide] * (1 + gamma))
         spread = spread + kernel_error(step, z.abs() + spread, size)
         low, high = z - spread, z + spread
         if step.quantizer is not None:
@@ -105,11 +114,17 @@ def _apart(low: Tensor, high: Tensor, limit: int) -> tuple[Tensor, Tensor, Tenso
 
 @dataclass(frozen=True)
 class InputGrid:
-    """The quantiser of the inputs: x -> scale x + shift, both [N], then `quantizer`."""
+    """The quantiser of the inputs: x -> scale x + shift, both [N], then `quantizer`.
+
+    first, last: [N] codes that are of interest; inputs near a threshold, which may get others too, are looked at
+    elsewhere.
+    """
 
     scale: Tensor
     shift: Tensor
     quantizer: Quantizer
+    first: Tensor | None = None
+    last: Tensor | None = None
 
     @staticmethod
     def of(step: Step) -> InputGrid | None:
@@ -132,29 +147,32 @@ class InputGrid:
 
     def error(self, x: Tensor) -> Tensor:
         """Bound on what rounding does to scale x + shift before it is quantised."""
-        return INPUT_ERROR * ((self.scale * x).abs() + 2 * self.shift.abs())
+        return INPUT_ERROR * ((self.scale * x).abs() + 2 * self.shift.abs()) + SINGLE * self.quantizer.largest_sum
 
     def codes(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest code [..., N] of inputs in [low, high]."""
         ends = torch.stack((low, high))
         z, error = self.scale * ends + self.shift, self.error(ends)
-        return self.quantizer.code_range((z - error).amin(0), (z + error).amax(0))
+        first, last = self.quantizer.code_range((z - error).amin(0), (z + error).amax(0))
+        if self.first is not None and self.last is not None:
+            first, last = first.clamp(self.first, self.last), last.clamp(self.first, self.last)
+        return first, last
 
     def cell(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Ends [..., N] of the closed set of inputs that may get these codes, infinite at the last codes."""
         low, high = self.quantizer.cell(codes)
         size = torch.maximum(*(torch.where(end.isfinite(), end.abs(), 0.0) for end in (low, high)))
-        error = 2 * INPUT_ERROR * (size + 4 * self.shift.abs())
+        error = 2 * (INPUT_ERROR * (size + 4 * self.shift.abs()) + SINGLE * self.quantizer.largest_sum)
         ends = torch.stack(((low - error - self.shift) / self.scale, (high + error - self.shift) / self.scale))
         return ends.amin(0), ends.amax(0)
 
 
 def _excess(
-    quantizer: Quantizer, low: Tensor, high: Tensor, kernel: Tensor, *, clamped: bool = True
+    quantizer: Quantizer, low: Tensor, high: Tensor, kernel: Tensor, codes: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Range (middle, radius) of Q(computed z) - z over z in [low, high]; without saturation if not `clamped`."""
+    """Range (middle, radius) of Q(computed z) - z over z in [low, high] with the smallest and largest of `codes`."""
     low, high = low - kernel, high + kernel
-    first, last = quantizer.code_range(low, high, clamped=clamped)
+    first, last = quantizer.code_range(low, high) if codes is None else codes
     half = torch.where(last > first, quantizer.scale / 2, 0.0)
     most = torch.maximum(quantizer.value(first) - low, half) + kernel
     least = torch.minimum(quantizer.value(last) - high, -half) - kernel
@@ -177,15 +195,15 @@ class Relaxed:
 
 
 @torch.no_grad()
-def relax(steps: tuple[Step, ...], lower: Tensor, upper: Tensor) -> Relaxed:
-    """Relaxation of the deployed `steps` over one box [N_in].
+def relax(steps: tuple[Step, ...], lower: Tensor, upper: Tensor, grid: InputGrid | None) -> Relaxed:
+    """Relaxation of the deployed `steps` over one box [N_in]; grid: `InputGrid.of(steps[0])`, or part of its codes.
 
     Guarantee: for every input in the box, whatever kernel within `kernel_error` executes the steps, its output is the
     clamp of the relaxed network's for some values of its extra inputs and its noise.
 
     Raises: UnsupportedLayerError: an affine step too large to be a matrix.
     """
-    step, rest, size = _entry(steps, lower, upper)
+    step, rest, size = _entry(steps, lower, upper, grid)
     extra = step.in_shape[0] - len(lower)
     radius = torch.cat(((upper - lower) / 2, lower.new_ones(extra)))
     middle = torch.cat(((lower + upper) / 2, lower.new_zeros(extra)))
@@ -223,9 +241,10 @@ def _range(rows: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
     return rows[:, 0] - spread, rows[:, 0] + spread
 
 
-def _entry(steps: tuple[Step, ...], lower: Tensor, upper: Tensor) -> tuple[Step, list[Step], Tensor]:
+def _entry(
+    steps: tuple[Step, ...], lower: Tensor, upper: Tensor, grid: InputGrid | None
+) -> tuple[Step, list[Step], Tensor]:
     """First affine step on inputs and errors of the input quantiser, the steps after it, how large its inputs are."""
-    grid = InputGrid.of(steps[0])
     size = torch.maximum(lower.abs(), upper.abs())
     if grid is None:
         return (
@@ -236,7 +255,7 @@ def _entry(steps: tuple[Step, ...], lower: Tensor, upper: Tensor) -> tuple[Step,
     first, matrix = steps[1], _matrix(steps[1])
     low, high = grid.codes(lower, upper)
     ends = torch.stack((grid.scale * lower + grid.shift, grid.scale * upper + grid.shift))
-    middle, radius = _excess(grid.quantizer, ends.amin(0), ends.amax(0), grid.error(size))
+    middle, radius = _excess(grid.quantizer, ends.amin(0), ends.amax(0), grid.error(size), (low, high))
     fixed = low == high
     middle = torch.where(fixed, grid.quantizer.value(low), middle + grid.shift)
     columns = torch.cat((matrix * torch.where(fixed, 0.0, grid.scale), (matrix * radius)[:, ~fixed]), 1)
@@ -258,7 +277,8 @@ def _relaxed_step(step: Step, low: Tensor, high: Tensor, size: Tensor, *, last: 
         return replace(step, noise=noise), largest
     if last:
         # After the quantiser there is one product in float32.
-        shift, radius = _excess(step.quantizer, low, high, kernel, clamped=False)
+        codes = step.quantizer.code_range(low - kernel, high + kernel, clamped=False)
+        shift, radius = _excess(step.quantizer, low, high, kernel, codes)
         noise, relu = noise - kernel + radius + 4 * SINGLE * (largest + shift.abs() + radius), None
     else:
         fused = step.quantizer.lowest == int(step.quantizer.zero_point)
@@ -267,10 +287,11 @@ def _relaxed_step(step: Step, low: Tensor, high: Tensor, size: Tensor, *, last: 
         noise, relu = noise - kernel + radius, torch.full_like(low, fused, dtype=torch.bool)
     codes = step.quantizer.code_range(low - kernel, high + kernel)
     largest = torch.maximum(*(step.quantizer.value(code).abs() for code in codes))
-    if not last and len(step.block) == 1 and isinstance(step.block[0], nn.Linear):
+    layer = step.block[0] if len(step.block) == 1 else None
+    if not last and isinstance(layer, nn.Linear):
         # Where no threshold is crossed the neuron is a constant.
         constant = codes[0] == codes[1]
-        matrix = torch.where(constant[:, None], 0.0, step.block[0].weight)
+        matrix = torch.where(constant[:, None], 0.0, layer.weight)
         bias = torch.where(constant, step.quantizer.value(codes[0]), step.bias + shift)
         noise = torch.where(constant, 0.0, noise)
         return replace(_linear_step(step, matrix, bias, noise), relu=relu, quantizer=None), largest

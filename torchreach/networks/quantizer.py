@@ -95,6 +95,11 @@ class Quantizer(nn.Module):
             low, high = (end.clamp(self.lowest, self.highest) for end in (low, high))
         return low, high
 
+    @property
+    def largest_sum(self) -> Tensor:
+        """Largest |x / scale + zero_point| that does not saturate, in units of x."""
+        return (max(abs(self.lowest), abs(self.highest)) + 1) * self.scale
+
     def cell(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Ends of the closed cell of x with these codes; infinite beyond the last codes."""
         middle = codes - self.zero_point

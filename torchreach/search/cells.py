@@ -67,8 +67,8 @@ class Cells:
         self.several = (counts > 1).nonzero().flatten()
         self.counts = counts[self.several].long()
         self.total = prod(self.counts.double().tolist())
-        self.full_grid = grid
-        self.grid = replace(grid, scale=grid.scale[self.several], shift=grid.shift[self.several])
+        self.full_grid = replace(grid, first=None, last=None)
+        self.grid = InputGrid(grid.scale[self.several], grid.shift[self.several], grid.quantizer)
         values = grid.quantizer.value(self.code_low)
         largest = torch.maximum(values.abs(), grid.quantizer.value(code_high).abs())
         self.second = restricted(second[1:], values, self.several, largest)
