@@ -93,6 +93,28 @@ def test_interval_without_tolerance_is_reported(files):
     assert result.stderr == ""  # no terminal, no progress
 
 
+def test_methods_agree_and_are_named_in_the_report(files, tmp_path):
+    upper = {}
+    for method, used in (("auto", "vertices"), ("exact", "vertices"), ("search", "inputs"), ("programs", "programs")):
+        folder = tmp_path / method
+        result = compare(files, "--box", BOX, "--method", method, "--output", folder)
+        assert result.exit_code == 0
+        last = result.stdout.strip().splitlines()
+        assert any(line.startswith("certified: ") and "EXACT" in line for line in last)
+        assert any("branches" in line for line in last) == (method == "search")
+        written = json.loads((folder / "report.json").read_text())
+        assert written["settings"]["method"] == method
+        assert written["discrepancy"]["stats"]["method"] == used
+        upper[method] = max(star["max_upper"] for star in written["discrepancy"]["stars"])
+    assert max(upper.values()) - min(upper.values()) < 1e-6
+
+
+def test_a_repair_does_not_search(files):
+    result = run("repair", files / "a.onnx", files / "b.onnx", "--box", BOX, "--method", "search")
+    assert result.exit_code == 2
+    assert "--method of a repair must be one of auto, exact, vertices, programs, got 'search'" in result.stderr
+
+
 def test_exit_status_follows_the_tolerance(files):
     within = compare(files, "--box", BOX, "--tolerance", 1)
     assert within.exit_code == 0
@@ -223,7 +245,7 @@ def _bad(files):
         "device": ((*a_b, *box, "--device", "tpu"), "--device must be cpu, cuda or cuda:N, got 'tpu'"),
         "no such cuda": ((*a_b, *box, "--device", "cuda:99"), "--device cuda:99: this machine has"),
         "dtype": ((*a_b, *box, "--dtype", "int8"), "--dtype must be one of float32, float64, got 'int8'"),
-        "method": ((*a_b, *box, "--method", "magic"), "--method must be one of auto, vertices, programs"),
+        "method": ((*a_b, *box, "--method", "magic"), "--method must be one of auto, exact, search, vertices, programs"),
         "seconds": ((*a_b, *box, "--seconds", "0"), "--seconds must be positive, got 0"),
         "memory": ((*a_b, *box, "--memory", "2 gigs"), "--memory must be a positive size such as 2GB"),
         "tolerance": ((*a_b, *box, "--tolerance", "-1"), "--tolerance must be a number >= 0, got -1"),

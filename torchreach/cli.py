@@ -141,7 +141,9 @@ Dtype = Annotated[
 Method = Annotated[
     str,
     typer.Option(
-        help="auto, vertices (few inputs that vary) or programs (linear programs, many inputs that vary).",
+        help="auto; exact (enumerates all linear regions, by vertices where few inputs vary, by linear programs where "
+        "many do; vertices and programs name one of the two); or search (branch and bound, for sets of very many "
+        "regions; not in repair).",
         rich_help_panel=_ENGINE,
     ),
 ]

@@ -21,13 +21,20 @@ from torchreach.input_sets import InputSet
 from torchreach.networks.eager_int8 import load_int8
 from torchreach.networks.load import load
 from torchreach.networks.save import check_target, onnx_bytes, save
-from torchreach.options import Budget, Exact
+from torchreach.options import Budget, Exact, Search
 from torchreach.report import NetworkInfo, Report, check_folder, render, write_files
 from torchreach.results import Discrepancy, RepairResult
 from torchreach.verdict import State, compare_verdict, repair_verdict
 
 TARGET = 0.5  # factor of the first certified bound
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+METHODS = {
+    "auto": None,
+    "exact": Exact(),
+    "search": Search(),
+    "vertices": Exact("vertices"),
+    "programs": Exact("programs"),
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class Setup:
 
     device: torch.device
     dtype: torch.dtype
-    method: Exact
+    method: str  # one of `METHODS`
     budget: Budget
     output: Path | None
     command_line: str
@@ -63,16 +70,12 @@ class Setup:
         for option, value in (("--seconds", seconds), ("--stars", stars)):
             if value is not None and not value > 0:
                 raise OptionError(f"{option} must be positive, got {value:g}")
-        try:
-            exact = Exact(method=method)
-        except OptionError:
-            from torchreach.options import METHODS
-
-            raise OptionError(f"--method must be one of {', '.join(METHODS)}, got {method!r}") from None
+        if method not in METHODS:
+            raise OptionError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
         return Setup(
             _device(device),
             DTYPES[dtype],
-            exact,
+            method,
             Budget(seconds, stars, None if memory is None else _bytes(memory)),
             output,
             command_line,
@@ -84,7 +87,7 @@ class Setup:
     def settings(self, **more: Any) -> dict[str, Any]:
         """The options as JSON values, for the report."""
         return {
-            "method": self.method.method,
+            "method": self.method,
             "seconds": self.budget.seconds,
             "stars": self.budget.stars,
             "memory": self.budget.memory,
@@ -155,6 +158,10 @@ class RepairSetup:
         """The repair, with progress."""
         from torchreach.repair import RepairOptions, Target, repair
 
+        method = METHODS[setup.method]
+        if isinstance(method, Search):
+            names = ", ".join(name for name in METHODS if name != setup.method)
+            raise OptionError(f"--method of a repair must be one of {names}, got {setup.method!r}")
         target = (
             Target.factor(self.factor, over="all")
             if self.largest is None
@@ -171,7 +178,7 @@ class RepairSetup:
                 training=RepairOptions(epochs=self.epochs, learning_rate=self.rate),
                 evaluate=evaluate,
                 seed=self.seed,
-                method=setup.method,
+                method=method,
                 budget=setup.budget,
                 progress=live and live.step,
             )
@@ -228,7 +235,7 @@ def compare(
             original,
             runs,
             inputs.stars,
-            setup.method,
+            METHODS[setup.method],
             budget=setup.budget,
             progress=live and live.stars,
         )

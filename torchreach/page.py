@@ -188,7 +188,7 @@ def _work(report: Report) -> str:
                 name,
                 stats.method,
                 escape(stats.root_bounds),
-                "stopped early" if count is None else f"{count:,}",
+                "not all" if count is None else f"{count:,}",
                 f"{stats.splits:,}",
                 f"{stats.linear_programs:,}",
                 f"{stats.seconds:.2f} s",

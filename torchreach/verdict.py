@@ -92,15 +92,18 @@ def repair_verdict(result: RepairResult, target: float) -> Verdict:
 def effort(found: Discrepancy) -> str:
     """How the interval was obtained: status, regions where all were enumerated, seconds."""
     seconds = f"{found.stats.seconds:.1f} s"
+    if any(status is not Status.EXACT for status in found.status):
+        return f"BOUNDED: stopped early, {seconds}"
     count = regions(found)
     if count is None:
-        return f"BOUNDED: stopped early, {seconds}"
+        return f"EXACT, {found.stats.branches:,} branches, {seconds}"
     return f"EXACT, {count:,} region{'s' * (count != 1)}, {seconds}"
 
 
 def regions(found: Discrepancy) -> int | None:
-    """Linear regions enumerated, or None where the budget ended first: every cut adds one to a star's."""
-    if any(status is not Status.EXACT for status in found.status):
+    """Linear regions enumerated, or None where not all were: every cut adds one to a star's."""
+    searched = found.stats.branches or found.stats.method == "difference bounds"
+    if searched or any(status is not Status.EXACT for status in found.status):
         return None
     return len(found.status) + found.stats.splits
 
