@@ -66,8 +66,11 @@ class Pair:
     shared: int
 
     @staticmethod
-    def of(first: tuple[Step, ...], second: tuple[Step, ...]) -> Pair:
+    def of(first: tuple[Step, ...], second: tuple[Step, ...], *, live: bool = False) -> Pair:
         """Pair of two networks' steps (in float64, on one device).
+
+        live: matrices carry gradients to the steps' weights, and no layer counts as shared, because gradients must
+        reach equal layers too.
 
         Raises:
             ShapeError: the networks differ in depth or in the size of a layer.
@@ -85,7 +88,7 @@ class Pair:
                 raise UnsupportedLayerError(
                     f"difference bounds require ReLU on all features of a step, but {step.name} leaves some out"
                 )
-        with torch.no_grad():
+        with torch.set_grad_enabled(live and torch.is_grad_enabled()):
             W, V = [_dense(step) for step in first], [_dense(step) for step in second]
         b, c = [step.bias for step in first], [step.bias for step in second]
         same = [_same(s, t) for s, t in zip(first, second, strict=True)]
@@ -98,7 +101,7 @@ class Pair:
             b,
             [x - y for x, y in zip(b, c, strict=True)],
             [_is_matrix(s) and _is_matrix(t) for s, t in zip(first, second, strict=True)],
-            next((k for k, equal in enumerate(same) if not equal), len(same)),
+            0 if live else next((k for k, equal in enumerate(same) if not equal), len(same)),
         )
 
     @property
