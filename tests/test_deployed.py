@@ -230,6 +230,7 @@ def test_a_network_and_its_twins_satisfy_the_triangle_inequality():
     twin = tr.weight_only(small)
     itself = tr.discrepancy(original, original, stars)
     weights = tr.discrepancy(original, twin, stars)
+    assert (itself.semantics, weights.semantics) == ("float", "weight-only")
     rounding_only = tr.discrepancy(twin, small, stars)
     both = tr.discrepancy(original, small, stars)
     assert itself.max_upper <= 1e-9

@@ -34,7 +34,7 @@ from torchreach.search.result import Question, SearchResult
 from torchreach.search.rounded_witness import climb
 from torchreach.search.signs import search_signs
 from torchreach.sets.star import StarBatch
-from torchreach.tolerances import COMPUTE_DTYPE, Tolerances, round_down, round_up
+from torchreach.tolerances import COMPUTE_DTYPE, round_down, round_up
 
 # Numbers in all cells' boxes of one star.
 MEMORY = 2**23
@@ -54,11 +54,12 @@ def rounds(network: nn.Module, input_shape: tuple[int, ...] | None) -> bool:
 
 @torch.no_grad()
 def deployed_discrepancy(
-    original: nn.Module, compressed: nn.Module, stars: StarBatch, budget: Budget, tolerances: Tolerances
+    original: nn.Module, compressed: nn.Module, stars: StarBatch, budget: Budget, tolerance: float
 ) -> Discrepancy:
     """Certified interval around max |y1 - y2| per output and star, where one network or both round activations.
 
-    budget: its seconds are shared by the stars; the rest of it does not apply.
+    budget: its seconds are shared by the stars; the rest of it does not apply. tolerance: an end of a range is
+    finished when it is known this well (absolute).
 
     Raises: ShapeError: sizes that do not fit. UnsupportedLayerError, InvalidNetworkError as `chain`.
     """
@@ -81,7 +82,7 @@ def deployed_discrepancy(
         deadline = None if budget.seconds is None else began + budget.seconds * (s + 1) / len(stars)
         own1, own2, index = varying(first, second, low[s], high[s])
         task = _Task(
-            original, own1, own2, low[s], index, low[s][index], high[s][index], tolerances.gap, deadline, stars.shape
+            original, own1, own2, low[s], index, low[s][index], high[s][index], tolerance, deadline, stars.shape
         )
         if not bool(is_box[s]):
             task.points = stars.select([s]).sample(512)[0].flatten(1)[:, index].to(COMPUTE_DTYPE)

@@ -9,10 +9,13 @@ networks.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from torchreach.deployed import deployed_discrepancy, rounds
 from torchreach.errors import OptionError
+from torchreach.networks.quantized import is_weight_only
 from torchreach.options import Budget, Exact, Search
 from torchreach.portfolio import compare
 from torchreach.results import Discrepancy, ProgressCallback
@@ -49,19 +52,21 @@ def discrepancy(
         tolerances, progress: as in `reach`; for a search, `progress` counts branches in place of stars.
 
     Guarantee: for every real input x of star s, |y1_n(x) - y2_n(x)| <= upper[s, n]; at witness[s, n] it is
-    at least lower[s, n]. Both speak of the networks as real-valued functions of their weights.
+    at least lower[s, n]. Both speak of the networks as real-valued functions of their weights; where a network
+    rounds its activations, of it as int8 kernels execute it, for inputs in float32 (see `deployed`). `semantics` of
+    the result says which: "float", "weight-only" (weights on a grid, activations real), or "deployed int8". A
+    deployed network has a method of its own, so `method` and `progress` do not apply.
 
     Raises: as `merge` and `reach`; OptionError: an unknown method, or a tolerance that is not positive.
     """
+    if tolerance is not None and not tolerance > 0:
+        raise OptionError(f"tolerance must be positive or None, got {tolerance!r}")
     shape = None if len(stars.shape) == 1 else stars.shape
     if rounds(original, shape) or rounds(compressed, shape):
-        return deployed_discrepancy(original, compressed, stars, budget or Budget(), tolerances or Tolerances())
-    question = Question("signed")
-    if tolerance is not None:
-        if not tolerance > 0:
-            raise OptionError(f"tolerance must be positive or None, got {tolerance!r}")
-        question = Question("outputs", tolerance)
-    return compare(
+        gap = (tolerances or Tolerances()).gap if tolerance is None else tolerance
+        return deployed_discrepancy(original, compressed, stars, budget or Budget(), gap)
+    question = Question("signed") if tolerance is None else Question("outputs", tolerance)
+    found = compare(
         original,
         compressed,
         stars,
@@ -71,6 +76,7 @@ def discrepancy(
         tolerances=tolerances or Tolerances(),
         progress=progress,
     )
+    return replace(found, semantics="weight-only" if is_weight_only(compressed) else "float")
 
 
 def chosen(method: Exact | Search | str | None) -> Exact | Search | None:

@@ -25,7 +25,11 @@ from torchreach.results import Discrepancy, RepairResult, RepairStep
 from torchreach.verdict import Verdict, compare_verdict, regions
 
 SCHEMA = 1
-SEMANTICS = {"float": "weights as they are stored, exact real arithmetic"}
+SEMANTICS = {
+    "float": "weights as they are stored, exact real arithmetic",
+    "weight-only": "weights on their grid, activations not rounded: exact real arithmetic",
+    "deployed int8": "activations rounded and clamped as int8 kernels execute them",
+}
 
 
 @dataclass(frozen=True)

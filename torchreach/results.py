@@ -128,9 +128,11 @@ class Discrepancy:
         range_lower, range_upper: [S, N] certified signed range of y1 - y2.
         witness: [S, N, *input shape] input that attains `lower`, replayed through both networks.
         status: per input star: EXACT, or BOUNDED if the budget or the tolerance asked for ended the work first.
-        semantics: which reading of the networks the numbers speak of ("float": weights as they are,
-            real arithmetic).
-        regions: [S] number of joint linear regions that were enumerated.
+        semantics: which reading of the networks the numbers speak of: "float" (weights as they are, real
+            arithmetic), "weight-only" (the same, of a network whose weights lie on a grid), "deployed int8"
+            (activations rounded and clamped as int8 kernels do).
+        regions: [S] number of joint linear regions that were enumerated; of a deployed network, cells of its
+            input grid.
         stats: what it took.
     """
 

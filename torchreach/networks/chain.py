@@ -20,6 +20,7 @@ from torchreach.networks.fake_quantized import add_fake_quantized, is_quantizati
 from torchreach.networks.graph import GraphReader
 from torchreach.networks.int8_modules import add_int8_module
 from torchreach.networks.packed_weights import plain_layer
+from torchreach.networks.quantized import WeightOnly
 from torchreach.networks.quantizer import Quantizer
 
 _log = logging.getLogger(__name__)
@@ -62,12 +63,12 @@ def chain(module: nn.Module, input_shape: Shape | None = None) -> nn.Sequential:
     return result
 
 
-def weight_only(module: nn.Module, input_shape: Shape | None = None) -> nn.Sequential:
+def weight_only(module: nn.Module, input_shape: Shape | None = None) -> WeightOnly:
     """Float twin of a deployed network: its dequantised weights, and no rounding or clamping of activations.
 
     Arguments and errors as `chain`; a network without quantisers gives the same as `chain`.
     """
-    return nn.Sequential(*(layer for layer in chain(module, input_shape) if not isinstance(layer, Quantizer)))
+    return WeightOnly(*(layer for layer in chain(module, input_shape) if not isinstance(layer, Quantizer)))
 
 
 def _add(builder: ChainBuilder, module: nn.Module, name: str) -> None:

@@ -230,6 +230,15 @@ class Constraints:
         return value * self.masks[name] if name in self.masks else value
 
 
+class WeightOnly(nn.Sequential):
+    """The float twin of a deployed network; made by `weight_only`."""
+
+
+def is_weight_only(network: nn.Module) -> bool:
+    """Whether the weights are known to lie on a grid while activations are real numbers."""
+    return isinstance(network, WeightOnly) or any(_stored_grid(layer) is not None for layer in network.modules())
+
+
 def standalone_copy(network: nn.Module, *, keep_masks: bool = False) -> nn.Module:
     """Deep copy of `network` with the masks of `torch.nn.utils.prune` multiplied into the weights for good.
 

@@ -277,7 +277,7 @@ class StarBatch:
     def bounding_box(self) -> tuple[Tensor, Tensor, Tensor]:
         """Box (lower, upper) [S, N] around each star, float64, and whether it is the star itself [S].
 
-        Constraints are left out of account; without them it is the smallest. Exact for stars made by `from_box` and `from_image`.
+        Constraints are left out of account; without them it is the smallest. Exact for stars made by `from_box`.
         """
         rows = self.basis.flatten(2).to(COMPUTE_DTYPE)
         ends = torch.stack((self.lower, self.upper)).to(COMPUTE_DTYPE)[..., None] * rows[:, 1:]
