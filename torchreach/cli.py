@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,9 +28,11 @@ class _Group(TyperGroup):
     """Commands whose every bad input ends in one line and status 2."""
 
     def main(self, args: Any = None, standalone_mode: bool = True, **extra: Any) -> Any:
-        """As typer's; errors are printed here."""
+        """As typer's; errors and warnings are printed here."""
         args = list(sys.argv[1:] if args is None else args)
         args = args or ["--help"]
+        shown = warnings.showwarning
+        warnings.showwarning = lambda message, *_, **__: print(f"torchreach: warning: {message}", file=sys.stderr)
         try:
             status = super().main(args, standalone_mode=False, obj=shlex.join(["torchreach", *args]), **extra)
         except (_ClickException, TorchreachError, OSError) as error:
@@ -38,6 +41,8 @@ class _Group(TyperGroup):
             status = 2
         except typer.Abort:
             status = 130
+        finally:
+            warnings.showwarning = shown
         status = status if isinstance(status, int) else 0
         if standalone_mode:
             sys.exit(status)

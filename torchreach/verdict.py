@@ -90,19 +90,24 @@ def repair_verdict(result: RepairResult, target: float) -> Verdict:
 
 
 def effort(found: Discrepancy) -> str:
-    """How the interval was obtained: status, regions where all were enumerated, seconds."""
+    """How the interval was obtained: semantics, status, regions where all were enumerated, seconds."""
+    what = "" if found.semantics == "float" else f"{found.semantics}, "
     seconds = f"{found.stats.seconds:.1f} s"
-    if any(status is not Status.EXACT for status in found.status):
-        return f"BOUNDED: stopped early, {seconds}"
+    exact = all(status is Status.EXACT for status in found.status)
+    if found.stats.method == "cells":
+        number = f"{int(found.regions.sum()):,} cell{'s' * (int(found.regions.sum()) != 1)}"
+        return f"{what}{'EXACT' if exact else 'BOUNDED: rounding left open'}, {number}, {seconds}"
+    if not exact:
+        return f"{what}BOUNDED: stopped early, {seconds}"
     count = regions(found)
     if count is None:
-        return f"EXACT, {found.stats.branches:,} branches, {seconds}"
-    return f"EXACT, {count:,} region{'s' * (count != 1)}, {seconds}"
+        return f"{what}EXACT, {found.stats.branches:,} branches, {seconds}"
+    return f"{what}EXACT, {count:,} region{'s' * (count != 1)}, {seconds}"
 
 
 def regions(found: Discrepancy) -> int | None:
     """Linear regions enumerated, or None where not all were: every cut adds one to a star's."""
-    searched = found.stats.branches or found.stats.method == "difference bounds"
+    searched = found.stats.branches or found.stats.method in ("difference bounds", "cells", "relaxation")
     if searched or any(status is not Status.EXACT for status in found.status):
         return None
     return len(found.status) + found.stats.splits
