@@ -81,7 +81,7 @@ def outputs(steps: tuple[Step, ...], values: Tensor) -> tuple[Tensor, Tensor, Te
         spread = spread + kernel_error(step, z.abs() + spread, size)
         low, high = z - spread, z + spread
         if step.quantizer is not None:
-            parent, low, high = _apart(*step.quantizer.code_range(low, high), GROWTH * len(values))
+            parent, low, high = _apart(*step.quantizer.code_range(low, high), 64 + GROWTH * len(values))
             index = index[parent]
             low, high = step.quantizer.value(low), step.quantizer.value(high)
         elif step.relu is not None:
@@ -122,6 +122,7 @@ class InputGrid:
 
     scale: Tensor
     shift: Tensor
+    terms: Tensor  # [N] how large the terms of the shift are; they may cancel
     quantizer: Quantizer
     first: Tensor | None = None
     last: Tensor | None = None
@@ -143,11 +144,11 @@ class InputGrid:
         elementwise = elementwise and torch.equal(step.magnitude(zero + 1)[0], scale.abs()) and bool((scale != 0).all())
         if not elementwise or not torch.equal(step.magnitude(probe)[0], scale.abs() * probe[0]):
             return None
-        return InputGrid(scale, step.bias, step.quantizer)
+        return InputGrid(scale, step.bias, step.bias_magnitude, step.quantizer)
 
     def error(self, x: Tensor) -> Tensor:
         """Bound on what rounding does to scale x + shift before it is quantised."""
-        return INPUT_ERROR * ((self.scale * x).abs() + 2 * self.shift.abs()) + SINGLE * self.quantizer.largest_sum
+        return INPUT_ERROR * ((self.scale * x).abs() + 2 * self.terms) + SINGLE * self.quantizer.largest_sum
 
     def codes(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest code [..., N] of inputs in [low, high]."""
@@ -162,7 +163,7 @@ class InputGrid:
         """Ends [..., N] of the closed set of inputs that may get these codes, infinite at the last codes."""
         low, high = self.quantizer.cell(codes)
         size = torch.maximum(*(torch.where(end.isfinite(), end.abs(), 0.0) for end in (low, high)))
-        error = 2 * (INPUT_ERROR * (size + 4 * self.shift.abs()) + SINGLE * self.quantizer.largest_sum)
+        error = 2 * (INPUT_ERROR * (size + 4 * self.terms) + SINGLE * self.quantizer.largest_sum)
         ends = torch.stack(((low - error - self.shift) / self.scale, (high + error - self.shift) / self.scale))
         return ends.amin(0), ends.amax(0)
 
