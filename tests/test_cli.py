@@ -245,7 +245,7 @@ def _bad(files):
         "device": ((*a_b, *box, "--device", "tpu"), "--device must be cpu, cuda or cuda:N, got 'tpu'"),
         "no such cuda": ((*a_b, *box, "--device", "cuda:99"), "--device cuda:99: this machine has"),
         "dtype": ((*a_b, *box, "--dtype", "int8"), "--dtype must be one of float32, float64, got 'int8'"),
-        "method": ((*a_b, *box, "--method", "magic"), "--method must be one of auto, exact, search, vertices, programs"),
+        "method": ((*a_b, *box, "--method", "magic"), "--method must be one of auto, exact, search, vertices"),
         "seconds": ((*a_b, *box, "--seconds", "0"), "--seconds must be positive, got 0"),
         "memory": ((*a_b, *box, "--memory", "2 gigs"), "--memory must be a positive size such as 2GB"),
         "tolerance": ((*a_b, *box, "--tolerance", "-1"), "--tolerance must be a number >= 0, got -1"),

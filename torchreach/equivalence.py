@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from torchreach.bounds.difference import identical
 from torchreach.deployed import deployed_discrepancy, rounds
 from torchreach.errors import OptionError, ShapeError, UnsupportedLayerError
 from torchreach.networks.layers import Reshape
@@ -37,7 +38,7 @@ from torchreach.reach.threads import first_interrupt
 from torchreach.results import Answer, Discrepancy, Equivalence
 from torchreach.search.result import Question, SearchResult
 from torchreach.sets.star import StarBatch
-from torchreach.star_search import StarSearch, pair_of
+from torchreach.star_search import StarSearch
 from torchreach.tolerances import COMPUTE_DTYPE, Tolerances, round_down, round_up
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def equivalent(
     if not 0 <= epsilon < math.inf:
         raise OptionError(f"epsilon must be a number >= 0, got {epsilon!r}")
     if deployed:
-        found = deployed_discrepancy(original, compressed, stars, budget, tolerances)
+        found = deployed_discrepancy(original, compressed, stars, budget, tolerances.gap)
     else:
         question = Question("largest", min(1e-6, max(1e-9, 1e-3 * epsilon)), epsilon)
         found = compare(
@@ -159,7 +160,7 @@ class _Labels:
             _lead(y - e, y + e, self.label.repeat_interleave(SAMPLES)).reshape(size, SAMPLES).amax(1)
             for y, e in zip(value, error, strict=True)
         ]).amax(0)  # fmt: skip
-        same = self._same_network()
+        same = identical(*self.networks)
         yes, no = [same] * size, [False] * size
         for s in range(size) if not same else ():
             if self.interrupted:
@@ -182,13 +183,6 @@ class _Labels:
             branches=self.branches,
             seconds=time.monotonic() - self.began,
         )
-
-    def _same_network(self) -> bool:
-        try:
-            pair = pair_of(self.original, self.compressed, self.stars.shape, self.stars.device)
-        except (ShapeError, UnsupportedLayerError):
-            return False
-        return pair.shared == pair.depth
 
     def _constant(self, s: int, end: float | None) -> tuple[bool, Tensor | None]:
         """Whether both networks give the star's label everywhere; and inputs [B, *shape] that show another."""

@@ -31,7 +31,7 @@ from torchreach.reach.threads import first_interrupt
 from torchreach.results import Discrepancy, Progress, ProgressCallback, ReachResult, ReachStats, Status
 from torchreach.search.result import Question, SearchResult
 from torchreach.sets.star import StarBatch
-from torchreach.star_search import StarSearch, pair_of
+from torchreach.star_search import StarSearch
 from torchreach.tolerances import COMPUTE_DTYPE, Tolerances, round_down, round_up
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def compare(
         run = _Run(original, compressed, stars, question, budget, tolerances, progress, interrupted)
         if isinstance(method, Exact):
             run.enumerate(method, budget.seconds, run.enumerable)
-        elif run.pair is None:
+        elif run.fallback:
             if method is not None:
                 log.warning("no branch and bound: %s; the regions are enumerated instead", run.fallback)
             run.enumerate(Exact(), budget.seconds, run.enumerable)
@@ -95,6 +95,7 @@ class _Run:
     tolerances: Tolerances
     progress: ProgressCallback | None
     interrupted: list[int]
+    pair: Pair | None = None
     fallback: str = ""
     methods: list[str] = field(default_factory=list)
     exact_stats: ReachStats | None = None
@@ -107,9 +108,13 @@ class _Run:
         shape = None if len(stars.shape) == 1 else stars.shape
         self.merged = merge(self.original, self.compressed, shape)
         self.network: tuple[Step, ...] = steps(self.merged, stars.shape, dtype=COMPUTE_DTYPE, device=stars.device)
-        self.pair: Pair | None = None
+        original, compressed = (
+            steps(network, stars.shape, dtype=COMPUTE_DTYPE, device=stars.device)
+            for network in (self.original, self.compressed)
+        )
+        self.both = original, compressed
         try:
-            self.pair = pair_of(self.original, self.compressed, stars.shape, stars.device)
+            Pair.check(original, compressed)
         except (ShapeError, UnsupportedLayerError) as error:
             self.fallback = str(error)
             log.info("no difference bounds: %s", error)
@@ -206,12 +211,20 @@ class _Run:
             self._take_state(s, work.state)
             if work.over:
                 self.searchable[s] = False
+                # A witness that is rounded to the stars' dtype may attain a little less than was asked for.
+                self.enumerable[s] &= not work.state.closed
                 log.info("search of star %d ends with %d branches open", s, work.state.open)
 
     def _start(self, s: int, options: Search, stars: int) -> StarSearch:
         memory = self.budget.memory or default_budget(self.stars.device)
         work = StarSearch(
-            self.original, self.compressed, self.stars.select([s]), self.question, options, memory=memory / stars
+            self.original,
+            self.compressed,
+            self.stars.select([s]),
+            self.question,
+            options,
+            memory=memory / stars,
+            pair=self.pair,
         )
         self.searches[s] = work
         self._used(work.split)
@@ -235,7 +248,7 @@ class _Run:
     def _root(self, open_: list[int]) -> None:
         """One pass over all open stars together, so that each has a valid interval however short the time."""
         self.rooted = True
-        assert self.pair is not None
+        self.pair = Pair.of(*self.both)
         index = torch.tensor(open_, device=self.stars.device)
         stars = self.stars.select(index)
         low, high, _ = stars.bounding_box()
@@ -254,14 +267,17 @@ class _Run:
         The easiest come in a mask of their own, so that they do not wait for others of their batch.
         """
         size = self.stars.basis[0, 0].numel()
-        if self.pair is None or len(self.stars) > MOST_STARS or POINTS * size * len(self.stars) > MOST_NUMBERS:
+        if len(self.stars) > MOST_STARS or POINTS * size * len(self.stars) > MOST_NUMBERS:
             return [torch.ones_like(self.enumerated)]
         x = self.stars.sample(POINTS).flatten(2).to(COMPUTE_DTYPE)
         g = torch.Generator().manual_seed(0)
         key = torch.zeros_like(x[..., 0])
-        for W, b in zip(self.pair.W[:-1], self.pair.b, strict=False):
-            x = (x @ W.T + b).clamp(min=0)
-            key = key + (x > 0).to(x) @ torch.rand(len(b), generator=g, dtype=x.dtype).to(x.device)
+        for step in self.network[:-1]:
+            assert step.relu is not None
+            x = step.linear(x) + step.bias
+            on = (x > 0) & step.relu
+            key = key + on.to(x) @ torch.rand(step.features, generator=g, dtype=x.dtype).to(x.device)
+            x = torch.where(on | ~step.relu, x, 0.0)
         key = key.sort(1).values
         apart = (key[:, 1:] != key[:, :-1]).double().mean(1)
         return [apart < EASY, apart < APART["vertices" if self.stars.dim <= VERTEX_DIM else "programs"]]

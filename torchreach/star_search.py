@@ -126,15 +126,20 @@ class StarSearch:
         options: Search,
         *,
         memory: float,
+        pair: Pair | None = None,
         alone: bool = False,
     ) -> None:
-        """star: a batch of one. memory: bytes for open sub-problems. alone: whether second(x) is zero.
+        """star: a batch of one. memory: bytes for open sub-problems. pair: of the networks on the star's features, if
+        it is at hand. alone: whether second(x) is zero.
 
         Raises: ShapeError, UnsupportedLayerError as `Pair.of`.
         """
         self.space = space = Coordinates.of(star)
         first, second = space.lifted(first), space.lifted(second)
-        self.pair = pair_of(first, second, space.in_shape, star.device)
+        if pair is None or space.lift is not None:
+            both = [steps(part, space.in_shape, dtype=COMPUTE_DTYPE, device=star.device) for part in (first, second)]
+            pair = Pair.of(both[0], both[1])
+        self.pair = pair
         self.module, self.memory = first if alone else merge(first, second, space.in_shape), memory
         self.split = options.split
         if self.split == "auto":
@@ -176,9 +181,3 @@ class StarSearch:
             upper[some] = torch.stack((found.upper, -found.lower), 1)
             points[some] = torch.stack((found.argmax, found.argmin), 1).flatten(3)
         return upper, points
-
-
-def pair_of(first: nn.Module, second: nn.Module, shape: tuple[int, ...], device: torch.device) -> Pair:
-    """The two networks on inputs of `shape` in difference coordinates. Raises as `steps` and `Pair.of`."""
-    both = [steps(network, shape, dtype=COMPUTE_DTYPE, device=device) for network in (first, second)]
-    return Pair.of(both[0], both[1])

@@ -27,6 +27,7 @@ Axis letters: B boxes, R rows (one objective each), N features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -66,11 +67,8 @@ class Pair:
     shared: int
 
     @staticmethod
-    def of(first: tuple[Step, ...], second: tuple[Step, ...], *, live: bool = False) -> Pair:
-        """Pair of two networks' steps (in float64, on one device).
-
-        live: matrices carry gradients to the steps' weights, and no layer counts as shared, because gradients must
-        reach equal layers too.
+    def check(first: tuple[Step, ...], second: tuple[Step, ...]) -> None:
+        """Says why two networks' steps make no pair, without building it.
 
         Raises:
             ShapeError: the networks differ in depth or in the size of a layer.
@@ -88,6 +86,20 @@ class Pair:
                 raise UnsupportedLayerError(
                     f"difference bounds require ReLU on all features of a step, but {step.name} leaves some out"
                 )
+            if _inputs(step) * step.features > MAX_ENTRIES:
+                raise UnsupportedLayerError(
+                    f"difference bounds require affine layers of at most {MAX_ENTRIES} entries as matrices; "
+                    f"{step.name} has {step.features} x {_inputs(step)}"
+                )
+
+    @staticmethod
+    def of(first: tuple[Step, ...], second: tuple[Step, ...], *, live: bool = False) -> Pair:
+        """Pair of two networks' steps (in float64, on one device). Raises as `check`.
+
+        live: matrices carry gradients to the steps' weights, and no layer counts as shared, because gradients must
+        reach equal layers too.
+        """
+        Pair.check(first, second)
         with torch.set_grad_enabled(live and torch.is_grad_enabled()):
             W, V = [_dense(step) for step in first], [_dense(step) for step in second]
         b, c = [step.bias for step in first], [step.bias for step in second]
@@ -185,15 +197,13 @@ def _sizes(steps: tuple[Step, ...]) -> str:
     return " -> ".join([str(tuple(steps[0].in_shape)), *(str(step.features) for step in steps)])
 
 
+def _inputs(step: Step) -> int:
+    return math.prod(step.in_shape)
+
+
 def _dense(step: Step) -> Tensor:
     """W [N_out, N_in] of an affine step, by pushing unit vectors through it."""
-    n_in = int(torch.tensor(step.in_shape).prod())
-    if n_in * step.features > MAX_ENTRIES:
-        raise UnsupportedLayerError(
-            f"difference bounds require affine layers of at most {MAX_ENTRIES} entries as matrices; "
-            f"{step.name} has {step.features} x {n_in}"
-        )
-    unit = torch.eye(n_in, dtype=step.bias.dtype, device=step.bias.device)
+    unit = torch.eye(_inputs(step), dtype=step.bias.dtype, device=step.bias.device)
     return step.linear(unit).T.contiguous()
 
 
@@ -201,6 +211,11 @@ def _is_matrix(step: Step) -> bool:
     """Whether pushing unit vectors through returns the weights themselves, unrounded."""
     layers = [layer for layer in step.block if not isinstance(layer, PASS_THROUGH + RESHAPING)]
     return len(layers) <= 1 and all(isinstance(layer, nn.Linear) for layer in layers)
+
+
+def identical(first: tuple[Step, ...], second: tuple[Step, ...]) -> bool:
+    """Whether two networks are one function: the same layers with the same parameters."""
+    return len(first) == len(second) and all(_same(s, t) for s, t in zip(first, second, strict=True))
 
 
 def _same(s: Step, t: Step) -> bool:
