@@ -25,8 +25,9 @@ from torchreach.search.result import Best, Constraints, Finish, Question, Search
 from torchreach.search.witness import ascend
 
 # Undecided neurons of a box that `finish` takes. Measured on pairs of 300 neurons each with 5 inputs: up to a thousand
-# regions, which are enumerated in the time that bounding the two halves takes.
-FEW = 40
+# regions, which are enumerated in the time that bounding the two halves takes. Fewer where a threshold is asked for:
+# a bound of a half is then often enough, and exact values are rarely needed.
+FEW, FEW_AT_THRESHOLD = 40, 12
 # Copies of the open boxes that one round holds at most.
 COPIES = 3
 
@@ -49,7 +50,7 @@ def search_boxes(
 
     Args:
         constraints: the part of the box that counts; witnesses lie in it.
-        finish: bounds boxes of at most `FEW` undecided neurons, instead of halving them.
+        finish: bounds boxes of few undecided neurons (`FEW`), instead of halving them.
         memory: bytes of open boxes beyond which it ends, open, instead of halving more.
         batch: boxes halved at a time. starts, seed: of the witness search that comes first (`ascend`).
 
@@ -137,7 +138,8 @@ class _Work:
             undecided = torch.stack([(~h.settled()).sum(1) for h in hexagons]).sum(0)
         if self.finish is not None:
             alive = (value > self.question.enough(best.lower)).flatten(1).any(1)
-            few = (alive & (undecided <= FEW)).nonzero().flatten()
+            most = FEW if self.question.threshold == -torch.inf else FEW_AT_THRESHOLD
+            few = (alive & (undecided <= most)).nonzero().flatten()
             if len(few):
                 found, points = self.finish(low[few], high[few])
                 best.offer(points.flatten(0, 2))
