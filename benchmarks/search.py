@@ -146,15 +146,18 @@ def int8(args: argparse.Namespace) -> list[dict]:
 def cases(args: argparse.Namespace) -> list[dict]:
     """One row per recorded pair."""
     rows = []
-    for case in common.acasxu_cases(3000 if args.quick else 100_000):
+    for case in common.acasxu_cases(1000 if args.quick else 100_000):
         if not case.is_pair:
             continue
-        box, pair = case.box(), case.networks()
+        box = case.box()
+        original, compressed = case.networks()
         stars = tr.StarBatch.from_box(box[:, 0], box[:, 1])
         found, seconds = timed(
-            lambda p=pair, s=stars: tr.discrepancy(*p, s, "search", budget=tr.Budget(seconds=args.seconds))
+            lambda o=original, c=compressed, s=stars: tr.discrepancy(
+                o, c, s, "search", budget=tr.Budget(seconds=args.seconds)
+            )
         )
-        _, enumeration = timed(lambda p=pair, s=stars: tr.discrepancy(*p, s, "exact"))
+        _, enumeration = timed(lambda o=original, c=compressed, s=stars: tr.discrepancy(o, c, s, "exact"))
         low, high = case.recorded_range()
         off = torch.maximum((found.range_lower[0] - low).abs(), (found.range_upper[0] - high).abs())
         rows.append(

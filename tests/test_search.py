@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import torchreach as tr
+from benchmarks import search as benchmark
+from tests.data import require_data
 from tests.networks import DEVICES, acasxu_pair, cases, random_network, rounded_copy
 from tests.test_difference import boxes, layers_at, noisy_copy, pair_of, samples
 from tests.test_scales import exactly
@@ -314,3 +316,18 @@ def test_only_one_side_counts_where_one_is_asked_for(search) -> None:
     assert state.branches <= full.branches
     assert float(state.upper[0].max() - full.lower[0].max()) <= 2e-4
     assert (state.upper >= full.lower - 1e-12).all()
+
+
+def test_the_benchmark_closes_recorded_pairs_and_notices_what_is_wrong(capsys: pytest.CaptureFixture) -> None:
+    require_data("equivalence", "acasxu.json")
+    threads = torch.get_num_threads()
+    assert benchmark.main(["--section", "cases", "--quick"]) == 0
+    torch.set_num_threads(threads)
+    assert "3_7 prop_3 full int8" in capsys.readouterr().out
+    row = {"case": "x", "holds": True, "gap": 1e-9}
+    assert benchmark.problems("cases", row) == []
+    assert benchmark.problems("cases", row | {"holds": False}) == [
+        "x: the interval does not contain the recorded range"
+    ]
+    assert benchmark.problems("cases", row | {"gap": 1e-3}) == ["x: not closed to 1e-06, gap 0.001"]
+    assert benchmark.problems("mnist", {"attained": 2.0, "upper": 1.0}) == ["mnist: attained 2 above certified 1"]
