@@ -17,6 +17,7 @@ MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in FILE
 BASE = {"errors", "masks", "tolerances", "options", "results"}
 ANALYSES = {
     "discrepancy",
+    "discrepancy_loss",
     "repair",
     "checks",
     "target",
@@ -25,6 +26,7 @@ ANALYSES = {
     "deployed",
     "deployed_student",
     "star_search",
+    "star_support",
     "portfolio",
     "equivalence",
 }

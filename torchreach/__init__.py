@@ -4,6 +4,7 @@ Batched star-set reachability in PyTorch. See README.md for a tour.
 """
 
 from torchreach.discrepancy import discrepancy
+from torchreach.discrepancy_loss import DiscrepancyLoss
 from torchreach.equivalence import equivalent
 from torchreach.errors import TorchreachError, UncalibratedWarning
 from torchreach.lp.certify import Certification, certify
@@ -28,6 +29,7 @@ from torchreach.results import (
     Status,
 )
 from torchreach.sets.star import StarBatch
+from torchreach.star_support import StarSupport
 from torchreach.tolerances import Tolerances
 
 __version__ = "0.1.0"
@@ -38,6 +40,7 @@ __all__ = [
     "Certification",
     "Comparison",
     "Discrepancy",
+    "DiscrepancyLoss",
     "Equivalence",
     "Exact",
     "MergedLinear",
@@ -52,6 +55,7 @@ __all__ = [
     "RepairStep",
     "Search",
     "StarBatch",
+    "StarSupport",
     "Status",
     "Target",
     "Tolerances",

@@ -1,0 +1,226 @@
+"""Certified bound of max |y1 - y2| over boxes as a loss: differentiable in the compressed network's parameters.
+
+One backward pass in difference coordinates with closed-form planes (`bounds.difference`, `bounds.hexagon`), taken
+over the student's live parameters instead of copies. For one box x0 +- r, layers 0 .. L - 1:
+
+    layer 0       z = W x0 + b +- |W| r,  d = z - z2 = D x0 + db +- |D| r
+    layer k       rows (W, 0) for z and (D, V) for d on (a, e) of layer k - 1; planes above them down to layer 0:
+                  p . z + q . d  <=  p . z(x0) + q . d(x0) + |p W + q D| r
+    output        max(upper bound of d, upper bound of -d)
+
+with every rounding allowance of `bounds.difference`. The slope of a plane is any number that its height follows, so
+the bound is sound for each value of the parameters, and its gradient is that of the bound itself, intermediate
+bounds included: it moves neurons towards where the networks are easier to compare.
+
+CROWN (Zhang et al.: Efficient neural network robustness certification with general activation functions, NeurIPS
+2018) for the pass, CROWN-IBP (Zhang et al., ICLR 2020) for training on bounds.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from torchreach.bounds.difference import Backward, Pair, checked_boxes
+from torchreach.bounds.hexagon import Hexagon
+from torchreach.checks import check_choice
+from torchreach.errors import InvalidNetworkError, ShapeError, UnsupportedLayerError
+from torchreach.networks.chain import chain
+from torchreach.networks.quantizer import Quantizer
+from torchreach.networks.steps import Step, steps
+from torchreach.tolerances import COMPUTE_DTYPE, round_up
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class DiscrepancyLoss(nn.Module):
+    """loss(lower, upper): certified upper bound of max |original(x) - student(x)| over lower <= x <= upper.
+
+    Args:
+        original: the reference. Read at the first call, and again only for boxes of another shape or device.
+        student: the network in training, of the same architecture (equal layer sizes). Its parameters are read at
+            every call, the layers it consists of only at the first. Evaluation semantics, whatever its mode is.
+        reduction: "mean" or "sum" over boxes and outputs, or "none".
+
+    Neither network is a submodule: the loss has no parameters or state of its own.
+
+    Raises, at the first call: ShapeError if the architectures differ; UnsupportedLayerError; InvalidNetworkError
+    for weights that are not finite, or if a parameter that wants a gradient could not get one.
+
+    Example:
+        >>> loss = DiscrepancyLoss(original, student)
+        >>> (cross_entropy(student(x), y) + loss(x - 0.01, x + 0.01)).backward()
+    """
+
+    def __init__(self, original: nn.Module, student: nn.Module, *, reduction: str = "mean") -> None:
+        super().__init__()
+        check_choice("reduction", reduction, REDUCTIONS)
+        self.reduction = reduction
+        self._networks = (original, student)  # in a tuple, so that they do not become submodules
+        self._original: tuple[Step, ...] = ()
+        self._student: tuple[nn.Module, ...] = ()
+        self._key: tuple | None = None
+
+    def forward(self, lower: Tensor, upper: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The loss over boxes lower, upper [B, *input shape]; [B, N_out] without reduction.
+
+        parameters: tensors to use in place of the student's parameters of these names, as in
+            `torch.func.functional_call`: weights rounded straight-through, or averaged, for instance.
+
+        Returns: in the student's dtype, on the device of its parameters.
+        Guarantee: without reduction, no smaller than |original(x) - student(x)| of the real-valued networks
+            anywhere in the box, rounding included: computed in float64 with its rounding errors added, and
+            rounded up. (A mean or sum is rounded to nearest.)
+        Raises: ShapeError, InvalidSetError: boxes that do not fit, are empty or not finite; InvalidNetworkError: a
+            name of `parameters` that the student does not have; ShapeError: a value of another shape.
+        """
+        if lower.shape != upper.shape or lower.ndim < 2:
+            raise ShapeError(
+                "boxes must be lower and upper of one shape [B, *input shape], "
+                f"got {tuple(lower.shape)} and {tuple(upper.shape)}"
+            )
+        values = self._values(parameters)
+        like = next((value for value in values.values()), lower)
+        shape, device = tuple(lower.shape[1:]), like.device
+        self._prepare(shape, device)
+        pair = Pair.of(self._original, _live_steps(self._student, values, shape, device), live=True)
+        lower, upper = checked_boxes(pair, lower.flatten(1), upper.flatten(1))
+        bound = _rounded_up(upper_bounds(pair, lower, upper).amax(1), like.dtype)
+        if self.reduction == "none":
+            return bound
+        return bound.mean() if self.reduction == "mean" else bound.sum()
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}"
+
+    def _values(self, parameters: Mapping[str, Tensor] | None) -> dict[int, Tensor]:
+        """The tensor to use for each parameter of the student, by its identity."""
+        named: dict[str, Tensor] = dict(self._networks[1].named_parameters())
+        values = {id(value): value for value in named.values()}
+        for name, value in (parameters or {}).items():
+            if name not in named:
+                raise InvalidNetworkError(f"parameters must name parameters of the student, got {name!r}")
+            if value.shape != named[name].shape:
+                raise ShapeError(
+                    f"parameter {name!r} must have shape {tuple(named[name].shape)}, got {tuple(value.shape)}"
+                )
+            values[id(named[name])] = value
+        return values
+
+    def _prepare(self, shape: tuple[int, ...], device: torch.device) -> None:
+        """Reads both networks for inputs of this shape, on this device."""
+        if self._key == (shape, device):
+            return
+        original, student = (tuple(chain(network, shape)) for network in self._networks)
+        for layer in (*original, *student):
+            if isinstance(layer, Quantizer):
+                raise UnsupportedLayerError(
+                    "DiscrepancyLoss requires networks that do not round activations, but "
+                    f"{layer.name or 'a layer'!r} does; use torchreach.weight_only(network), or torchreach.repair"
+                )
+            if next(layer.children(), None) is not None:
+                raise UnsupportedLayerError(
+                    "DiscrepancyLoss requires two networks of plain layers, but "
+                    f"{type(layer).__name__} is made of other modules (a merged network, a parametrisation)"
+                )
+        used = {id(value) for layer in student for value in layer.parameters()}
+        for name, value in self._networks[1].named_parameters():
+            if value.requires_grad and id(value) not in used:
+                raise InvalidNetworkError(
+                    f"the loss requires that layers use the student's parameters as they are, but {name!r} is unused "
+                    "or changed by the student's own code: freeze it, or give what layers use in parameters={...}"
+                )
+        with torch.no_grad():
+            self._original = _live_steps(original, {}, shape, device)
+        self._student, self._key = student, (shape, device)
+
+
+def upper_bounds(pair: Pair, lower: Tensor, upper: Tensor) -> Tensor:
+    """Certified bounds [B, 2, N_out] above y1 - y2 (row 0) and y2 - y1 (row 1), differentiable in the pair's matrices.
+
+    The planes and allowances of `quick_bounds`, in fewer operations: layers are not multiplied with unit vectors, and
+    input coordinates without width cost nothing.
+
+    Args: lower, upper: [B, N_in] as `checked_boxes` returns them.
+    """
+    with torch.no_grad():  # rounding allowances need no gradient
+        work = Backward(pair, lower, upper)
+    middle = lower + (upper - lower) / 2
+    radius = torch.maximum(upper - middle, middle - lower)
+    wide = (radius > 0).any(0).nonzero().flatten()
+    radius, W, D = radius[:, wide], pair.W[0][:, wide], pair.D[0][:, wide]
+    z, d = middle @ pair.W[0].T + pair.b[0], middle @ pair.D[0].T + pair.db[0]
+    last = pair.depth - 1
+    P, Q = work.errors[0]
+    size = radius @ D.abs().T + Q
+    if last == 0:
+        return torch.stack((d + size, size - d), 1)
+    spread = radius @ W.abs().T + P
+    _add(work, z + spread, z - spread, d + size, d - size)
+    for k in range(1, pair.depth):
+        P, Q = work.errors[k]
+        alpha, beta, constant, error = pair.D[k], pair.V[k], pair.db[k], Q
+        if k < last:
+            alpha, beta = torch.cat((pair.W[k], alpha)), torch.cat((torch.zeros_like(beta), beta))
+            constant, error = torch.cat((pair.b[k], constant)), torch.cat((P, Q), 1)
+        alpha, beta = torch.cat((alpha, -alpha))[None], torch.cat((beta, -beta))[None]
+        value = torch.cat((constant + error, error - constant), 1)  # [B, R], R rows of either sign
+        for j in range(k - 1, -1, -1):
+            p, q, raised = work.closed(j, alpha, beta)
+            P, Q = work.errors[j]
+            with torch.no_grad():
+                error = (p.abs() @ P[..., None] + q.abs() @ Q[..., None])[..., 0]
+            value = value + raised + error
+            if j > 0:
+                alpha, beta, constant = pair.backward(j, p, q)
+                value = value + constant
+        value = value + (p @ z[..., None] + q @ d[..., None] + (p @ W + q @ D).abs() @ radius[..., None])[..., 0]
+        # An overflow says nothing.
+        value = torch.nan_to_num(value, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        if k == last:
+            return value.reshape(len(lower), 2, -1)
+        u1, du, l1, dl = value.reshape(len(lower), 4, -1).unbind(1)
+        _add(work, u1, -l1, du, -dl)
+    raise AssertionError("the last layer has been bounded")
+
+
+def _add(work: Backward, u1: Tensor, l1: Tensor, du: Tensor, dl: Tensor) -> None:
+    """Adds the next hidden layer; bounds of z2 = z - d follow from those of z and d."""
+    inf = torch.full_like(u1, torch.inf)
+    hexagon = Hexagon(l1, u1, -inf, inf, dl, du).tightened()
+    with torch.no_grad():
+        work.add(hexagon)
+
+
+def _live_steps(
+    layers: tuple[nn.Module, ...], values: Mapping[int, Tensor], shape: tuple[int, ...], device: torch.device
+) -> tuple[Step, ...]:
+    """Steps in float64 whose weights and biases are differentiable functions of `values`, given by id of parameter."""
+
+    def moved(value: Tensor | None) -> Tensor | None:
+        if value is None or not value.is_floating_point():
+            return value
+        return values.get(id(value), value).to(device=device, dtype=COMPUTE_DTYPE)
+
+    twins = []
+    for layer in layers:
+        twin = copy.copy(layer)
+        # All buffers, because a Parameter cannot be the result of a computation.
+        twin._parameters = {}
+        twin._buffers = {name: moved(value) for name, value in (*layer._parameters.items(), *layer._buffers.items())}
+        twins.append(twin)
+    read = steps(nn.Sequential(*twins), shape, dtype=COMPUTE_DTYPE, device=device)
+    zeros = (torch.zeros(1, *step.in_shape, dtype=COMPUTE_DTYPE, device=device) for step in read)
+    return tuple(replace(step, bias=step.block(zero).flatten()) for step, zero in zip(read, zeros, strict=True))
+
+
+def _rounded_up(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` in `dtype`, no smaller than it was; differentiable."""
+    rounded = value.to(dtype)
+    with torch.no_grad():
+        above = round_up(value, dtype)
+    return torch.where(above.isfinite(), rounded + (above - rounded.detach()), above)
