@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, exact_acasxu, exact_mnist, growth, peers, split_counts
+from benchmarks import common, deployed, exact_acasxu, exact_mnist, growth, peers, split_counts
 from tests.data import require_data
 from tests.networks import from_arrays, random_network
 
@@ -186,3 +186,22 @@ def test_growth_counts_regions_and_draws(tmp_path: Path, capsys: pytest.CaptureF
     assert all(row["regions"] > 100 and row["CPU s"] > 0 for row in rows)
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
     assert "How cost grows" in capsys.readouterr().out
+
+
+def test_deployed_holds_against_the_kernels(tmp_path):
+    require_data("fnn_repair", "mnist_fnn_s_quan.pth")
+    out = tmp_path / "out.json"
+    arguments = ["--images", "7", "--pixels", "4", "--samples", "500", "--repeats", "1", "--json", str(out)]
+    assert deployed.main(arguments) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["network"] for row in rows] == ["shipped"] * 2 + ["calibrated"] * 2
+    assert all(row["sampled"] <= row["certified"] for row in rows)
+
+
+def test_deployed_notices_a_sample_outside_and_a_witness_that_fails():
+    row = {"network": "x", "image": 1, "pixels": 4, "outside": 3, "replayed": False}
+    assert deployed.problems(row) == [
+        "x, image 1, 4 pixels: 3 samples outside of the certified range",
+        "x, image 1, 4 pixels: a witness does not replay",
+    ]
+    assert deployed.problems(row | {"outside": 0, "replayed": True}) == []
