@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from tests.test_difference import boxes, noisy_copy, pair_of, samples
 from torchreach.bounds.difference import quick_bounds
 from torchreach.errors import InvalidNetworkError, InvalidSetError, OptionError, ShapeError, UnsupportedLayerError
 from torchreach.networks.quantized import Constraints
+from torchreach.networks.quantizer import Quantizer
 
 SHAPES = ([3, 4], [4, 12, 8, 3], [6, 10, 10, 10, 2], [20, 16, 12, 4])
 NOISE = (1e-3, 1e-2, 0.3)
@@ -69,6 +73,24 @@ def test_identical_networks_lose_nothing(dtype: torch.dtype, device: str) -> Non
     loss.backward()
 
 
+def test_held_bounds_change_gradients_but_not_values() -> None:
+    original = random_network(1, [4, 6, 5, 2])
+    student = noisy_copy(original, 0.2, 1)
+    lower, upper = boxes(2, 3, 4)
+    found = {}
+    for full in (False, True):
+        value = tr.DiscrepancyLoss(original, student, full_gradient=full)(lower, upper)
+        found[full] = value, torch.autograd.grad(value, list(student.parameters()))
+    assert found[False][0] == found[True][0]
+    assert any(not torch.allclose(a, b) for a, b in zip(found[False][1], found[True][1], strict=True))
+    # without undecided neurons nothing is held that matters
+    for full in (False, True):
+        value = tr.DiscrepancyLoss(original, student, full_gradient=full)(lower, lower + 1e-9)
+        found[full] = value, torch.autograd.grad(value, list(student.parameters()))
+    for a, b in zip(found[False][1], found[True][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("sizes", [[3, 2], [3, 6, 5, 2], [4, 5, 5, 5, 2]], ids=str)
 def test_gradients_are_those_of_finite_differences(sizes: list[int]) -> None:
     original = random_network(1, sizes)
@@ -93,23 +115,24 @@ def test_layers_that_are_equal_still_get_a_gradient() -> None:
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in student.parameters())
 
 
+@pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize("device", DEVICES)
-def test_training_on_the_loss_lowers_it_and_leaves_the_original_alone(device: str) -> None:
+def test_training_on_the_loss_lowers_it_and_leaves_the_original_alone(device: str, full: bool) -> None:
     original = random_network(5, [6, 16, 16, 3], dtype=torch.float32).to(device)
     student = rounded_copy(original, 4)
     before = copy.deepcopy(original.state_dict())
-    lower, upper = (part.float().to(device) for part in boxes(5, 8, 6))
-    loss = tr.DiscrepancyLoss(original, student)
+    middle = boxes(5, 8, 6)[0].float().to(device)
+    loss = tr.DiscrepancyLoss(original, student, full_gradient=full)
     assert not list(loss.parameters())
     optimizer = torch.optim.Adam(student.parameters(), lr=5e-3)
     values = []
-    for _ in range(60):
+    for _ in range(40):
         optimizer.zero_grad()
-        value = loss(lower, upper)
+        value = loss(middle - 0.05, middle + 0.05)
         value.backward()
         optimizer.step()
         values.append(value.item())
-    assert values[-1] < 0.2 * values[0]
+    assert values[-1] < 0.3 * values[0]
     assert all(torch.equal(value, before[name]) for name, value in original.state_dict().items())
     assert all(p.grad is None for p in original.parameters())
 
@@ -130,7 +153,7 @@ def test_quantised_students_train_through_straight_through_rounding() -> None:
         value.backward()
         optimizer.step()
         values.append(value.item())
-    assert min(values) < 0.5 * values[0]
+    assert min(values) < 0.6 * values[0]
     assert all(p.grad is None for p in student.parameters())
     # the loss of given parameters is that of a student that has them
     final = constraints.straight_through(free)
@@ -248,3 +271,52 @@ def test_wrong_input_is_named() -> None:
     merged = tr.merge(original, student)
     with pytest.raises(UnsupportedLayerError, match="a merged network"):
         tr.DiscrepancyLoss(merged, merged)(zero, zero)
+
+
+def test_the_example_of_the_docs_trains() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "training.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names: dict = {}
+    with torch.random.fork_rng(devices=[]):
+        exec(compile(code, "docs/training.md", "exec"), names)
+    assert sum(names["history"][-10:]) < 0.7 * sum(names["history"][:10])
+    assert torch.equal(names["student"][0].weight == 0, ~names["masks"]["0.weight"])
+
+
+def small_boxes(seed: int, inputs: int) -> tr.StarBatch:
+    middle = boxes(seed, 3, inputs)[0].float()
+    return tr.StarBatch.from_box(middle - 0.05, middle + 0.05)
+
+
+@pytest.mark.parametrize("compress", [lambda n: tr.prune_weights(n, 0.4), lambda n: tr.quantize_weights(n, 6)])
+def test_repair_on_the_certified_loss(compress: Callable[[nn.Module], nn.Module]) -> None:
+    original = random_network(10, [4, 8, 8, 2], dtype=torch.float32)
+    given = compress(original)
+    result = tr.repair(
+        original,
+        given,
+        small_boxes(10, 4),
+        target=0.5,
+        loss="certified",
+        iterations=4,
+        training=tr.RepairOptions(samples=1, epochs=30, learning_rate=5e-3),
+    )
+    assert result.satisfied
+    assert result.after.max_upper.max() <= 0.5 * result.before.max_upper.max()
+    assert result.history[1].loss is not None
+    Constraints.read(given).check(result.network)
+
+
+def test_repair_refuses_what_has_no_certified_loss() -> None:
+    original, stars = random_network(11, [4, 8, 2], dtype=torch.float32), small_boxes(11, 4)
+    with pytest.raises(OptionError, match="loss must be one of targets, certified, got 'hinge'"):
+        tr.repair(original, original, stars, target=0.5, loss="hinge")
+    other = random_network(12, [4, 6, 2], dtype=torch.float32)
+    with pytest.raises(ShapeError, match="one architecture"):
+        tr.repair(original, other, stars, target=0.5, loss="certified")
+    rounding = Quantizer(scale=torch.tensor(0.1), zero_point=0, lowest=0, highest=255)
+    deployed = nn.Sequential(rounding, *random_network(11, [4, 8, 2], dtype=torch.float32))
+    with pytest.raises(OptionError, match="does not round activations"):
+        tr.repair(original, deployed, stars, target=0.5, loss="certified")
+    with pytest.raises(UnsupportedLayerError, match="rounds? activations, but"):
+        tr.DiscrepancyLoss(original, deployed)(torch.zeros(1, 4), torch.ones(1, 4))

@@ -8,9 +8,9 @@ over the student's live parameters instead of copies. For one box x0 +- r, layer
                   p . z + q . d  <=  p . z(x0) + q . d(x0) + |p W + q D| r
     output        max(upper bound of d, upper bound of -d)
 
-with every rounding allowance of `bounds.difference`. The slope of a plane is any number that its height follows, so
-the bound is sound for each value of the parameters, and its gradient is that of the bound itself, intermediate
-bounds included: it moves neurons towards where the networks are easier to compare.
+with every rounding allowance of `bounds.difference`: sound for each value of the parameters. Gradients go through the
+bounds of hidden neurons too, unless `full_gradient=False` holds these, and with them the planes: docs/training.md says
+what either costs and gains.
 
 CROWN (Zhang et al.: Efficient neural network robustness certification with general activation functions, NeurIPS
 2018) for the pass, CROWN-IBP (Zhang et al., ICLR 2020) for training on bounds.
@@ -45,6 +45,8 @@ class DiscrepancyLoss(nn.Module):
         student: the network in training, of the same architecture (equal layer sizes). Its parameters are read at
             every call, the layers it consists of only at the first. Evaluation semantics, whatever its mode is.
         reduction: "mean" or "sum" over boxes and outputs, or "none".
+        full_gradient: whether gradients go through the bounds of hidden neurons, as the value does. False holds these
+            bounds: half the time, the same value, and gradients that are as good while boxes are small.
 
     Neither network is a submodule: the loss has no parameters or state of its own.
 
@@ -56,10 +58,12 @@ class DiscrepancyLoss(nn.Module):
         >>> (cross_entropy(student(x), y) + loss(x - 0.01, x + 0.01)).backward()
     """
 
-    def __init__(self, original: nn.Module, student: nn.Module, *, reduction: str = "mean") -> None:
+    def __init__(
+        self, original: nn.Module, student: nn.Module, *, reduction: str = "mean", full_gradient: bool = True
+    ) -> None:
         super().__init__()
         check_choice("reduction", reduction, REDUCTIONS)
-        self.reduction = reduction
+        self.reduction, self.full_gradient = reduction, full_gradient
         self._networks = (original, student)  # in a tuple, so that they do not become submodules
         self._original: tuple[Step, ...] = ()
         self._student: tuple[nn.Module, ...] = ()
@@ -89,13 +93,13 @@ class DiscrepancyLoss(nn.Module):
         self._prepare(shape, device)
         pair = Pair.of(self._original, _live_steps(self._student, values, shape, device), live=True)
         lower, upper = checked_boxes(pair, lower.flatten(1), upper.flatten(1))
-        bound = _rounded_up(upper_bounds(pair, lower, upper).amax(1), like.dtype)
+        bound = _rounded_up(upper_bounds(pair, lower, upper, full_gradient=self.full_gradient).amax(1), like.dtype)
         if self.reduction == "none":
             return bound
         return bound.mean() if self.reduction == "mean" else bound.sum()
 
     def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}"
+        return f"reduction={self.reduction!r}, full_gradient={self.full_gradient}"
 
     def _values(self, parameters: Mapping[str, Tensor] | None) -> dict[int, Tensor]:
         """The tensor to use for each parameter of the student, by its identity."""
@@ -139,7 +143,7 @@ class DiscrepancyLoss(nn.Module):
         self._student, self._key = student, (shape, device)
 
 
-def upper_bounds(pair: Pair, lower: Tensor, upper: Tensor) -> Tensor:
+def upper_bounds(pair: Pair, lower: Tensor, upper: Tensor, *, full_gradient: bool) -> Tensor:
     """Certified bounds [B, 2, N_out] above y1 - y2 (row 0) and y2 - y1 (row 1), differentiable in the pair's matrices.
 
     The planes and allowances of `quick_bounds`, in fewer operations: layers are not multiplied with unit vectors, and
@@ -149,51 +153,60 @@ def upper_bounds(pair: Pair, lower: Tensor, upper: Tensor) -> Tensor:
     """
     with torch.no_grad():  # rounding allowances need no gradient
         work = Backward(pair, lower, upper)
-    middle = lower + (upper - lower) / 2
-    radius = torch.maximum(upper - middle, middle - lower)
-    wide = (radius > 0).any(0).nonzero().flatten()
-    radius, W, D = radius[:, wide], pair.W[0][:, wide], pair.D[0][:, wide]
-    z, d = middle @ pair.W[0].T + pair.b[0], middle @ pair.D[0].T + pair.db[0]
+    root = _Root(pair, lower, upper)
     last = pair.depth - 1
-    P, Q = work.errors[0]
-    size = radius @ D.abs().T + Q
-    if last == 0:
-        return torch.stack((d + size, size - d), 1)
-    spread = radius @ W.abs().T + P
-    _add(work, z + spread, z - spread, d + size, d - size)
-    for k in range(1, pair.depth):
-        P, Q = work.errors[k]
-        alpha, beta, constant, error = pair.D[k], pair.V[k], pair.db[k], Q
-        if k < last:
-            alpha, beta = torch.cat((pair.W[k], alpha)), torch.cat((torch.zeros_like(beta), beta))
-            constant, error = torch.cat((pair.b[k], constant)), torch.cat((P, Q), 1)
-        alpha, beta = torch.cat((alpha, -alpha))[None], torch.cat((beta, -beta))[None]
-        value = torch.cat((constant + error, error - constant), 1)  # [B, R], R rows of either sign
-        for j in range(k - 1, -1, -1):
-            p, q, raised = work.closed(j, alpha, beta)
-            P, Q = work.errors[j]
-            with torch.no_grad():
-                error = (p.abs() @ P[..., None] + q.abs() @ Q[..., None])[..., 0]
-            value = value + raised + error
-            if j > 0:
-                alpha, beta, constant = pair.backward(j, p, q)
-                value = value + constant
-        value = value + (p @ z[..., None] + q @ d[..., None] + (p @ W + q @ D).abs() @ radius[..., None])[..., 0]
-        # An overflow says nothing.
-        value = torch.nan_to_num(value, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        if k == last:
-            return value.reshape(len(lower), 2, -1)
-        u1, du, l1, dl = value.reshape(len(lower), 4, -1).unbind(1)
-        _add(work, u1, -l1, du, -dl)
-    raise AssertionError("the last layer has been bounded")
+    for k in range(last):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and full_gradient):
+            W, V, D = pair.W[k], pair.V[k], pair.D[k]
+            rows = _rows(work, root, k, torch.cat((W, D)), torch.cat((torch.zeros_like(V), V)))
+            constant, error = torch.cat((pair.b[k], pair.db[k])), torch.cat(work.errors[k], 1)
+            value = rows + torch.cat((constant, -constant)) + error.repeat(1, 2)
+            u1, du, l1, dl = value.reshape(len(lower), 4, -1).unbind(1)
+            inf = torch.full_like(u1, torch.inf)  # bounds of z2 = z - d follow from those of z and d
+            hexagon = Hexagon(-l1, u1, -inf, inf, -dl, du).tightened()
+        with torch.no_grad():
+            work.add(hexagon)
+    rows = _rows(work, root, last, pair.D[last], pair.V[last])
+    value = rows + torch.cat((pair.db[last], -pair.db[last])) + work.errors[last][1].repeat(1, 2)
+    return value.reshape(len(lower), 2, -1)
 
 
-def _add(work: Backward, u1: Tensor, l1: Tensor, du: Tensor, dl: Tensor) -> None:
-    """Adds the next hidden layer; bounds of z2 = z - d follow from those of z and d."""
-    inf = torch.full_like(u1, torch.inf)
-    hexagon = Hexagon(l1, u1, -inf, inf, dl, du).tightened()
-    with torch.no_grad():
-        work.add(hexagon)
+class _Root:
+    """What all rows share at the input: boxes middle +- radius (on coordinates with width), z and d at the middle."""
+
+    def __init__(self, pair: Pair, lower: Tensor, upper: Tensor) -> None:
+        self.middle = lower + (upper - lower) / 2
+        radius = torch.maximum(upper - self.middle, self.middle - lower)
+        self.wide = (radius > 0).any(0).nonzero().flatten()
+        self.radius, self.W, self.D = radius[:, self.wide], pair.W[0][:, self.wide], pair.D[0][:, self.wide]
+        self.z, self.d = self.middle @ pair.W[0].T + pair.b[0], self.middle @ pair.D[0].T + pair.db[0]
+
+    def bound(self, p: Tensor, q: Tensor) -> Tensor:
+        """Largest p . z + q . d of layer 0, [B, R], rounding left out."""
+        middle = p @ self.z[..., None] + q @ self.d[..., None]
+        return (middle + (p @ self.W + q @ self.D).abs() @ self.radius[..., None])[..., 0]
+
+
+def _rows(work: Backward, root: _Root, k: int, alpha: Tensor, beta: Tensor) -> Tensor:
+    """Upper bounds [B, 2R] of alpha a + beta e, then of its negative, for rows [R, N] on what layer k is given."""
+    if k == 0:
+        middle, spread = root.middle @ alpha.T, root.radius @ alpha[:, root.wide].abs().T
+        return torch.cat((spread + middle, spread - middle), 1)
+    alpha, beta = torch.cat((alpha, -alpha))[None], torch.cat((beta, -beta))[None]
+    total = torch.zeros((), dtype=alpha.dtype, device=alpha.device)
+    for j in range(k - 1, -1, -1):
+        p, q, raised = work.closed(j, alpha, beta)
+        P, Q = work.errors[j]
+        with torch.no_grad():
+            error = (p.abs() @ P[..., None] + q.abs() @ Q[..., None])[..., 0]
+        total = total + raised + error
+        if j > 0:
+            alpha, beta, constant = work.pair.backward(j, p, q)
+            total = total + constant
+        else:
+            total = total + root.bound(p, q)
+    # An overflow says nothing.
+    return torch.nan_to_num(total, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def _live_steps(

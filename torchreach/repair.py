@@ -5,7 +5,8 @@ Mo, Yang, Lu, Xiang: Compression Repair for Feedforward Neural Networks Based on
 
     points   x in the input sets
     targets  y2(x) + step / alpha
-    retrain  y2 on mean squared error, put it back on its grid and masks, or convert it to int8
+    retrain  y2 on mean squared error, put it back on its grid and masks, or convert it to int8;
+             or, with no targets, on the certified bound of max |y1 - y2| (`DiscrepancyLoss`)
     evaluate the certified discrepancy of the network as deployed; stop once it lies in the target set O
 
 The step is signed, from y2 towards y1, but for "magnitude", equation 20 as printed: it adds the maximal magnitude
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torchreach.checks import check_choice, check_count, check_positive
 from torchreach.deployed_student import DeployedStudent
 from torchreach.discrepancy import discrepancy
-from torchreach.errors import ShapeError
+from torchreach.errors import OptionError, ShapeError
 from torchreach.networks.chain import chain, evaluation_mode
 from torchreach.networks.merge import merge
 from torchreach.networks.quantized import Constraints
@@ -41,6 +42,7 @@ __all__ = ["RepairOptions", "Target", "repair"]
 
 log = logging.getLogger(__name__)
 
+LOSSES = ("targets", "certified")
 STEPS = ("pointwise", "extremum", "midpoint", "magnitude")
 
 
@@ -52,6 +54,7 @@ def repair(
     target: Target | float | Callable[[Discrepancy], bool],
     alpha: float = 2.0,
     step: str = "pointwise",
+    loss: str = "targets",
     iterations: int = 20,
     training: RepairOptions | None = None,
     data: Data | None = None,
@@ -86,6 +89,9 @@ def repair(
             the certified range of y1 - y2, per star and output. "midpoint": the middle of that range.
             "magnitude": the certified maximal magnitude of y1 - y2 (equation 20 as printed), which ignores the
             sign: an output that is already too large is moved further away. For comparison only.
+        loss: "targets": mean squared error to the targets above. "certified": mean of `DiscrepancyLoss` over the
+            bounding boxes of the stars, `alpha` and `step` unused; requires one architecture and no rounding of
+            activations. See docs/training.md for which to take.
         iterations: most retrainings, the calibration of a deployed network included.
         training: points, epochs and optimiser of one retraining.
         data: (inputs, labels), or an iterable of such batches, to keep what the network does elsewhere:
@@ -102,6 +108,7 @@ def repair(
     goal = Target.of(target)
     training = training or RepairOptions()
     check_choice("step", step, STEPS)
+    check_choice("loss", loss, LOSSES)
     check_positive("alpha", alpha)
     check_count("iterations", iterations)
     if isinstance(data, tuple) and (len(data) != 2 or len(data[0]) != len(data[1])):
@@ -109,7 +116,7 @@ def repair(
         raise ShapeError(f"data must be (inputs, labels) of equal length, got {sizes}")
     if not isinstance(stars, StarBatch):
         raise ShapeError(f"repair needs a torchreach.StarBatch, got {type(stars).__name__}")
-    reference, student = _pair(original, compressed, stars, constraints, training, seed)
+    reference, student = _pair(original, compressed, stars, constraints, training, seed, loss)
     goal.check((len(stars), run(reference, stars.center).shape[1]))
     seeds = torch.Generator().manual_seed(seed)
     history: list[RepairStep] = []
@@ -118,14 +125,14 @@ def repair(
 
     for iteration in range(iterations + 1):
         began = time.monotonic()
-        loss, calibrated = None, False
+        error, calibrated = None, False
         if iteration:
             draw = int(torch.randint(2**31, (), generator=seeds))
             x = torch.cat((stars.sample(training.samples, draw), *witnesses), 1).flatten(0, 1)
             calibrated = iteration == 1 and student.calibrate(x, data)
             if not calibrated:
                 y1, y2 = run(reference, x), run(student.network, x)
-                loss = student.retrain(x, _targets(y1, y2, history[index].discrepancy, step, alpha), data, rate)
+                error = student.retrain(x, _targets(y1, y2, history[index].discrepancy, step, alpha), data, rate)
             if not student.is_finite():
                 log.warning("repair: training diverged in iteration %d; halving the learning rate", iteration)
                 student.go_back()
@@ -135,7 +142,7 @@ def repair(
         goal = goal if iteration else goal.anchored(found)
         with evaluation_mode(student.network):
             accuracy = None if evaluate is None else float(evaluate(student.network))
-        record = RepairStep(iteration, found, accuracy, loss, goal.holds(found), time.monotonic() - began)
+        record = RepairStep(iteration, found, accuracy, error, goal.holds(found), time.monotonic() - began)
         history.append(record)
         witnesses.append(found.witness)
         if progress is not None:
@@ -160,12 +167,23 @@ def _pair(
     constraints: Constraints | None,
     training: RepairOptions,
     seed: int,
+    loss: str,
 ) -> tuple[nn.Module, Student]:
     """The original in evaluation mode, whatever mode it is in, and the compressed network ready to be trained."""
     layers = chain(compressed, stars.shape)
     if not any(isinstance(layer, Quantizer) for layer in layers):
         reference = merge(original, compressed, stars.shape).first
-        return reference, WeightStudent(compressed, constraints or Constraints.read(compressed), training, seed)
+        certified = None
+        if loss == "certified":
+            low, high, _ = stars.bounding_box()
+            certified = reference, low.reshape(-1, *stars.shape), high.reshape(-1, *stars.shape)
+        constraints = constraints or Constraints.read(compressed)
+        return reference, WeightStudent(compressed, constraints, training, seed, certified)
+    if loss == "certified":
+        raise OptionError(
+            "loss='certified' requires a network that does not round activations, but the compressed one does: use "
+            "loss='targets'"
+        )
     reference = chain(original, stars.shape)
     outputs = [run(network, stars.center[:1]).shape[1] for network in (reference, layers)]
     if outputs[0] != outputs[1]:

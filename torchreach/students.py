@@ -6,15 +6,19 @@ weights back on their grid and zeros; `torchreach.deployed_student.DeployedStude
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from torchreach.discrepancy_loss import DiscrepancyLoss
 from torchreach.errors import InvalidNetworkError
 from torchreach.networks.quantized import Constraints, standalone_copy
 from torchreach.training import Data, RepairOptions, fit
+
+BOXES = 16  # per optimiser step
 
 
 class Student(Protocol):
@@ -48,9 +52,20 @@ class Student(Protocol):
 
 
 class WeightStudent:
-    """A network of floating-point numbers, some of which lie on a grid or are zero."""
+    """A network of floating-point numbers, some of which lie on a grid or are zero.
 
-    def __init__(self, compressed: nn.Module, constraints: Constraints, training: RepairOptions, seed: int) -> None:
+    certified: original network, lower and upper [S, *shape]: retraining minimises `DiscrepancyLoss` over these boxes
+        instead of the distance to targets, and returns its mean.
+    """
+
+    def __init__(
+        self,
+        compressed: nn.Module,
+        constraints: Constraints,
+        training: RepairOptions,
+        seed: int,
+        certified: tuple[nn.Module, Tensor, Tensor] | None = None,
+    ) -> None:
         self.network = standalone_copy(compressed).eval()
         self.constraints = constraints
         self.training = training
@@ -66,6 +81,11 @@ class WeightStudent:
         if not self.free:
             raise InvalidNetworkError("repair needs at least one parameter with requires_grad=True, got none")
         self.dtypes = {name: value.dtype for name, value in named.items()}
+        self.boxes = None
+        if certified is not None:
+            self.bound, self.boxes = DiscrepancyLoss(certified[0], self.network), certified[1:]
+            with torch.no_grad():  # says what does not fit before any work starts
+                self._certified(*(part[:1] for part in self.boxes))
         self.keep()
 
     def calibrate(self, x: Tensor, data: Data | None) -> bool:  # noqa: ARG002
@@ -85,7 +105,11 @@ class WeightStudent:
 
     def retrain(self, x: Tensor, y: Tensor, data: Data | None, rate: float) -> float:
         self.network.eval()
-        loss = fit(list(self.free.values()), self._output, (x, y), data, self.training, rate, self.generator)
+        points, training, objective = (x, y), self.training, None
+        if self.boxes is not None:
+            points, objective = self.boxes, self._certified
+            training = replace(training, batch_size=min(training.batch_size, BOXES))
+        loss = fit(list(self.free.values()), self._output, points, data, training, rate, self.generator, objective)
         with torch.no_grad():
             named = dict(self.network.named_parameters())
             for name, value in self.free.items():
@@ -99,8 +123,14 @@ class WeightStudent:
             own.training = theirs.training
         return self.network
 
-    def _output(self, x: Tensor) -> Tensor:
+    def _values(self) -> dict[str, Tensor]:
         values = self.constraints.straight_through(self.free)
-        values = {name: value.to(self.dtypes[name]) for name, value in values.items()}
+        return {name: value.to(self.dtypes[name]) for name, value in values.items()}
+
+    def _certified(self, lower: Tensor, upper: Tensor) -> Tensor:
+        return self.bound(lower, upper, self._values())
+
+    def _output(self, x: Tensor) -> Tensor:
+        values = self._values()
         like = next(iter(values.values()))
         return functional_call(self.network, values, (x.to(like.device, like.dtype),)).flatten(1)

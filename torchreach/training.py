@@ -1,6 +1,8 @@
 """Training inside one iteration of repair: the options, and one run of an optimiser over points and data.
 
 minimise  |f(x) - y|^2 over points (x, y)  +  data_weight * loss(f(inputs), labels)
+
+with a certified bound over boxes in place of the first term where repair asks for it.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import cos, isfinite, pi
 from typing import cast
 
@@ -30,7 +33,7 @@ class RepairOptions:
         samples: random points of each input star, drawn anew in every iteration; the witnesses of all
             evaluations so far are added.
         epochs: passes over the points.
-        batch_size: points per optimiser step.
+        batch_size: points per optimiser step; of boxes (`loss="certified"`), which cost more, at most 16.
         learning_rate: of Adam. Whatever the optimiser, its rate falls to zero along a cosine within an
             iteration, and is halved after one that brought the certificate no closer to the target.
         optimizer: takes a list of parameters, returns the `torch.optim.Optimizer` to use instead of Adam.
@@ -66,15 +69,18 @@ def fit(
     training: RepairOptions,
     rate: float,
     generator: torch.Generator,
+    objective: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> float:
     """Trains `free`, in place, until output(x) is near y; returns the mean squared error of the last epoch.
 
     output: inputs -> outputs [B, N], differentiable in `free`.
     points: x [B, *shape] and y [B, N].
     rate: factor of the learning rate.
+    objective: what to minimise over batches of the two tensors in `points`, in place of the mean squared error.
     """
+    objective = objective or partial(_loss, output)
     with _own_random_state(generator, free[0].device), torch.enable_grad():
-        return _fit(free, output, points, data, training, rate, generator)
+        return _fit(free, output, points, data, training, rate, generator, objective)
 
 
 def run(network: nn.Module, x: Tensor) -> Tensor:
@@ -110,6 +116,7 @@ def _fit(
     training: RepairOptions,
     rate: float,
     generator: torch.Generator,
+    objective: Callable[[Tensor, Tensor], Tensor],
 ) -> float:
     make = training.optimizer or (lambda p: torch.optim.Adam(p, lr=training.learning_rate))
     optimizer = make(free)
@@ -128,7 +135,7 @@ def _fit(
 
             def closure(part: Tensor = part, batch: Batch | None = batch, error: Tensor = error) -> Tensor:
                 optimizer.zero_grad()
-                loss = _loss(output, x[part], y[part])
+                loss = objective(x[part], y[part])
                 error.copy_(loss.detach())
                 if batch is not None:
                     loss = loss + training.data_weight * _loss(output, *batch)
