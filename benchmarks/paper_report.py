@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torchreach.verdict import at_most
+
 INK, BEFORE, AFTER = "#222222", "#d9822b", "#2a7f62"
 COLOURS = ("#1f77b4", "#d9822b", "#2a7f62", "#8e44ad")
 MARKS = "<!-- tables: written by benchmarks/paper.py -->", "<!-- end of tables -->"
@@ -118,13 +120,14 @@ def tables(report: dict[str, Any]) -> str:
     ]
     keys = ("published before", "weights alone", "before", "after", "maximum before", "maximum after")
     body = [
-        [str(row["image"]), *(digits(row[key]) for key in keys), str(row["labels missed"])] for row in report["table 2"]
+        [str(row["image"]), *(shown(key, row[key]) for key in keys), str(row["labels missed"])]
+        for row in report["table 2"]
     ]
-    means = [digits(mean([row[key] for row in report["table 2"]])) for key in keys]
+    means = [shown(key, mean([row[key] for row in report["table 2"]])) for key in keys]
     text += markdown(head, [*body, ["mean", *means, ""]])
     text += ["", "**All pairs**: largest certified |y1 − y2|, mean over the images (largest)", ""]
     text += markdown(
-        ["compression", "semantics", "before", "after", "held-out images before", "after", "iteration kept", "seconds"],
+        ["compression", "semantics", "before", "after", "held-out images before", "after", "iteration kept"],
         [
             [
                 NAMES[kind],
@@ -132,7 +135,6 @@ def tables(report: dict[str, Any]) -> str:
                 *(span(part[when]["maximum"]) for when in ("before", "after")),
                 *(span(part["held out"][when]) for when in ("before", "after")),
                 str(part["iteration"]),
-                f"{sum(step['seconds'] for step in part['history']):.0f}",
             ]
             for kind, part in parts.items()
         ],
@@ -147,11 +149,29 @@ def tables(report: dict[str, Any]) -> str:
             "original and deployed",
         ],
         [
-            [row["network"], *(digits(mean(row[side])) for side in ("itself", "weights", "rounding", "both"))]
+            [row["network"], *(bound(mean(row[side])) for side in ("itself", "weights", "rounding", "both"))]
             for row in report["triangle"]
         ],
     )
+    text += [
+        "",
+        "**Steps and alpha** (certified max |y1 − y2|, mean over the images, of the network kept after iteration n)",
+        "",
+    ]
+    text += steps_table(report["curves"])
     return "\n".join(text)
+
+
+def steps_table(curves: list[dict[str, Any]]) -> list[str]:
+    last = min(len(curve["history"]) for curve in curves) - 1
+    shown = [i for i in (0, 1, 2, 4, 8, 12) if i < last] + [last]
+    rows = []
+    for curve in curves:
+        best = kept(curve["history"], "mean")
+        accuracy = kept(curve["history"], "accuracy")[-1]
+        values = [bound(best[i]) for i in shown] + [bound(best[-1]), str(len(best) - 1), f"{accuracy:.2f}"]
+        rows.append([NAMES[curve["kind"]], curve["step"], f"{curve['alpha']:g}", *values])
+    return markdown(["networks", "step", "alpha", *map(str, shown), "at the end", "iterations", "accuracy, %"], rows)
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -160,11 +180,20 @@ def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def span(values: list[float]) -> str:
-    return f"{digits(mean(values))} ({digits(max(values))})"
+    return f"{bound(mean(values))} ({bound(max(values))})"
 
 
 def digits(value: float) -> str:
     return f"{value:.3g}"
+
+
+def shown(key: str, value: float) -> str:
+    return bound(value) if key.startswith("maximum") else digits(value)
+
+
+def bound(value: float) -> str:
+    """Rounded up, so that what is printed is certified too."""
+    return at_most(value, 3)
 
 
 def fill(page: Path, text: str) -> None:
@@ -178,7 +207,7 @@ def fill(page: Path, text: str) -> None:
 
 
 def rounded(value: Any) -> Any:
-    """Seven significant digits: enough for every comparison, and files that do not change with the last bit."""
+    """Seven significant digits, to the nearest: files that do not change with the last bit."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -221,9 +250,11 @@ def figure_2(part: dict[str, Any]) -> Any:
             max(part[key]["range upper"][i] + [-x for x in part[key]["range lower"][i]]) for key in ("before", "after")
         ]
         axes.set_title(
-            f"image {i}, digit {part['labels'][i]}:  {worst[0]:.3g} → {worst[1]:.2g}", fontsize=9.5, loc="left"
+            f"image {i}, digit {part['labels'][i]}:  {bound(worst[0])} → {bound(worst[1])}", fontsize=9.5, loc="left"
         )
         axes.set_xticks(range(10))
+        axes.use_sticky_edges = False  # bars that end away from zero need air beyond them
+        axes.margins(y=0.06)
         if i % 5 == 0:
             axes.set_ylabel("score", fontsize=9)
         if i >= images - 5:
@@ -252,6 +283,9 @@ def over_epochs(curves: list[dict[str, Any]], key: str, label: str, log: bool) -
             axes.plot(steps, kept(history, key), color=colour, lw=1.6, label=f"alpha = {curve['alpha']:g}")
         if log:
             axes.set_yscale("log")
+            axes.set_yticks([0.2, 0.5, 1, 2, 5, 10])
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
         axes.set_title(f"{NAMES[kind]} ({mine[0]['images']} images)", fontsize=10, loc="left")
         axes.set_xlabel("epoch (iteration of repair; 1: calibration)", fontsize=9)
         axes.set_xticks(steps)
