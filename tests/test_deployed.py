@@ -41,7 +41,7 @@ def int8_network(network: nn.Sequential, data: Tensor, *, per_channel: bool = Tr
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped.qconfig = q.QConfig(activation=q.MinMaxObserver.with_args(dtype=torch.quint8), weight=weights)
-        wrapped = q.fuse_modules(wrapped.eval(), pairs)
+        wrapped = q.fuse_modules(wrapped.eval(), pairs) if pairs else wrapped.eval()
         prepared = q.prepare(wrapped)
         prepared(data.float())
         return q.convert(prepared)
@@ -222,6 +222,60 @@ def test_codes_in_doubt_are_both_followed():
     assert index.tolist().count(1) == 1  # 2.0
     assert sorted(low[index == 0].flatten().round().tolist()) == [1.0, 2.0]
     assert bool((high - low <= 1e-5).all())
+
+
+def test_kernel_errors_count_terms_that_cancel_in_a_composed_bias():
+    """Fixed inputs are folded into the bias; what a kernel rounds off is in proportion to the terms."""
+    layer = nn.Linear(3, 1, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, 1000.0, 1.0]]))
+        layer.bias.fill_(-1000.0)
+    for arithmetic in ("integer", "float32"):
+        head = nn.Sequential(layer, Quantizer(1.0, 0, 0, 255, arithmetic=arithmetic), nn.Linear(1, 1).double())
+        whole = tr.networks.steps.steps(head, (3,), dtype=torch.float64, device=torch.device("cpu"), quantized=True)
+        x = torch.tensor([0.5, 1.0, 0.25], dtype=torch.float64)
+        part = rounding.restricted(whole, x, torch.tensor([0, 2]), x.abs())
+        z = torch.ones(1, 1, dtype=torch.float64)
+        assert part[0].bias.abs() <= 1e-9
+        full = rounding.kernel_error(whole[0], z, x[None])
+        assert rounding.kernel_error(part[0], z, x[None, [0, 2]]) >= full - 1e-15
+
+
+def test_inputs_of_other_cells_attain_nothing_in_part_of_the_grid():
+    """A part of a divided box knows the network's output on its own codes only."""
+    from dataclasses import replace
+
+    original, small, x = case(3, inputs=2)
+    first, second = (
+        tr.networks.steps.steps(n, (2,), dtype=torch.float64, device=torch.device("cpu"), quantized=True)
+        for n in (original, small)
+    )
+    grid = rounding.InputGrid.of(second[0])
+    assert grid is not None
+    low, high = grid.codes(x - 0.04, x + 0.04)
+    one = replace(grid, first=torch.stack((low[0], low[1])), last=torch.stack((low[0], high[1])))
+    part = cells.Cells(first, second, one, x - 0.04, x + 0.04)
+    elsewhere = torch.stack((x[0] + 0.039, x[1]))[None]
+    assert bool((part.attained(elsewhere) == -torch.inf).all())
+
+
+def test_linear_networks_of_many_inputs():
+    """Nothing to split: the single pass is the answer."""
+    original = random_network(0, [30, 4])
+    g = torch.Generator().manual_seed(0)
+    small = int8_network(copy.deepcopy(original), 2 * torch.rand(300, 30, generator=g) - 1)
+    stars = tr.StarBatch.from_image(torch.zeros(1, 30, dtype=torch.float64), 0.05)
+    found = tr.discrepancy(original, small, stars)
+    assert_contains(found, differences(original, small, samples(stars, 5_000)))
+    assert found.max_lower > 0.2 * found.max_upper
+
+
+def test_a_point_is_a_star():
+    original, small, x = case(6)
+    found = tr.discrepancy(original, small, tr.StarBatch.from_box(x[None].float(), x[None].float()))
+    y = differences(original, small, x[None].float())
+    assert_contains(found, y.float().double())
+    assert bool((found.upper - found.lower <= 1e-4).all())
 
 
 def test_a_network_and_its_twins_satisfy_the_triangle_inequality():

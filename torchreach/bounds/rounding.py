@@ -249,7 +249,9 @@ def _entry(
     size = torch.maximum(lower.abs(), upper.abs())
     if grid is None:
         return (
-            _linear_step(steps[0], _matrix(steps[0]), steps[0].bias, _composed(steps[0], size)),
+            _linear_step(
+                steps[0], _matrix(steps[0]), steps[0].bias, _composed(steps[0], size), steps[0].bias_magnitude
+            ),
             list(steps[1:]),
             size,
         )
@@ -262,7 +264,9 @@ def _entry(
     columns = torch.cat((matrix * torch.where(fixed, 0.0, grid.scale), (matrix * radius)[:, ~fixed]), 1)
     size = torch.maximum(grid.quantizer.value(low).abs(), grid.quantizer.value(high).abs())
     noise = _composed(first, ends.abs().amax(0) + size + middle.abs() + radius)
-    return _linear_step(first, columns, first.bias + matrix @ middle, noise), list(steps[2:]), size
+    # What kernels round off in the sum is all in its terms: the columns are no longer what they multiply.
+    step = _linear_step(first, columns, first.bias + matrix @ middle, noise, _terms(first, size))
+    return step, list(steps[2:]), size.new_zeros(columns.shape[1])
 
 
 def _relaxed_step(step: Step, low: Tensor, high: Tensor, size: Tensor, *, last: bool) -> tuple[Step, Tensor]:
@@ -315,7 +319,8 @@ def restricted(steps: tuple[Step, ...], x: Tensor, free: Tensor, size: Tensor) -
     units = x.new_zeros(len(free), len(x))
     units[torch.arange(len(free), device=x.device), free] = 1
     bias = first.linear(fixed[None])[0] + first.bias
-    return (_linear_step(first, first.linear(units).T.contiguous(), bias, _composed(first, size)), *steps[1:])
+    matrix = first.linear(units).T.contiguous()
+    return (_linear_step(first, matrix, bias, _composed(first, size), _terms(first, size)), *steps[1:])
 
 
 def varying(
@@ -375,14 +380,24 @@ def _matrix(step: Step) -> Tensor:
     return step.linear(torch.eye(n_in, dtype=step.bias.dtype, device=step.bias.device)).T.contiguous()
 
 
-def _linear_step(step: Step, matrix: Tensor, bias: Tensor, noise: Tensor | None) -> Step:
+def _terms(step: Step, size: Tensor) -> Tensor:
+    """What `kernel_error` reads as the bias of a step that is about to be composed, for inputs |x| <= size [N_in].
+
+    In the new bias the terms of the old one may cancel against products; in what a kernel computes they do not.
+    """
+    if step.quantizer is not None and step.quantizer.arithmetic == "integer":
+        return step.bias_magnitude
+    return step.magnitude(size[None])[0] + step.bias_magnitude
+
+
+def _linear_step(step: Step, matrix: Tensor, bias: Tensor, noise: Tensor | None, terms: Tensor | None = None) -> Step:
     layer = linear_layer(matrix, bias)
     return replace(
         step,
         block=nn.Sequential(layer),
         in_shape=(matrix.shape[1],),
         bias=bias,
-        bias_magnitude=bias.abs(),
+        bias_magnitude=bias.abs() if terms is None else torch.maximum(bias.abs(), terms),
         terms=max(step.terms, matrix.shape[1] + 1),
         noise=noise,
     )

@@ -72,10 +72,13 @@ def quantize(
 
 
 def quantize_dtype(builder: ChainBuilder, name: str, scale: Any, zero_point: Any, dtype: Any) -> None:
-    """Adds the Quantizer of `torch.quantize_per_tensor`, after which values are quantised tensors."""
+    """Adds the Quantizer of `torch.quantize_per_tensor`, after which values are quantised tensors.
+
+    Whatever comes before it was computed in float32.
+    """
     if dtype not in CODES:
         builder.refuse(name, "Quantize", f"the dtype must be torch.quint8 or torch.qint8, got {dtype}")
-    quantize(builder, name, scale, zero_point, *CODES[dtype], arithmetic="integer")
+    quantize(builder, name, scale, zero_point, *CODES[dtype], arithmetic="float32")
     builder.codes = builder.layers[-1]  # type: ignore[assignment]
 
 

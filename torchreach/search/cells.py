@@ -131,12 +131,15 @@ class Cells:
     def attained(self, x: Tensor) -> Tensor:
         """Values [B, 2, N_out] of y1 - y2 and y2 - y1 that inputs x [B, N_in] attain at least, whatever the kernel.
 
-        -inf where the codes of the input itself are in doubt.
+        -inf where the codes of the input itself are in doubt, or are none of these cells.
         """
         first, last = self.full_grid.codes(x, x)
         codes = self.grid.quantizer.value(first[:, self.several])
         value = attained(self.first, self.second, x, codes)
-        return torch.where((first == last).all(1)[:, None, None], value, -torch.inf)
+        single = torch.ones_like(self.code_low, dtype=torch.bool)
+        single[self.several] = False
+        known = (first == last) & ((first == self.code_low) | ~single)
+        return torch.where(known.all(1)[:, None, None], value, -torch.inf)
 
 
 def attained(first: tuple[Step, ...], second: tuple[Step, ...], x: Tensor, x2: Tensor | None = None) -> Tensor:

@@ -43,7 +43,7 @@ def climb(
     sign = torch.cat((eye, -eye)).repeat_interleave(starts, 0)
     candidates = _candidates(InputGrid.of(second[0]), lower, upper)  # [N, K]
     x = lower + (upper - lower) * random(len(sign), inputs)
-    best, at = torch.full_like(x[:, 0], -torch.inf), x
+    best, at = x.new_full((len(x),), -torch.inf), x
     rounded = [_round(network, candidates) for network in (first, second)]
     for step in range(steps + 1):
         gain, value = torch.zeros_like(candidates).expand(len(x), -1, -1), torch.zeros_like(best)
