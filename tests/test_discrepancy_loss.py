@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import torchreach as tr
+from benchmarks import loss_against_targets
 from tests.networks import DEVICES, random_network, rounded_copy
 from tests.test_difference import boxes, noisy_copy, pair_of, samples
 from torchreach.bounds.difference import quick_bounds
@@ -320,3 +321,17 @@ def test_repair_refuses_what_has_no_certified_loss() -> None:
         tr.repair(original, deployed, stars, target=0.5, loss="certified")
     with pytest.raises(UnsupportedLayerError, match="rounds? activations, but"):
         tr.DiscrepancyLoss(original, deployed)(torch.zeros(1, 4), torch.ones(1, 4))
+
+
+def test_the_benchmark_spends_its_budget_on_each_loss() -> None:
+    original = random_network(13, [4, 8, 2], dtype=torch.float32)
+    given = tr.quantize_weights(original, 4)
+    middle = boxes(13, 20, 4)[0].float()
+    box = middle - 0.05, middle + 0.05
+    data = middle, loss_against_targets.run(original, middle)
+    for loss in ("targets", "certified", "certified, full gradient"):
+        network, steps, spent = loss_against_targets.retrained(original, given, box, data, loss, 1e-2, 0.5)
+        assert steps > 2
+        assert 0.2 < spent < 5
+        Constraints.read(given).check(network)
+        assert loss_against_targets.certified(original, network, box).shape == (20,)
