@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.ao import quantization as quantise
 
-from torchreach import StarBatch, discrepancy
+from torchreach import StarBatch, discrepancy, load_int8
 from torchreach.deployed_student import DeployedStudent
 from torchreach.errors import InvalidNetworkError, ShapeError, UnsupportedLayerError
 from torchreach.networks.chain import chain
@@ -140,6 +140,26 @@ def test_saved_and_loaded_into_a_converted_module_it_has_the_same_certificate(tm
     assert torch.equal(again.upper, result.after.upper)
     assert torch.equal(again.range_lower, result.after.range_lower)
     assert [type(layer) for layer in fresh.modules()] == [type(layer) for layer in result.network.modules()]
+
+
+def test_network_read_from_a_state_dict_is_repaired_and_saved_like_it(tmp_path):
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = dense()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    original = Plain().eval()
+    torch.save(int8(original.body).state_dict(), tmp_path / "shipped.pth")
+    shipped = load_int8(tmp_path / "shipped.pth", original)
+    result = FAST(original, shipped, boxes(), target=0.3)
+    assert result.satisfied
+    torch.save(result.network.state_dict(), tmp_path / "repaired.pth")
+    again = load_int8(tmp_path / "repaired.pth", Plain())
+    assert torch.equal(again(points()), result.network(points()))
+    assert torch.equal(discrepancy(original, again, boxes()).upper, result.after.upper)
 
 
 def test_scheme_and_weight_scales_stay_as_given():
