@@ -204,6 +204,26 @@ def test_thresholds_at_the_edge_of_the_set_count_on_both_sides():
     assert tr.discrepancy(network, rounded, inside).range_lower[0, 0] == pytest.approx(0.2, abs=1e-4)
 
 
+@pytest.mark.parametrize("zero_point", [63, 64])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_inputs_fixed_on_a_threshold_are_rounded_as_kernels_do(engine, zero_point):
+    """A background of -1 at scale 2 / 127 lies halfway between two codes: known all the same, so cells stay few."""
+    scale = float(torch.tensor(2 / 127))
+    x = torch.tensor([[-1.0, 1.0, 31.5 * scale, -0.25]])
+    quantised = torch.quantize_per_tensor(x.repeat(9, 1), scale, zero_point, torch.quint8).int_repr()
+    codes = Quantizer(scale, zero_point, 0, 255).kernel_codes(x)
+    assert bool((codes.amin(0) <= quantised).all() and (quantised <= codes.amax(0)).all())
+    network = random_network(4, [40, 8, 2])
+    data = torch.cat((torch.full((1, 40), -1.0), torch.full((1, 40), 1.0), torch.rand(50, 40) * 2 - 1))
+    small = int8_network(copy.deepcopy(network), data, engine=engine)
+    small.quant.scale, small.quant.zero_point = torch.tensor([scale]), torch.tensor([zero_point])
+    mask = torch.arange(40) < 2
+    stars = tr.StarBatch.from_image(torch.full((1, 40), -1.0).double(), 0.05, mask)
+    found = tr.discrepancy(network, small, stars)
+    assert found.stats.method == "cells"
+    assert_contains(found, differences(network, small, samples(stars, 5_000)))
+
+
 def test_codes_in_doubt_are_both_followed():
     """A sum that lands on a threshold may be rounded either way by a float32 kernel."""
     layer = nn.Linear(1, 1, dtype=torch.float64)

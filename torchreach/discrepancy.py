@@ -9,6 +9,7 @@ networks.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 from torch import nn
@@ -65,6 +66,7 @@ def discrepancy(
     if rounds(original, shape) or rounds(compressed, shape):
         gap = (tolerances or Tolerances()).gap if tolerance is None else tolerance
         return deployed_discrepancy(original, compressed, stars, budget or Budget(), gap)
+    original, compressed = _one_dtype(original, compressed)
     question = Question("signed") if tolerance is None else Question("outputs", tolerance)
     found = compare(
         original,
@@ -77,6 +79,12 @@ def discrepancy(
         progress=progress,
     )
     return replace(found, semantics="weight-only" if is_weight_only(compressed) else "float")
+
+
+def _one_dtype(*networks: nn.Module) -> tuple[nn.Module, ...]:
+    """The networks, as float64 copies where their dtypes differ: a float network and a twin with exact weights."""
+    dtypes = {value.dtype for network in networks for value in network.parameters()}
+    return networks if len(dtypes) < 2 else tuple(copy.deepcopy(network).double() for network in networks)
 
 
 def chosen(method: Exact | Search | str | None) -> Exact | Search | None:

@@ -155,6 +155,11 @@ class InputGrid:
         ends = torch.stack((low, high))
         z, error = self.scale * ends + self.shift, self.error(ends)
         first, last = self.quantizer.code_range((z - error).amin(0), (z + error).amax(0))
+        # A single number has few ways to be rounded: those of the kernels, which agree on most ties.
+        exact = (low == high) & (low.float().to(low.dtype) == low) & (self.scale == 1) & (self.terms == 0)
+        if bool((exact & (first < last)).any()):
+            codes = self.quantizer.kernel_codes(low)
+            first, last = torch.where(exact, codes.amin(0), first), torch.where(exact, codes.amax(0), last)
         if self.first is not None and self.last is not None:
             first, last = first.clamp(self.first, self.last), last.clamp(self.first, self.last)
         return first, last

@@ -80,6 +80,18 @@ class Quantizer(nn.Module):
         steps = (x.to(self.scale.dtype) / self.scale).round()
         return (steps + self.zero_point).clamp(self.lowest, self.highest)
 
+    def kernel_codes(self, x: Tensor) -> Tensor:
+        """Codes [4, ...] of float32 numbers x as kernels compute them: ties depend on when the zero point is added.
+
+        fbgemm adds it before rounding, in one operation with the product (vectors) or after it (scalars); graphs round
+        first; ONNX divides instead of multiplying by the reciprocal.
+        """
+        x, scale, zero = x.float(), self.scale.float(), self.zero_point.float()
+        inverse = 1 / scale
+        fused = (x.double() * inverse.double() + zero.double()).float()
+        ways = (fused.round(), (x * inverse + zero).round(), (x * inverse).round() + zero, (x / scale).round() + zero)
+        return torch.stack(ways).to(self.scale.dtype).clamp(self.lowest, self.highest)
+
     def value(self, codes: Tensor) -> Tensor:
         """What the codes stand for, float64."""
         return (codes - self.zero_point) * self.scale
