@@ -90,8 +90,8 @@ def repair(
             "magnitude": the certified maximal magnitude of y1 - y2 (equation 20 as printed), which ignores the
             sign: an output that is already too large is moved further away. For comparison only.
         loss: "targets": mean squared error to the targets above. "certified": mean of `DiscrepancyLoss` over the
-            bounding boxes of the stars, `alpha` and `step` unused; requires one architecture and no rounding of
-            activations. See docs/training.md for which to take.
+            bounding boxes of the stars (hidden bounds held), `alpha` and `step` unused; requires one architecture and
+            no rounding of activations. docs/training.md compares the two.
         iterations: most retrainings, the calibration of a deployed network included.
         training: points, epochs and optimiser of one retraining.
         data: (inputs, labels), or an iterable of such batches, to keep what the network does elsewhere:
