@@ -290,6 +290,77 @@ def test_linear_networks_of_many_inputs():
     assert found.max_lower > 0.2 * found.max_upper
 
 
+def test_numbers_on_which_kernels_overflow_are_refused():
+    original, small, _ = case(6)
+    far = tr.StarBatch.from_box(torch.full((1, 3), 2e7).double(), torch.full((1, 3), 3e7).double())
+    with pytest.raises(tr.TorchreachError, match=r"scale .* of 'quant' must be large enough .* 2\^31 steps"):
+        tr.discrepancy(original, small, far)
+
+
+def test_only_elementwise_layers_before_the_first_quantiser_make_an_input_grid():
+    wide = nn.Sequential(nn.Linear(1, 50), nn.Linear(50, 1), Quantizer(0.1, 0, 0, 255), nn.Linear(1, 1)).double()
+    plain = nn.Sequential(Quantizer(0.1, 0, 0, 255), nn.Linear(1, 1)).double()
+    for network, expected in ((wide, False), (plain, True)):
+        first = tr.networks.steps.steps(network, (1,), dtype=torch.float64, device=torch.device("cpu"), quantized=True)[
+            0
+        ]
+        assert (rounding.InputGrid.of(first) is not None) == expected
+
+
+def test_float_layers_behind_the_input_quantiser_count_as_float32():
+    """The lower bound holds for what float32 sums give, not for real ones."""
+    g = torch.Generator().manual_seed(0)
+    layer = nn.Linear(3, 1)
+    with torch.no_grad():
+        layer.weight.copy_(1000 * torch.randn(1, 3, generator=g))
+        layer.bias.fill_(900.0)
+    small = nn.Sequential(Quantizer(0.01, 100, 0, 255, arithmetic="float32"), layer)
+    original = copy.deepcopy(layer).double()
+    stars = tr.StarBatch.from_box(torch.full((1, 3), 0.1).double(), torch.full((1, 3), 0.13).double())
+    found = tr.discrepancy(original, small, stars)
+    attained = differences(original, small, found.witness[0]).diagonal().abs()
+    assert bool((attained >= found.lower[0]).all())
+
+
+def test_a_quantiser_of_one_code_is_a_constant():
+    """A ReLU after a grid whose zero point is its highest code leaves zero."""
+    small = nn.Sequential(Quantizer(0.1, 0, 0, 255), nn.Linear(2, 3), Quantizer(0.1, 255, 0, 255), nn.ReLU())
+    original = nn.Sequential(nn.Linear(2, 3)).double()
+    stars = tr.StarBatch.from_box(torch.zeros(1, 2).double(), torch.ones(1, 2).double())
+    found = tr.discrepancy(original, small, stars)
+    alone = tr.reach(original, stars)
+    assert torch.allclose(found.range_upper, alone.upper, atol=1e-5)
+    assert torch.allclose(found.range_lower, alone.lower, atol=1e-5)
+
+
+def test_one_module_is_equal_to_itself():
+    _, small, x = case(6)
+    found = tr.discrepancy(small, small, tr.StarBatch.from_image(x[None], 0.02))
+    assert bool((found.upper == 0).all())
+    assert found.status == (tr.Status.EXACT,)
+
+
+def test_points_without_an_input_grid():
+    network = random_network(2, [2, 6, 2])
+    small = nn.Sequential(*network[:2], Quantizer(0.2, 0, 0, 255), network[2])
+    point = torch.full((1, 2), 0.1, dtype=torch.float64)
+    found = tr.discrepancy(network, small, tr.StarBatch.from_box(point, point))
+    assert bool((found.upper - found.lower <= 0.2).all())
+
+
+def test_small_outputs_are_not_called_exact_with_a_wide_gap(monkeypatch):
+    original, small, x = case(2)
+    with torch.no_grad():
+        for layer in (original[-1],):
+            layer.weight.mul_(1e-5)
+            layer.bias.mul_(1e-5)
+    small.module[-1].scale *= 1e-5
+    without_cells(monkeypatch)
+    found = tr.discrepancy(original, small, tr.StarBatch.from_image(x[None], 0.04))
+    if bool((found.upper > 1.01 * found.lower).any()):
+        assert found.status == (tr.Status.BOUNDED,)
+
+
 def test_a_point_is_a_star():
     original, small, x = case(6)
     found = tr.discrepancy(original, small, tr.StarBatch.from_box(x[None].float(), x[None].float()))

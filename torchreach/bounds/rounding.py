@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from torchreach.bounds.zonotope import relu_band
 from torchreach.errors import UnsupportedLayerError
+from torchreach.networks.arithmetic import Arithmetic
 from torchreach.networks.builder import linear_layer
 from torchreach.networks.layers import RESHAPING, ElementwiseAffine
 from torchreach.networks.quantizer import Quantizer
@@ -39,7 +40,8 @@ from torchreach.networks.steps import Step
 from torchreach.tolerances import UNIT_ROUNDOFF
 
 SINGLE = 2.0**-24  # unit roundoff of float32
-INPUT_ERROR = 8 * SINGLE  # relative: rounding the input to float32, times the reciprocal of a float32 scale
+INPUT_ERROR = 8 * SINGLE  # relative: rounding the input to float32, times the reciprocal of a float32 scale; one layer
+ELEMENTWISE = (ElementwiseAffine, Arithmetic, nn.BatchNorm1d, nn.BatchNorm2d, *RESHAPING)
 # Neurons of a layer, per point, whose two codes are followed apart; beyond, intervals.
 APART = 6
 # Rows that following codes apart may add to a batch, as a multiple of it.
@@ -48,9 +50,9 @@ GROWTH = 4
 
 def kernel_error(step: Step, z: Tensor, x: Tensor) -> Tensor:
     """Bound [B, N_out] on |computed - real| of the step's affine block: |real| <= z [B, N_out], |inputs| <= x."""
-    if _is_identity(step):
-        return 4 * SINGLE * z
     offset = 0.0 if step.quantizer is None else SINGLE * step.quantizer.largest_sum
+    if _is_identity(step):
+        return 4 * SINGLE * z + offset
     if step.quantizer is not None and step.quantizer.arithmetic == "integer":
         return SINGLE * (9 * z + 20 * step.bias_magnitude) + offset
     return 2 * (step.terms + 16) * SINGLE * (step.magnitude(x) + step.bias_magnitude) + offset
@@ -123,6 +125,7 @@ class InputGrid:
     scale: Tensor
     shift: Tensor
     terms: Tensor  # [N] how large the terms of the shift are; they may cancel
+    share: float  # of the terms that float32 may round off
     quantizer: Quantizer
     first: Tensor | None = None
     last: Tensor | None = None
@@ -130,25 +133,17 @@ class InputGrid:
     @staticmethod
     def of(step: Step) -> InputGrid | None:
         """The grid of a first step that is elementwise and ends in a quantiser, else None."""
-        if step.quantizer is None:
+        if step.quantizer is None or not all(isinstance(layer, ELEMENTWISE) for layer in step.block):
             return None
-        n_in = int(torch.tensor(step.in_shape).prod())
-        if n_in != step.features:
+        scale = step.linear(torch.ones_like(step.bias)[None])[0]
+        if not bool((scale != 0).all()):
             return None
-        zero = step.bias.new_zeros(1, n_in)
-        scale = step.linear(zero + 1)[0]
-        # Elementwise: what one unit at a time gives is what all give together. Probed by two independent vectors,
-        # and by magnitudes, which cannot cancel.
-        probe = torch.linspace(1, 2, n_in, dtype=zero.dtype, device=zero.device)[None]
-        elementwise = torch.equal(step.linear(probe)[0], scale * probe[0])
-        elementwise = elementwise and torch.equal(step.magnitude(zero + 1)[0], scale.abs()) and bool((scale != 0).all())
-        if not elementwise or not torch.equal(step.magnitude(probe)[0], scale.abs() * probe[0]):
-            return None
-        return InputGrid(scale, step.bias, step.bias_magnitude, step.quantizer)
+        layers = sum(not isinstance(layer, RESHAPING) for layer in step.block)
+        return InputGrid(scale, step.bias, step.bias_magnitude, (1 + layers) * INPUT_ERROR, step.quantizer)
 
     def error(self, x: Tensor) -> Tensor:
         """Bound on what rounding does to scale x + shift before it is quantised."""
-        return INPUT_ERROR * ((self.scale * x).abs() + 2 * self.terms) + SINGLE * self.quantizer.largest_sum
+        return self.share * ((self.scale * x).abs() + 2 * self.terms) + SINGLE * self.quantizer.largest_sum
 
     def codes(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest code [..., N] of inputs in [low, high]."""
@@ -168,7 +163,7 @@ class InputGrid:
         """Ends [..., N] of the closed set of inputs that may get these codes, infinite at the last codes."""
         low, high = self.quantizer.cell(codes)
         size = torch.maximum(*(torch.where(end.isfinite(), end.abs(), 0.0) for end in (low, high)))
-        error = 2 * (INPUT_ERROR * (size + 4 * self.terms) + SINGLE * self.quantizer.largest_sum)
+        error = 2 * (self.share * (size + 4 * self.terms) + SINGLE * self.quantizer.largest_sum)
         ends = torch.stack(((low - error - self.shift) / self.scale, (high + error - self.shift) / self.scale))
         return ends.amin(0), ends.amax(0)
 
@@ -338,6 +333,7 @@ def varying(
         if grid is not None:
             low, high = grid.codes(lower, upper)
             free = free | (low != high)
+    free[0] |= ~free.any()  # a network of no inputs is no network
     index = free.nonzero().flatten()
     size = torch.maximum(lower.abs(), upper.abs())
     networks = []

@@ -20,6 +20,8 @@ from torchreach.errors import InvalidNetworkError, UnsupportedLayerError
 # How the sums before a quantiser are taken: in integers, scaled in a few float32 operations; or in float32 throughout.
 ARITHMETICS = ("integer", "float32")
 
+OVERFLOW = 2.0**31 - 1024
+
 
 class Quantizer(nn.Module):
     """x -> scale * (clamp(round_half_even(x / scale) + zero_point, lowest, highest) - zero_point).
@@ -28,7 +30,7 @@ class Quantizer(nn.Module):
     arithmetic: of the kernel whose result is quantised, one of `ARITHMETICS`.
 
     Raises: InvalidNetworkError: a scale that is zero, negative or not finite; a zero point outside of
-        [lowest, highest]. UnsupportedLayerError: several scales (per channel), which only weights may have; lowest >=
+        [lowest, highest]. UnsupportedLayerError: several scales (per channel), which only weights may have; lowest >
         highest.
     """
 
@@ -61,8 +63,8 @@ class Quantizer(nn.Module):
         scale, zero_point = scale.reshape(()), zero_point.reshape(())
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise InvalidNetworkError(f"the scale{place} must be positive and finite, got {_show(scale)}")
-        if lowest >= highest:
-            raise UnsupportedLayerError(f"codes{place} must have lowest < highest, got {lowest} and {highest}")
+        if lowest > highest:
+            raise UnsupportedLayerError(f"codes{place} must have lowest <= highest, got {lowest} and {highest}")
         if not bool(((zero_point >= lowest) & (zero_point <= highest)).all()):
             raise InvalidNetworkError(
                 f"the zero point{place} must lie in [{lowest}, {highest}], got {_show(zero_point)}"
@@ -100,7 +102,15 @@ class Quantizer(nn.Module):
         """Smallest and largest code of any x in [lower, upper], thresholds included on both sides.
 
         clamped: whether codes saturate at the ends of their range.
+
+        Raises: InvalidNetworkError: numbers of more than 2^31 steps, on which kernels overflow instead of saturating.
         """
+        largest = float(torch.stack((-lower, upper)).amax() / self.scale) if lower.numel() else 0.0
+        if not largest < OVERFLOW:
+            raise InvalidNetworkError(
+                f"the scale {float(self.scale):.6g} of {self.name or 'a quantiser'!r} must be large enough that "
+                f"numbers are less than 2^31 steps, beyond which int8 kernels overflow; got up to {largest:.3g} steps"
+            )
         low = torch.ceil(lower / self.scale - 0.5) + self.zero_point
         high = torch.floor(upper / self.scale + 0.5) + self.zero_point
         if clamped:

@@ -67,9 +67,8 @@ class Cells:
         self.several = (counts > 1).nonzero().flatten()
         self.counts = counts[self.several].long()
         self.total = prod(self.counts.double().tolist())
-        self.full_grid = replace(grid, first=None, last=None)
-        scale, shift, terms = (part[self.several] for part in (grid.scale, grid.shift, grid.terms))
-        self.grid = InputGrid(scale, shift, terms, grid.quantizer)
+        self.grid = replace(grid, first=None, last=None)
+        self.quantizer = grid.quantizer
         values = grid.quantizer.value(self.code_low)
         largest = torch.maximum(values.abs(), grid.quantizer.value(code_high).abs())
         self.second = restricted(second[1:], values, self.several, largest)
@@ -94,14 +93,13 @@ class Cells:
 
     def boxes(self, codes: Tensor, inside: float = 0.0) -> tuple[Tensor, Tensor]:
         """(low, high) [C, M] of cells with codes [C, J]; `inside`: away from thresholds (see `INSIDE`)."""
-        low, high = (part.expand(len(codes), -1).clone() for part in (self.lower, self.upper))
-        down, up = self.grid.cell(codes)
+        every = self.code_low.expand(len(codes), -1).index_copy(1, self.several, codes)
+        down, up = self.grid.cell(every)
         if inside:
             size = torch.maximum(*(torch.where(end.isfinite(), end.abs(), 0.0) for end in (down, up)))
             margin = inside * self.grid.error(size) / self.grid.scale.abs()
             down, up = down + margin, up - margin
-        low[:, self.several] = torch.maximum(low[:, self.several], down)
-        high[:, self.several] = torch.minimum(high[:, self.several], up)
+        low, high = torch.maximum(self.lower, down), torch.minimum(self.upper, up)
         # A cell that only rounding reaches, or that is thinner than its margins, is a point of the box.
         crossed = low > high
         point = torch.minimum(torch.maximum((low + high) / 2, self.lower), self.upper)
@@ -133,8 +131,8 @@ class Cells:
 
         -inf where the codes of the input itself are in doubt, or are none of these cells.
         """
-        first, last = self.full_grid.codes(x, x)
-        codes = self.grid.quantizer.value(first[:, self.several])
+        first, last = self.grid.codes(x, x)
+        codes = self.quantizer.value(first[:, self.several])
         value = attained(self.first, self.second, x, codes)
         single = torch.ones_like(self.code_low, dtype=torch.bool)
         single[self.several] = False
@@ -145,11 +143,11 @@ class Cells:
 def attained(first: tuple[Step, ...], second: tuple[Step, ...], x: Tensor, x2: Tensor | None = None) -> Tensor:
     """Values [B, 2, N_out] of y1 - y2 and y2 - y1 attained at least by inputs x [B, N_in], whatever the kernel.
 
-    x2: the inputs of `second`, where they are others.
+    x2: what `second` reads, where that is already rounded: it is then deployed, whatever its steps are.
     """
     ends = []
-    for steps, inputs in ((first, x), (second, x if x2 is None else x2)):
-        if all(step.quantizer is None for step in steps):
+    for steps, inputs, rounded in ((first, x, False), (second, x if x2 is None else x2, x2 is not None)):
+        if not rounded and all(step.quantizer is None for step in steps):
             ends.append(zonotope_bounds(steps, inputs[:, None], torch.zeros_like(inputs))[-1])
             continue
         index, low, high = outputs(steps, inputs)
@@ -219,7 +217,7 @@ class _Work:
             codes = cells.codes(numbers)
             low, high, flat = cells.bound_first(*cells.boxes(codes))
             y1.append((torch.maximum(low, cells.root[0]), torch.minimum(high, cells.root[1])))
-            index, below, above = outputs(cells.second, cells.grid.quantizer.value(codes))
+            index, below, above = outputs(cells.second, cells.quantizer.value(codes))
             rows.append((index + first, below, above))
             linear.append(flat)
             first += len(numbers)
@@ -232,9 +230,11 @@ class _Work:
     def _all_cells(self) -> Tensor:
         cells = self.cells
         low = cells.code_low[cells.several]
-        ends = [cells.grid.quantizer.value(code) for code in (low, low + cells.counts - 1)]
+        ends = [cells.quantizer.value(code) for code in (low, low + cells.counts - 1)]
         middle, radius = (ends[0] + ends[1]) / 2, (ends[1] - ends[0]) / 2
-        wide = replace(cells.second[0], noise=_sum(cells.second[0].noise, cells.second[0].magnitude(radius[None])[0]))
+        first = cells.second[0]
+        spread = first.magnitude(radius[None])[0]
+        wide = replace(first, noise=_sum(first.noise, spread), bias_magnitude=first.bias_magnitude + spread)
         _, below, above = outputs((wide, *cells.second[1:]), middle[None])
         down, up = cells.root
         return torch.stack((up - below.amin(0), above.amax(0) - down))
