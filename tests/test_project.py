@@ -47,7 +47,10 @@ MAY_IMPORT = {
     "reports": {"base", "sets", "exports"},
     "command line": {"base", "networks", "lp", "sets", "bounds", "search", "reach", "analyses", "exports", "reports"},
 }
-HEAVY = ("cvxpy", "highspy", "auto_LiRPA", "onnx", "matplotlib", "sklearn", "torchvision", "typer", "rich")
+HEAVY = (
+    *("cvxpy", "cvxpylayers", "highspy", "auto_LiRPA", "torchao", "onnx", "matplotlib", "sklearn", "torchvision"),
+    *("typer", "rich"),
+)
 MAX_LINES = 450
 
 

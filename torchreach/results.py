@@ -207,7 +207,7 @@ class RepairStep:
     iteration: int
     discrepancy: Discrepancy
     accuracy: float | None
-    loss: float | None  # last training loss (mean squared error to the targets)
+    loss: float | None  # last training loss: mean squared error to the targets, or mean certified bound
     satisfied: bool
     seconds: float
 
