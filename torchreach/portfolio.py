@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -295,7 +295,7 @@ class _Run:
 
     def _take_exact(self, index: Tensor, found: ReachResult) -> None:
         self._used(found.stats.method)
-        self.exact_stats = found.stats
+        self.exact_stats = _together(self.exact_stats, found.stats)
         lower, upper = (found.attained_upper, -found.attained_lower), (found.upper, -found.lower)
         lower, upper = (torch.stack(part, 1).to(COMPUTE_DTYPE) for part in (lower, upper))
         self._take(index, lower, upper, torch.stack((found.argmax, found.argmin), 1))
@@ -362,3 +362,20 @@ class _Run:
                 fallback=self.fallback,
             ),
         )
+
+
+def _together(one: ReachStats | None, other: ReachStats) -> ReachStats:
+    """The work of two runs on one network, layer by layer."""
+    if one is None:
+        return other
+    layers = tuple(
+        replace(
+            b,
+            stars=a.stars + b.stars,
+            splits=a.splits + b.splits,
+            linear_programs=a.linear_programs + b.linear_programs,
+            settled={name: a.settled.get(name, 0) + b.settled.get(name, 0) for name in {**a.settled, **b.settled}},
+        )
+        for a, b in zip(one.layers, other.layers, strict=True)
+    )
+    return replace(other, layers=layers, output_programs=one.output_programs + other.output_programs)

@@ -106,11 +106,11 @@ def effort(found: Discrepancy) -> str:
 
 
 def regions(found: Discrepancy) -> int | None:
-    """Linear regions enumerated, or None where not all were: every cut adds one to a star's."""
+    """Linear regions enumerated, or None where not all were."""
     searched = found.stats.branches or found.stats.method in ("difference bounds", "cells", "relaxation")
     if searched or any(status is not Status.EXACT for status in found.status):
         return None
-    return len(found.status) + found.stats.splits
+    return int(found.regions.sum())
 
 
 def at_most(value: float, digits: int = 5) -> str:
