@@ -34,6 +34,8 @@ COLUMNS = (
     "sampled",
     "CPU s",
 )
+# onednn's kernel takes 10 ms a sample here once zero points are not 0, fbgemm's a thousandth of that.
+SHARE = {"onednn": 0.01}
 ENGINES = [name for name in ("fbgemm", "onednn", "x86") if name in torch.backends.quantized.supported_engines]
 SETS = ((4, 0.05), (4, 0.15), (16, 0.05), (784, 0.01))
 
@@ -75,7 +77,8 @@ def measure(name: str, kernels: dict[str, nn.Module], original: nn.Module, image
     )
     outside, largest, replayed = 0, 0.0, True
     for engine, network in kernels.items():
-        y = differences(original, network, stars.sample(args.samples, seed=len(engine))[0])
+        count = max(int(args.samples * SHARE.get(engine, 1)), 1)
+        y = differences(original, network, stars.sample(count, seed=len(engine))[0])
         outside += int(((y < found.range_lower[0] - 1e-9) | (y > found.range_upper[0] + 1e-9)).any(1).sum())
         largest = max(largest, float(y.abs().max()))
         y = differences(original, network, found.witness[0]).diagonal().abs()
@@ -108,7 +111,7 @@ def problems(row: dict[str, Any]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = common.options(__doc__)
     parser.add_argument("--images", type=int, nargs="+", default=[0, 3, 7], help="of the ten (default: 0 3 7)")
-    parser.add_argument("--samples", type=int, default=100_000, help="of every set and engine (default: 100000)")
+    parser.add_argument("--samples", type=int, default=100_000, help="of every set, less on onednn (default: 100000)")
     parser.add_argument("--seconds", type=float, default=60.0, help="budget of one run (default: 60)")
     parser.add_argument("--pixels", type=int, nargs="+", default=[4, 16, 784], help="(default: 4 16 784)")
     args = parser.parse_args(argv)
