@@ -474,7 +474,7 @@ def test_noise_of_affine_steps_is_bounded_everywhere():
     from dataclasses import replace
 
     from torchreach.bounds.difference import Pair, difference_bounds, quick_bounds
-    from torchreach.bounds.zonotope import interval_bounds, zonotope_bounds
+    from torchreach.bounds.zonotope import box_rows, interval_bounds, zonotope_bounds
     from torchreach.networks.reduced import reduce
     from torchreach.networks.steps import steps
 
@@ -494,7 +494,7 @@ def test_noise_of_affine_steps_is_bounded_everywhere():
         y2 = y2 + extremes * noise[k]
         if k < 2:
             y1, y2 = y1.relu(), y2.relu()
-    rows = cells.box_rows(low, high)
+    rows = box_rows(low, high)
     bounds = zonotope_bounds(two, *rows)
     signs = [(a >= 0).long() - (b <= 0).long() for a, b in bounds]
     reduced = reduce(two, signs, bounds)

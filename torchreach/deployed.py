@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from torchreach.bounds.difference import Pair, difference_bounds
 from torchreach.bounds.rounding import SINGLE, InputGrid, blank, relax, varying, with_inputs
-from torchreach.bounds.zonotope import zonotope_bounds
+from torchreach.bounds.zonotope import box_rows, zonotope_bounds
 from torchreach.errors import ShapeError, UnsupportedLayerError
 from torchreach.networks.chain import chain
 from torchreach.networks.quantizer import Quantizer
@@ -29,7 +29,7 @@ from torchreach.networks.steps import Step, steps
 from torchreach.options import Budget
 from torchreach.reach.api import VERTEX_DIM, reach
 from torchreach.results import Discrepancy, ReachStats, Status
-from torchreach.search.cells import LIMIT, Cells, attained, box_rows, search_cells, single_precision
+from torchreach.search.cells import LIMIT, Cells, attained, search_cells, single_precision
 from torchreach.search.result import Question, SearchResult
 from torchreach.search.rounded_witness import climb
 from torchreach.search.signs import search_signs

@@ -163,7 +163,7 @@ class Pair:
     def noise(self, k: int) -> tuple[Tensor, Tensor]:
         """Noise [N_out] of z and of d = z - z2 in layer k, d carrying that of both networks."""
         zero = torch.zeros_like(self.b[k])
-        first, second = (zero if step.noise is None else step.noise for step in (self.first[k], self.second[k]))
+        first, second = (step.with_noise(zero) for step in (self.first[k], self.second[k]))
         return first, first + second
 
     @torch.no_grad()

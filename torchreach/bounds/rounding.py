@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from torchreach.bounds.zonotope import relu_band
+from torchreach.bounds.zonotope import box_rows, relu_band
 from torchreach.errors import UnsupportedLayerError
 from torchreach.networks.arithmetic import Arithmetic
 from torchreach.networks.builder import linear_layer
@@ -72,9 +72,7 @@ def outputs(steps: tuple[Step, ...], values: Tensor) -> tuple[Tensor, Tensor, Te
         # |W| |x| <= |W| 1 max |x| is enough for what float64 rounds off.
         gamma = (step.terms + 8) * UNIT_ROUNDOFF
         spread = step.magnitude(torch.ones_like(size[:1])) * size.amax(1, keepdim=True) if size.shape[1] else 0.0
-        spread = gamma * (spread + step.bias_magnitude)
-        if step.noise is not None:
-            spread = spread + step.noise
+        spread = step.with_noise(gamma * (spread + step.bias_magnitude))
         z = step.linear(middle) + step.bias
         spread = spread.expand_as(z).clone()
         wide = (radius > 0).any(1).nonzero().flatten()
@@ -206,10 +204,8 @@ def relax(steps: tuple[Step, ...], lower: Tensor, upper: Tensor, grid: InputGrid
     """
     step, rest, size = _entry(steps, lower, upper, grid)
     extra = step.in_shape[0] - len(lower)
-    radius = torch.cat(((upper - lower) / 2, lower.new_ones(extra)))
-    middle = torch.cat(((lower + upper) / 2, lower.new_zeros(extra)))
-    rows = torch.cat((middle[None], torch.diag(radius)))[None]
-    slack = 4 * UNIT_ROUNDOFF * rows.abs().sum(1)
+    ones = lower.new_ones(extra)
+    rows, slack = box_rows(torch.cat((lower, -ones))[None], torch.cat((upper, ones))[None])
     result: list[Step] = []
     while True:
         low, high = _range(*_mapped(step, rows, slack))
@@ -234,7 +230,7 @@ def _mapped(step: Step, rows: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
     slack = step.magnitude(slack + gamma * rows.abs().sum(1)) + gamma * step.bias_magnitude
     rows = step.map_rows(rows)
     slack = slack + gamma * rows.abs().sum(1)
-    return rows, slack if step.noise is None else slack + step.noise
+    return rows, step.with_noise(slack)
 
 
 def _range(rows: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,7 +272,7 @@ def _relaxed_step(step: Step, low: Tensor, high: Tensor, size: Tensor, *, last: 
     Returns also a bound on the activations.
     """
     kernel = kernel_error(step, torch.maximum(low.abs(), high.abs()), size[None])[0]
-    noise = kernel if step.noise is None else kernel + step.noise
+    noise = step.with_noise(kernel)
     largest = torch.maximum(low.abs(), high.abs()) + kernel
     if step.quantizer is None:
         return replace(step, noise=noise), largest
@@ -363,8 +359,7 @@ def blank(steps: tuple[Step, ...]) -> tuple[Step, ...]:
 def _composed(step: Step, size: Tensor) -> Tensor:
     """Noise [N_out]: what rounding does to a step as one matrix and one bias, for inputs |x| <= size [N_in]."""
     gamma = 2 * (step.terms + 16) * UNIT_ROUNDOFF
-    noise = gamma * (step.magnitude(size[None])[0] + step.bias_magnitude)
-    return noise if step.noise is None else noise + step.noise
+    return step.with_noise(gamma * (step.magnitude(size[None])[0] + step.bias_magnitude))
 
 
 def _is_identity(step: Step) -> bool:

@@ -31,9 +31,7 @@ def zonotope_bounds(steps: tuple[Step, ...], rows: Tensor, slack: Tensor, start:
         step = steps[index]
         gamma = (step.terms + rows.shape[1] + 8) * UNIT_ROUNDOFF
         size = rows.abs().sum(1)
-        slack = step.magnitude(slack + gamma * size) + gamma * step.bias_magnitude
-        if step.noise is not None:
-            slack = slack + step.noise
+        slack = step.with_noise(step.magnitude(slack + gamma * size) + gamma * step.bias_magnitude)
         rows = step.map_rows(rows)
         spread = rows[:, 1:].abs().sum(1)
         error = slack + gamma * (spread + rows[:, 0].abs())
@@ -52,8 +50,7 @@ def interval_bounds(steps: tuple[Step, ...], rows: Tensor, slack: Tensor) -> Bou
     for step in steps:
         gamma = (step.terms + 8) * UNIT_ROUNDOFF
         radius = step.magnitude(radius + gamma * (middle.abs() + radius)) + gamma * step.bias_magnitude
-        if step.noise is not None:
-            radius = radius + step.noise
+        radius = step.with_noise(radius)
         middle = step.linear(middle) + step.bias
         lower, upper = middle - radius, middle + radius
         result.append((lower, upper))
@@ -62,6 +59,13 @@ def interval_bounds(steps: tuple[Step, ...], rows: Tensor, slack: Tensor) -> Bou
             high = torch.where(step.relu, upper.clamp(min=0), upper)
             middle, radius = (low + high) / 2, (high - low) / 2 * (1 + 4 * UNIT_ROUNDOFF)
     return result
+
+
+def box_rows(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes [S, M] as rows [S, 1 + M, M] over [-1, 1]^M and their rounding [S, M]."""
+    middle, radius = (low + high) / 2, (high - low) / 2
+    slack = 4 * UNIT_ROUNDOFF * (middle.abs() + radius)
+    return torch.cat((middle[:, None], torch.diag_embed(radius)), 1), slack
 
 
 def relu_band(rows: Tensor, slack: Tensor, lower: Tensor, upper: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -157,4 +157,4 @@ def _collect(
 
 
 def _noise(step: Step) -> Tensor:
-    return torch.zeros_like(step.bias) if step.noise is None else step.noise
+    return step.with_noise(torch.zeros_like(step.bias))

@@ -44,6 +44,10 @@ class Step:
         """|W| rows, rows >= 0: [..., N_in] -> [..., N_out]."""
         return self._apply(magnitude, rows)
 
+    def with_noise(self, error: Tensor) -> Tensor:
+        """An error bound [..., N_out] of the affine block, and its noise."""
+        return error if self.noise is None else error + self.noise
+
     def map_rows(self, rows: Tensor) -> Tensor:
         """Affine map of a star batch: rows [S, 1 + M, N_in] -> [S, 1 + M, N_out], bias on row 0."""
         out = self.linear(rows)

@@ -35,8 +35,7 @@ def affine_slack(step: Step, out: Tensor, slack: Tensor, size: Tensor) -> Tensor
     variables = out.shape[1]
     gamma = (step.terms + variables + 8) * UNIT_ROUNDOFF
     error = step.magnitude(slack + gamma * size) + gamma * step.bias_magnitude
-    if step.noise is not None:
-        error = error + step.noise
+    error = step.with_noise(error)
     # The last term covers evaluating the new rows at a point.
     error = error + (variables + 4) * UNIT_ROUNDOFF * out.abs().sum(1)
     return error * (1 + 1e-12)

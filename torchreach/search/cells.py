@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from torchreach.bounds.rounding import InputGrid, outputs, restricted
-from torchreach.bounds.zonotope import zonotope_bounds
+from torchreach.bounds.zonotope import box_rows, zonotope_bounds
 from torchreach.networks.reduced import reduce
 from torchreach.networks.steps import Step
 from torchreach.tolerances import UNIT_ROUNDOFF
@@ -165,13 +165,6 @@ def single_precision(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     return torch.where((single >= lower) & (single <= upper), single, x)
 
 
-def box_rows(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Boxes [C, M] as rows [C, 1 + M, M] over [-1, 1]^M and their rounding [C, M]."""
-    middle, radius = (low + high) / 2, (high - low) / 2
-    slack = 4 * UNIT_ROUNDOFF * (middle.abs() + radius)
-    return torch.cat((middle[:, None], torch.diag_embed(radius)), 1), slack
-
-
 @torch.no_grad()
 def search_cells(cells: Cells, ranges: Ranges | None, *, tolerance: float, deadline: float | None) -> CellResult:
     """Certified intervals over the box, by enumeration of its cells.
@@ -234,7 +227,7 @@ class _Work:
         middle, radius = (ends[0] + ends[1]) / 2, (ends[1] - ends[0]) / 2
         first = cells.second[0]
         spread = first.magnitude(radius[None])[0]
-        wide = replace(first, noise=_sum(first.noise, spread), bias_magnitude=first.bias_magnitude + spread)
+        wide = replace(first, noise=first.with_noise(spread), bias_magnitude=first.bias_magnitude + spread)
         _, below, above = outputs((wide, *cells.second[1:]), middle[None])
         down, up = cells.root
         return torch.stack((up - below.amin(0), above.amax(0) - down))
@@ -290,7 +283,3 @@ class _Work:
         better = value > self.best
         self.best = torch.where(better, value, self.best)
         self.witness = torch.where(better[..., None], x[at], self.witness)
-
-
-def _sum(first: Tensor | None, second: Tensor) -> Tensor:
-    return second if first is None else first + second

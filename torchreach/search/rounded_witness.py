@@ -41,17 +41,19 @@ def climb(
 
     eye = torch.eye(n, dtype=lower.dtype, device=lower.device)
     sign = torch.cat((eye, -eye)).repeat_interleave(starts, 0)
-    candidates = _candidates(InputGrid.of(second[0]), lower, upper)  # [N, K]
+    grids = [InputGrid.of(network[0]) for network in (first, second)]
+    # of each network: what its input quantiser, if any, leaves
+    inner = [network if grid is None else network[1:] for network, grid in zip((first, second), grids, strict=True)]
+    candidates = _candidates(grids[1], lower, upper)  # [N, K]
     x = lower + (upper - lower) * random(len(sign), inputs)
     best, at = x.new_full((len(x),), -torch.inf), x
-    rounded = [_round(network, candidates) for network in (first, second)]
+    rounded = [_round(grid, candidates) for grid in grids]
     for step in range(steps + 1):
         gain, value = torch.zeros_like(candidates).expand(len(x), -1, -1), torch.zeros_like(best)
-        for network, side, images in zip((first, second), (1, -1), rounded, strict=True):
+        for network, grid, side, images in zip(inner, grids, (1, -1), rounded, strict=True):
             with torch.enable_grad():
-                leaf = _round(network, x[:, :, None])[:, :, 0].requires_grad_()
-                inner = network[1:] if _has_grid(network) else network
-                out = side * (straight_through(inner, leaf) * sign).sum(1)
+                leaf = _round(grid, x[:, :, None])[:, :, 0].requires_grad_()
+                out = side * (straight_through(network, leaf) * sign).sum(1)
                 (gradient,) = torch.autograd.grad(out.sum(), leaf)
             value = value + out.detach()
             gain = gain + gradient[:, :, None] * images
@@ -75,13 +77,8 @@ def _candidates(grid: InputGrid | None, lower: Tensor, upper: Tensor) -> Tensor:
     return torch.stack([torch.minimum(torch.maximum(end, lower), upper) for end in ends], 1)
 
 
-def _has_grid(network: tuple[Step, ...]) -> bool:
-    return InputGrid.of(network[0]) is not None
-
-
-def _round(network: tuple[Step, ...], x: Tensor) -> Tensor:
-    """What the network's input quantiser, if it has one, makes of inputs [..., N, K]."""
-    grid = InputGrid.of(network[0])
+def _round(grid: InputGrid | None, x: Tensor) -> Tensor:
+    """What an input quantiser, if there is one, makes of inputs [..., N, K]."""
     if grid is None:
         return x.clone()
     return grid.quantizer(grid.scale[:, None] * x + grid.shift[:, None])
