@@ -56,7 +56,7 @@ def mnist(args: argparse.Namespace) -> list[dict]:
             stars = tr.StarBatch.from_image(image, eps, clip=(-1, 1))
             first = tr.discrepancy(*pair, stars, "search", budget=tr.Budget(seconds=1e-3))
             found, seconds = timed(
-                lambda s=stars: tr.discrepancy(*pair, s, budget=tr.Budget(seconds=args.seconds), tolerance=CLOSED)
+                lambda s=stars: tr.discrepancy(*pair, s, budget=tr.Budget(seconds=args.seconds), gap=CLOSED)
             )
             row = {
                 "image": index,
@@ -125,7 +125,7 @@ def int8(args: argparse.Namespace) -> list[dict]:
         small: nn.Module = tr.quantize_weights(network, 8)
         found, seconds = timed(
             lambda n=network, c=small, s=stars: tr.discrepancy(
-                n, c, s, budget=tr.Budget(seconds=args.seconds), tolerance=CLOSED
+                n, c, s, budget=tr.Budget(seconds=args.seconds), gap=CLOSED
             )
         )
         rows.append(

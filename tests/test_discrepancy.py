@@ -258,13 +258,13 @@ def test_image_stars_and_convolutions_are_searched() -> None:
     assert_holds(found, original, compressed, stars)
 
 
-def test_a_tolerance_ends_the_work_early() -> None:
+def test_a_gap_ends_the_work_early() -> None:
     original, compressed, stars = hard_pair()
     first = tr.discrepancy(original, compressed, stars, "search", budget=tr.Budget(stars=1))
     wanted = 0.9 * float((first.upper - first.lower).max())
-    found = tr.discrepancy(original, compressed, stars, "search", tolerance=wanted)
+    found = tr.discrepancy(original, compressed, stars, "search", gap=wanted)
     assert (found.upper - found.lower).max() <= wanted
-    finer = tr.discrepancy(original, compressed, stars, tolerance=0.7 * wanted)
+    finer = tr.discrepancy(original, compressed, stars, gap=0.7 * wanted)
     assert (finer.upper - finer.lower).max() <= 0.7 * wanted
     assert first.stats.branches < found.stats.branches < finer.stats.branches
     assert_holds(finer, original, compressed, stars)
@@ -386,8 +386,8 @@ def test_wrong_input_is_named() -> None:
     ):
         with pytest.raises(OptionError, match=message):
             tr.discrepancy(original, compressed, stars, method)  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match="tolerance must be positive or None, got 0"):
-        tr.discrepancy(original, compressed, stars, tolerance=0)
+    with pytest.raises(OptionError, match="gap must be positive or None, got 0"):
+        tr.discrepancy(original, compressed, stars, gap=0)
     with pytest.raises(OptionError, match=r"Search.split must be one of auto, inputs, signs, got 'both'"):
         tr.Search("both")
     for method in ("auto", "search"):

@@ -28,7 +28,7 @@ from torchreach.networks.quantizer import Quantizer
 from torchreach.networks.steps import Step, steps
 from torchreach.options import Budget
 from torchreach.reach.api import VERTEX_DIM, reach
-from torchreach.results import Discrepancy, ReachStats, Status
+from torchreach.results import Discrepancy, ReachStats, Semantics, Status
 from torchreach.search.cells import LIMIT, Cells, attained, search_cells, single_precision
 from torchreach.search.result import Question, SearchResult
 from torchreach.search.rounded_witness import climb
@@ -332,5 +332,5 @@ def _result(
             root_bounds="zonotope",
             seconds=seconds,
         ),
-        semantics="deployed int8",
+        semantics=Semantics.DEPLOYED_INT8,
     )

@@ -19,7 +19,7 @@ from torchreach.errors import OptionError
 from torchreach.networks.quantized import is_weight_only
 from torchreach.options import Budget, Exact, Search
 from torchreach.portfolio import compare
-from torchreach.results import Discrepancy, ProgressCallback
+from torchreach.results import Discrepancy, ProgressCallback, Semantics
 from torchreach.search.result import Question
 from torchreach.sets.star import StarBatch
 from torchreach.tolerances import Tolerances
@@ -34,6 +34,7 @@ def discrepancy(
     method: Exact | Search | str | None = None,
     *,
     tolerance: float | None = None,
+    gap: float | None = None,
     budget: Budget | None = None,
     tolerances: Tolerances | None = None,
     progress: ProgressCallback | None = None,
@@ -47,7 +48,9 @@ def discrepancy(
             where they are many, and takes turns where that is not clear. `Exact(...)` or "exact" only enumerates,
             `Search(...)` or "search" only searches. A search needs two networks of one architecture; others are
             enumerated, and `stats.fallback` says why.
-        tolerance: end on a star as soon as upper - lower is at most this for each of its outputs. Without one, a
+        tolerance: the bound on |y1 - y2| that is in question: a star is done as soon as its certificate is at most
+            this, or a witness exceeds it.
+        gap: end on a star as soon as upper - lower is at most this for each of its outputs. Without one, a
             search ends when both ends of every range are known to 1e-6.
         budget: when to stop; a spent budget, or Ctrl-C, gives the interval so far.
         tolerances, progress: as in `reach`; for a search, `progress` counts branches in place of stars.
@@ -58,16 +61,21 @@ def discrepancy(
     the result says which: "float", "weight-only" (weights on a grid, activations real), or "deployed int8". A
     deployed network has a method of its own, so `method` and `progress` do not apply.
 
-    Raises: as `merge` and `reach`; OptionError: an unknown method, or a tolerance that is not positive.
+    Raises: as `merge` and `reach`; OptionError: an unknown method, a negative tolerance, or a gap that is not positive.
     """
-    if tolerance is not None and not tolerance > 0:
-        raise OptionError(f"tolerance must be positive or None, got {tolerance!r}")
+    if tolerance is not None and not tolerance >= 0:
+        raise OptionError(f"tolerance must be a number >= 0 or None, got {tolerance!r}")
+    if gap is not None and not gap > 0:
+        raise OptionError(f"gap must be positive or None, got {gap!r}")
     shape = None if len(stars.shape) == 1 else stars.shape
     if rounds(original, shape) or rounds(compressed, shape):
-        gap = (tolerances or Tolerances()).gap if tolerance is None else tolerance
+        gap = (tolerances or Tolerances()).gap if gap is None else gap
         return deployed_discrepancy(original, compressed, stars, budget or Budget(), gap)
     original, compressed = _one_dtype(original, compressed)
-    question = Question("signed") if tolerance is None else Question("outputs", tolerance)
+    if tolerance is not None:
+        question = Question("largest", gap or min(1e-6, max(1e-9, 1e-3 * tolerance)), tolerance)
+    else:
+        question = Question("signed") if gap is None else Question("outputs", gap)
     found = compare(
         original,
         compressed,
@@ -78,7 +86,7 @@ def discrepancy(
         tolerances=tolerances or Tolerances(),
         progress=progress,
     )
-    return replace(found, semantics="weight-only" if is_weight_only(compressed) else "float")
+    return replace(found, semantics=Semantics.WEIGHT_ONLY if is_weight_only(compressed) else Semantics.FLOAT)
 
 
 def _one_dtype(*networks: nn.Module) -> tuple[nn.Module, ...]:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from torchreach.bounds.difference import identical
+from torchreach.clock import first_interrupt
 from torchreach.deployed import deployed_discrepancy, rounds
 from torchreach.errors import OptionError, ShapeError, UnsupportedLayerError
 from torchreach.networks.layers import Reshape
@@ -34,7 +35,6 @@ from torchreach.options import Budget, Exact, Search
 from torchreach.portfolio import compare
 from torchreach.reach.api import reach, replay
 from torchreach.reach.memory import default_budget
-from torchreach.reach.threads import first_interrupt
 from torchreach.results import Answer, Discrepancy, Equivalence
 from torchreach.search.result import Question, SearchResult
 from torchreach.sets.star import StarBatch

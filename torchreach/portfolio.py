@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from torchreach.bounds.difference import Pair, difference_bounds
+from torchreach.clock import first_interrupt
 from torchreach.errors import ShapeError, UnsupportedLayerError
 from torchreach.networks.merge import merge
 from torchreach.networks.steps import Step, steps
 from torchreach.options import Budget, Exact, Search
 from torchreach.reach.api import EXACT_GAP, VERTEX_DIM, reach, replay
 from torchreach.reach.memory import default_budget
-from torchreach.reach.threads import first_interrupt
 from torchreach.results import Discrepancy, Progress, ProgressCallback, ReachResult, ReachStats, Status
 from torchreach.search.result import Question, SearchResult
 from torchreach.sets.star import StarBatch

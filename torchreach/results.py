@@ -25,6 +25,40 @@ class Status(enum.Enum):
     BOUNDED = "bounded"  # the budget ended first, or numerical limits left a gap: certified but may be wide
 
 
+class Semantics(enum.StrEnum):
+    """Which reading of the compressed network a result speaks of (docs/certificates.md)."""
+
+    FLOAT = "float"  # real-valued function of the weights as they are stored
+    WEIGHT_ONLY = "weight-only"  # the same, of weights that lie on a grid
+    DEPLOYED_INT8 = "deployed int8"  # activations rounded and clamped as int8 kernels do
+    FLOAT16 = "as executed in float16"  # each layer's result rounded to the dtype, sums in float32
+    BFLOAT16 = "as executed in bfloat16"
+    FLOAT32 = "as executed in float32"
+
+
+class Kernels(enum.StrEnum):
+    """Which integer arithmetic a certificate of a deployed network covers."""
+
+    NONE = "no integer kernels"
+    EXACT = "exact integer sums"  # VNNI, ARM, GPU
+    SATURATING = "pairs of products saturated to int16"  # AVX2 without VNNI
+    ANY = "exact sums and saturating pairs"  # both: no pair can saturate, or the union was taken
+
+
+class Reason(enum.StrEnum):
+    """Why the work on a star ended."""
+
+    CLOSED = "closed"  # lower and upper meet
+    GAP = "gap"  # they are as close as was asked for
+    WITHIN = "within"  # the certificate is below the tolerance that was asked for
+    EXCEEDED = "exceeded"  # a witness exceeds it
+    BUDGET = "budget"  # seconds, stars or memory are spent
+    INTERRUPTED = "interrupted"  # Ctrl-C
+    ROUNDING = "rounding"  # what is left is rounding inside the deployed network
+    KERNEL_CODES = "kernel codes in doubt"  # a sum so near a threshold that kernels may give either code
+    NUMERICAL = "numerical limits"  # slivers, or linear programs that did not converge
+
+
 @dataclass(frozen=True)
 class LayerStats:
     """Work done at one activation layer, summed over all stars that reached it.
@@ -128,9 +162,10 @@ class Discrepancy:
         range_lower, range_upper: [S, N] certified signed range of y1 - y2.
         witness: [S, N, *input shape] input that attains `lower`, replayed through both networks.
         status: per input star: EXACT, or BOUNDED if the budget or the tolerance asked for ended the work first.
-        semantics: which reading of the networks the numbers speak of: "float" (weights as they are, real
-            arithmetic), "weight-only" (the same, of a network whose weights lie on a grid), "deployed int8"
-            (activations rounded and clamped as int8 kernels do).
+        semantics: which reading of the networks the numbers speak of.
+        kernels: which integer arithmetic they cover, where the semantics is deployed int8.
+        uncovered: names of layers whose kernels may do something else, about which a warning was given.
+        reasons: per input star, why the work ended.
         regions: [S] number of joint linear regions that were enumerated; of a deployed network, cells of its
             input grid.
         stats: what it took.
@@ -144,7 +179,10 @@ class Discrepancy:
     regions: Tensor
     status: tuple[Status, ...]
     stats: ReachStats
-    semantics: str = "float"
+    semantics: Semantics = Semantics.FLOAT
+    kernels: Kernels = Kernels.NONE
+    uncovered: tuple[str, ...] = ()
+    reasons: tuple[Reason, ...] = ()
 
     @property
     def max_upper(self) -> Tensor:

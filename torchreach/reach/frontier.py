@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from torchreach.bounds.zonotope import Bounds, relu_band, zonotope_bounds
+from torchreach.clock import first_interrupt
 from torchreach.networks.steps import Step
 from torchreach.options import Budget
 from torchreach.reach.memory import Ledger, default_budget, size_of
 from torchreach.reach.processes import can_fork, run_in_processes
 from torchreach.reach.record import Kept, RangeRecord, Sink
 from torchreach.reach.tally import Tally
-from torchreach.reach.threads import Threads, first_interrupt
+from torchreach.reach.threads import Threads
 
 log = logging.getLogger(__name__)
 

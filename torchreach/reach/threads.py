@@ -1,13 +1,9 @@
-"""Steps of a frontier in threads, and a Ctrl-C that loses no work."""
+"""Steps of a frontier in threads."""
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,34 +74,3 @@ class Threads:
         if self.pool is not None:
             self.pool.shutdown()
             self.pool = None
-
-
-@contextmanager
-def first_interrupt() -> Iterator[list[int]]:
-    """Make the first Ctrl-C fill the list this yields instead of raising; the second one raises as usual.
-
-    An exception could come between taking work off the frontier and putting its children back, and lose it.
-    Inside another `first_interrupt` it yields the outer one's list, so that one Ctrl-C ends all of them.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    if isinstance(before, _Note) or threading.current_thread() is not threading.main_thread():
-        yield before.pressed if isinstance(before, _Note) else []
-        return
-    note = _Note()
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield note.pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-class _Note:
-    """Handler that notes the first signal."""
-
-    def __init__(self) -> None:
-        self.pressed: list[int] = []
-
-    def __call__(self, number: int, _frame: FrameType | None) -> None:
-        if self.pressed:
-            raise KeyboardInterrupt
-        self.pressed.append(number)

@@ -1,0 +1,116 @@
+"""The one clock of a call: how much of its budget of seconds is left, and whether Ctrl-C was pressed.
+
+A verb makes one `Clock` and hands it down; every loop and every long step looks at it, and nothing else reads the
+time to decide when to stop. `check` ends a computation that has no half-way answer; whoever called it keeps the
+valid interval that was there before.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class OutOfTime(Exception):  # noqa: N818
+    """Raised by `Clock.check`; a verb catches it and answers with what it has. It never reaches a user."""
+
+
+class Clock:
+    """Time that is left, in seconds of wall-clock time.
+
+    seconds: from now on; None for no limit. interrupted: the list that Ctrl-C fills (`first_interrupt`). now: what is
+    read; tests bring their own, so that none depends on the machine's speed.
+    """
+
+    def __init__(
+        self,
+        seconds: float | None = None,
+        interrupted: list[int] | None = None,
+        *,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._now, self._pressed = now, [] if interrupted is None else interrupted
+        self.began = now()
+        self.deadline = math.inf if seconds is None else self.began + seconds
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the clock was made."""
+        return self._now() - self.began
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is a deadline at all."""
+        return self.deadline < math.inf
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline, never negative; infinite without one."""
+        return max(0.0, self.deadline - self._now()) if self.limited else math.inf
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C was pressed."""
+        return bool(self._pressed)
+
+    @property
+    def over(self) -> bool:
+        """Whether to stop: the time is up, or Ctrl-C was pressed."""
+        return self.interrupted or (self.limited and self._now() >= self.deadline)
+
+    def check(self) -> None:
+        """Raises OutOfTime if `over`."""
+        if self.over:
+            raise OutOfTime
+
+    def part(self, seconds: float | None) -> Clock:
+        """A clock that ends `seconds` from now, but no later than this one; one Ctrl-C ends both."""
+        clock = Clock(seconds, self._pressed, now=self._now)
+        clock.deadline = min(clock.deadline, self.deadline)
+        return clock
+
+
+NO_LIMIT = Clock()  # for callers without a budget; nobody can interrupt it
+
+
+@contextmanager
+def first_interrupt() -> Iterator[list[int]]:
+    """Make the first Ctrl-C fill the list this yields instead of raising; the second one raises as usual.
+
+    An exception could come between taking work off a queue and putting its children back, and lose it. Inside another
+    `first_interrupt` it yields the outer one's list, so that one Ctrl-C ends all of them.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if isinstance(before, _Note) or threading.current_thread() is not threading.main_thread():
+        yield before.pressed if isinstance(before, _Note) else []
+        return
+    note = _Note()
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield note.pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def running(seconds: float | None) -> Iterator[Clock]:
+    """The clock of one call of a verb, which the first Ctrl-C ends."""
+    with first_interrupt() as interrupted:
+        yield Clock(seconds, interrupted)
+
+
+class _Note:
+    """Handler that notes the first signal."""
+
+    def __init__(self) -> None:
+        self.pressed: list[int] = []
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        if self.pressed:
+            raise KeyboardInterrupt
+        self.pressed.append(number)
