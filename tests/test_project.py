@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "torchreach"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in FILES}
 
-BASE = {"errors", "masks", "tolerances", "options", "results"}
+BASE = {"clock", "errors", "masks", "tolerances", "options", "results"}
 ANALYSES = {
     "discrepancy",
     "discrepancy_loss",
