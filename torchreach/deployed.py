@@ -11,7 +11,6 @@ within `bounds.rounding.kernel_error`, for inputs in float32. One star at a time
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain as chain_of
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torchreach.bounds.difference import Pair, difference_bounds
 from torchreach.bounds.rounding import SINGLE, InputGrid, blank, relax, varying, with_inputs
 from torchreach.bounds.zonotope import box_rows, zonotope_bounds
+from torchreach.clock import Clock
 from torchreach.errors import ShapeError, UnsupportedLayerError
 from torchreach.networks.chain import chain
 from torchreach.networks.quantizer import Quantizer
@@ -64,7 +64,7 @@ def deployed_discrepancy(
 
     Raises: ShapeError: sizes that do not fit. UnsupportedLayerError, InvalidNetworkError as `chain`.
     """
-    began = time.monotonic()
+    clock = Clock(budget.seconds)
     first, second = (
         steps(network, stars.shape, dtype=COMPUTE_DTYPE, device=stars.device, quantized=True)
         for network in (original, compressed)
@@ -81,11 +81,9 @@ def deployed_discrepancy(
     low, high, is_box = stars.bounding_box()
     found = []
     for s in range(len(stars)):
-        deadline = None if budget.seconds is None else began + budget.seconds * (s + 1) / len(stars)
+        share = clock.part(budget.seconds and clock.left / (len(stars) - s))
         own1, own2, index = varying(first, second, low[s], high[s])
-        task = _Task(
-            original, own1, own2, low[s], index, low[s][index], high[s][index], tolerance, deadline, stars.shape
-        )
+        task = _Task(original, own1, own2, low[s], index, low[s][index], high[s][index], tolerance, share, stars.shape)
         if not bool(is_box[s]):
             task.points = stars.select([s]).sample(512)[0].flatten(1)[:, index].to(COMPUTE_DTYPE)
         if same:
@@ -97,7 +95,7 @@ def deployed_discrepancy(
     witness = torch.stack([task.whole(task.witness) for task in found])
     if swapped:
         lower, upper, witness = (part.flip(1) for part in (lower, upper, witness))
-    return _result(stars, found, lower, upper, witness, time.monotonic() - began)
+    return _result(stars, found, lower, upper, witness, clock.elapsed)
 
 
 def _quantised(network: tuple[Step, ...]) -> bool:
@@ -116,7 +114,7 @@ class _Task:
     low: Tensor
     high: Tensor
     tolerance: float
-    deadline: float | None
+    clock: Clock
     shape: tuple[int, ...]
     points: Tensor | None = None  # [B, N_in] inputs to attain at, where not all of the box belongs to the set
     complete: bool = False
@@ -137,7 +135,7 @@ class _Task:
             if not few:
                 cells.root = self._range_of_first(cells)
             ranges = self._ranges if few else None
-            result = search_cells(cells, ranges, tolerance=self.tolerance, deadline=self.deadline)
+            result = search_cells(cells, ranges, tolerance=self.tolerance, clock=self.clock)
             self.cells, self.complete, self.upper = result.cells, result.complete, result.upper
             if self.points is None:
                 self.lower, self.witness = result.lower, result.witness
@@ -166,14 +164,14 @@ class _Task:
         while open_:
             excess = [float((upper - self.lower).max()) for *_, upper in open_]
             worst = max(range(len(open_)), key=excess.__getitem__)
-            over = boxes >= BOXES if self.deadline is None else time.monotonic() > self.deadline
+            over = self.clock.over or (not self.clock.limited and boxes >= BOXES)
             if over or excess[worst] <= self.tolerance:
                 break
             low, high, part, above = open_.pop(worst)
             boxes += 1
             cells = None if part is None else Cells(self.first, self.second, part, low, high)
             if cells is not None and cells.total <= LEAF:
-                result = search_cells(cells, self._ranges, tolerance=self.tolerance, deadline=None)
+                result = search_cells(cells, self._ranges, tolerance=self.tolerance, clock=self.clock)
                 finished = torch.maximum(finished, torch.minimum(result.upper, above))
                 self.cells += result.cells
                 if self.points is None:
@@ -265,11 +263,10 @@ class _Task:
         """States of a search until the deadline, or a few of them; `share` of the time that is left."""
         if pair.depth == 1:
             return  # linear: a single pass is exact
-        now = time.monotonic()
-        end = None if self.deadline is None else now + share * (self.deadline - now)
+        clock = self.clock.part(share * self.clock.left)
         for count, state in enumerate(search_signs(pair, low, high, Question("signed", max(self.tolerance, 1e-6)))):
             yield state
-            over = count + 1 >= STATES if end is None else time.monotonic() > end
+            over = clock.over or (not clock.limited and count + 1 >= STATES)
             if over or state.closed:
                 return
 

@@ -59,14 +59,16 @@ def kernel_error(step: Step, z: Tensor, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def outputs(steps: tuple[Step, ...], values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def outputs(steps: tuple[Step, ...], values: Tensor, radius: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """All outputs of the steps at exact inputs `values` [B, N_in]: rows (index of the point [R], low, high [R, N_out]).
+
+    radius: [B, N_in] for all inputs within it of `values` instead, by interval arithmetic.
 
     Guarantee: whatever kernel within `kernel_error` executes the steps, its output at point b lies in [low, high] of
     some row with index b. low == high up to rounding wherever at most `APART` codes of each layer are in doubt.
     """
     index = torch.arange(len(values), device=values.device)
-    middle, radius = values, torch.zeros_like(values)
+    middle, radius = values, torch.zeros_like(values) if radius is None else radius
     for step in steps:
         size = middle.abs() + radius
         # |W| |x| <= |W| 1 max |x| is enough for what float64 rounds off.

@@ -16,7 +16,6 @@ vary, N features.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from torchreach.bounds.rounding import InputGrid, outputs, restricted
 from torchreach.bounds.zonotope import box_rows, zonotope_bounds
+from torchreach.clock import NO_LIMIT, Clock
 from torchreach.networks.reduced import reduce
 from torchreach.networks.steps import Step
 from torchreach.tolerances import UNIT_ROUNDOFF
@@ -166,17 +166,17 @@ def single_precision(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def search_cells(cells: Cells, ranges: Ranges | None, *, tolerance: float, deadline: float | None) -> CellResult:
+def search_cells(cells: Cells, ranges: Ranges | None, *, tolerance: float, clock: Clock = NO_LIMIT) -> CellResult:
     """Certified intervals over the box, by enumeration of its cells.
 
     ranges: how to bound y1 on boxes where it is not linear; None leaves such cells to zonotopes.
-    tolerance: an objective is finished when its interval is this narrow (absolute). deadline: by `time.monotonic`;
-    cells not reached by then are bounded together.
+    tolerance: an objective is finished when its interval is this narrow (absolute). clock: cells not reached when it
+    is over are bounded together.
     """
     work = _Work(cells)
-    complete = work.enumerate(deadline)
+    complete = work.enumerate(clock)
     while complete and work.open(tolerance):
-        if deadline is not None and time.monotonic() > deadline:
+        if clock.over:
             complete = False
             break
         work.refine(ranges, tolerance)
@@ -193,7 +193,7 @@ class _Work:
         self.witness = like.expand(2, n, -1).clone()
         self.left_over = like.new_full((2, n), -torch.inf)
 
-    def enumerate(self, deadline: float | None) -> bool:
+    def enumerate(self, clock: Clock) -> bool:
         """Bounds all cells; whether there was time for it."""
         cells = self.cells
         variables = len(cells.lower)
@@ -202,7 +202,7 @@ class _Work:
         total, first = int(cells.total), 0
         y1, rows, linear = [], [], []
         while first < total:
-            if first and deadline is not None and time.monotonic() > deadline:
+            if first and clock.over:
                 # y2 of the other cells is bounded by one interval evaluation over all codes.
                 self.left_over = self._all_cells()
                 break
@@ -225,10 +225,7 @@ class _Work:
         low = cells.code_low[cells.several]
         ends = [cells.quantizer.value(code) for code in (low, low + cells.counts - 1)]
         middle, radius = (ends[0] + ends[1]) / 2, (ends[1] - ends[0]) / 2
-        first = cells.second[0]
-        spread = first.magnitude(radius[None])[0]
-        wide = replace(first, noise=first.with_noise(spread), bias_magnitude=first.bias_magnitude + spread)
-        _, below, above = outputs((wide, *cells.second[1:]), middle[None])
+        _, below, above = outputs(cells.second, middle[None], radius[None])
         down, up = cells.root
         return torch.stack((up - below.amin(0), above.amax(0) - down))
 
