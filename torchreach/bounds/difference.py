@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from torchreach.bounds.hexagon import Graph, Hexagon, height, height_allowance, planes, relu_difference, start_slopes
 from torchreach.bounds.zonotope import zonotope_bounds
+from torchreach.clock import NO_LIMIT, Clock
 from torchreach.errors import InvalidNetworkError, InvalidSetError, ShapeError, UnsupportedLayerError
 from torchreach.networks.layers import PASS_THROUGH, RESHAPING
 from torchreach.networks.steps import Step
@@ -324,10 +325,11 @@ def _settled(hexagon: Hexagon, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def difference_bounds(pair: Pair, lower: Tensor, upper: Tensor) -> tuple[Hexagon, ...]:
+def difference_bounds(pair: Pair, lower: Tensor, upper: Tensor, *, clock: Clock = NO_LIMIT) -> tuple[Hexagon, ...]:
     """Certified bounds of z, z2 and z - z2 of every layer over B boxes; the last are y1, y2 and y1 - y2.
 
-    Args: lower, upper: [B, N_in], any floating dtype and device; they are exact in float64.
+    Args: lower, upper: [B, N_in], any floating dtype and device; they are exact in float64. clock: looked at in every
+        chunk of rows; OutOfTime when it is over, as there is no half-way answer.
 
     Method: backward bounds of all three, each the better of `Backward.best` and `Backward.apart`, intersected
         with zonotopes of either network, and each tightened by the others. Two passes, no optimisation.
@@ -340,7 +342,7 @@ def difference_bounds(pair: Pair, lower: Tensor, upper: Tensor) -> tuple[Hexagon
     width = max(max(w.shape) for w in pair.W)
     per_box = max((pair.inputs + 1 + sum(step.features for step in pair.first)) * width, 1)
     parts = [
-        _bounds(pair, low, high)
+        _bounds(pair, low, high, clock)
         for low, high in zip(lower.split(max(CHUNK // per_box, 1)), upper.split(max(CHUNK // per_box, 1)), strict=True)
     ]
     layers = zip(*parts, strict=True)
@@ -403,7 +405,8 @@ def _eye(pair: Pair, k: int) -> Tensor:
     return torch.eye(pair.W[k].shape[0], dtype=pair.W[k].dtype, device=pair.device)
 
 
-def _bounds(pair: Pair, lower: Tensor, upper: Tensor) -> tuple[Hexagon, ...]:
+def _bounds(pair: Pair, lower: Tensor, upper: Tensor, clock: Clock) -> tuple[Hexagon, ...]:
+    clock.check()
     work = Backward(pair, lower, upper)
     rows = torch.cat((work.middle[:, None], torch.diag_embed(work.radius)), 1)
     slack = 2 * UNIT_ROUNDOFF * (work.middle.abs() + work.radius)
@@ -415,7 +418,7 @@ def _bounds(pair: Pair, lower: Tensor, upper: Tensor) -> tuple[Hexagon, ...]:
         p, q = torch.cat((p, -p)), torch.cat((q, -q))
         limit = max(CHUNK // (SPREAD * len(lower) * max(w.shape[1] for w in pair.W[: k + 1])), 1)
         value = torch.cat(
-            [_either(work, a[None], b[None]) for a, b in zip(p.split(limit), q.split(limit), strict=True)], 1
+            [_either(work, a[None], b[None], clock) for a, b in zip(p.split(limit), q.split(limit), strict=True)], 1
         )
         u1, u2, du, l1, l2, dl = value.expand(len(lower), -1).reshape(len(lower), 6, -1).unbind(1)
         (low1, high1), (low2, high2) = zonotopes[0][k], zonotopes[1][k]
@@ -435,7 +438,8 @@ def _bounds(pair: Pair, lower: Tensor, upper: Tensor) -> tuple[Hexagon, ...]:
     raise AssertionError("a network has at least one affine layer")
 
 
-def _either(work: Backward, p: Tensor, q: Tensor) -> Tensor:
+def _either(work: Backward, p: Tensor, q: Tensor, clock: Clock) -> Tensor:
+    clock.check()
     value = work.bound(p, q, work.best)[0]
     if not work.hexagons:
         return value

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchreach.bounds.difference import Pair, checked_boxes, difference_bounds, quick_bounds
+from torchreach.bounds.difference import CHUNK, Pair, checked_boxes, difference_bounds, quick_bounds
+from torchreach.bounds.hexagon import Hexagon
+from torchreach.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.errors import ShapeError
 from torchreach.search.result import Best, Constraints, Finish, Question, SearchResult
 from torchreach.search.witness import ascend
@@ -45,6 +47,8 @@ def search_boxes(
     batch: int = 64,
     starts: int = 8,
     seed: int = 0,
+    root: tuple[Hexagon, ...] | None = None,
+    clock: Clock = NO_LIMIT,
 ) -> Iterator[SearchResult]:
     """States of a search over one box lower <= x <= upper [N_in], one per batch; it ends with a closed one.
 
@@ -53,16 +57,23 @@ def search_boxes(
         finish: bounds boxes of few undecided neurons (`FEW`), instead of halving them.
         memory: bytes of open boxes beyond which it ends, open, instead of halving more.
         batch: boxes halved at a time. starts, seed: of the witness search that comes first (`ascend`).
+        root: `difference_bounds` of the box, where they are at hand.
+        clock: looked at in every chunk of boxes; when it is over, the state so far is the last one. OutOfTime only at
+            the first state, and only without `root`.
 
     Raises: as `difference_bounds`, at the first state.
     """
     question = question or Question()
     low, high = one_box(pair, lower, upper)
-    best = ascend(pair, low, high, constraints, starts=starts, seed=seed)
-    output = difference_bounds(pair, low, high)[-1]
+    output = (difference_bounds(pair, low, high, clock=clock) if root is None else root)[-1]
+    best = ascend(pair, low, high, constraints, starts=starts, seed=seed, clock=clock)
     caps = torch.stack((output.du, -output.dl), 1)
-    work = _Work(pair, best, question, constraints, finish)
-    left = work.bounded(low, high, caps)
+    work = _Work(pair, best, question, constraints, finish, clock)
+    try:
+        left = work.bounded(low, high, caps)
+    except OutOfTime:
+        yield SearchResult(best.lower, torch.maximum(caps[0], best.lower), best.witness, 1, 1, False)
+        return
     finished = torch.full_like(best.lower, -torch.inf)
     branches = 1
     while True:
@@ -73,7 +84,7 @@ def search_boxes(
         top = torch.maximum(torch.cat((left.value, finished[None])).amax(0), best.lower)
         closed = len(left.value) == 0
         yield SearchResult(best.lower, top, best.witness, branches, len(left.value), closed)
-        if closed or left.bytes * COPIES > memory:
+        if closed or left.bytes * COPIES > memory or clock.over:
             return
         excess = (left.value - question.urgent(best.lower)).amax((1, 2))
         if not bool((excess > 0).any()):
@@ -81,8 +92,12 @@ def search_boxes(
         chosen = excess.topk(min(batch, len(excess))).indices
         rest = torch.ones(len(excess), dtype=torch.bool, device=excess.device)
         rest[chosen] = False
-        old, left = left.select(chosen), left.select(rest)
-        new = work.bounded(*_halves(old.low, old.high, old.split), old.value.repeat(2, 1, 1))
+        old = left.select(chosen)
+        try:
+            new = work.bounded(*_halves(old.low, old.high, old.split), old.value.repeat(2, 1, 1))
+        except OutOfTime:
+            return  # the state before this round holds
+        left = left.select(rest)
         branches += len(new.value)
         left = left.join(new)
 
@@ -119,9 +134,17 @@ class _Work:
     question: Question
     constraints: Constraints | None
     finish: Finish | None
+    clock: Clock
 
     def bounded(self, low: Tensor, high: Tensor, caps: Tensor) -> Boxes:
-        """Boxes with bounds, at most `caps`; offers corners and centres to `best`."""
+        """Boxes with bounds, at most `caps`; offers corners and centres to `best`. OutOfTime with the clock."""
+        width = max(max(w.shape) for w in self.pair.W)
+        limit = max(CHUNK // (4 * width * width), 1)
+        parts = [self._chunk(*part) for part in zip(*(x.split(limit) for x in (low, high, caps)), strict=True)]
+        return Boxes(*map(torch.cat, zip(*(part.parts() for part in parts), strict=True)))
+
+    def _chunk(self, low: Tensor, high: Tensor, caps: Tensor) -> Boxes:
+        self.clock.check()
         best = self.best
         hexagons, value, x = quick_bounds(self.pair, low, high)
         value = torch.minimum(value, caps)

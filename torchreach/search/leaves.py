@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from torchreach.clock import NO_LIMIT, Clock
 from torchreach.lp.halfspaces import Halfspaces
 from torchreach.lp.interior_point import interior, maximize
 from torchreach.lp.problem import LPBatch
@@ -31,18 +32,23 @@ CHUNK = 2**23
 
 
 def solve_leaves(
-    net: Reduced, hexagons: list[Tensor], objectives: Tensor, enough: Tensor, gap: float
+    net: Reduced,
+    hexagons: list[Tensor],
+    objectives: Tensor,
+    enough: Tensor,
+    gap: float,
+    clock: Clock = NO_LIMIT,
 ) -> tuple[Tensor, Tensor]:
     """Certified upper bounds [R] (-inf: no such input) and inputs [R, N_in] that nearly attain them.
 
     hexagons: [R, 6, N] per layer, all signs settled. objectives: [R, 2 N_out] on (y1, y1 - y2). A program stops
-    at `gap`, or when its bound is at most `enough` [R].
+    at `gap`, or when its bound is at most `enough` [R]. clock: OutOfTime when it is over before all are solved.
     """
     inputs = net.middle.shape[1]
     constraints = 2 * sum(len(free) for free in net.free) + 1
     limit = max(CHUNK // (constraints * inputs + max(len(m) for m in net.maps) * inputs), 1)
     results = [
-        _solve(net, [h[i] for h in hexagons], objectives[i], enough[i], gap)
+        _solve(net, [h[i] for h in hexagons], objectives[i], enough[i], gap, clock)
         for i in torch.arange(len(objectives), device=objectives.device).split(limit)
     ]
     value, point = (torch.cat(parts) for parts in zip(*results, strict=True))
@@ -50,8 +56,9 @@ def solve_leaves(
 
 
 def _solve(
-    net: Reduced, hexagons: list[Tensor], objectives: Tensor, enough: Tensor, gap: float
+    net: Reduced, hexagons: list[Tensor], objectives: Tensor, enough: Tensor, gap: float, clock: Clock
 ) -> tuple[Tensor, Tensor]:
+    clock.check()
     count = len(objectives)
     # [R, 2 n, 1 + N_in]: constant, then coefficients on t; errors [R, 2 n]
     rows = torch.cat((net.middle[..., None], torch.diag_embed(net.radius)), 2).expand(count, -1, -1)

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from torchreach.bounds.difference import Backward, Pair, difference_bounds
 from torchreach.bounds.hexagon import Graph, Hexagon, height, start_slopes
+from torchreach.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.search.boxes import one_box
 from torchreach.search.leaves import solve_leaves
 from torchreach.search.result import Best, Constraints, Question, SearchResult
@@ -161,9 +162,9 @@ class Dual:
         return result
 
     def descend(
-        self, slopes: list[Tensor], steps: int, decay: float, enough: Tensor
+        self, slopes: list[Tensor], steps: int, decay: float, enough: Tensor, clock: Clock = NO_LIMIT
     ) -> tuple[Tensor, list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
-        """Adam on the slopes; ends early when all bounds are below `enough` [R].
+        """Adam on the slopes; ends early when all bounds are below `enough` [R], or the clock is over.
 
         Returns: best bounds [R] (-inf where the branch is empty), their slopes, mean touching points, coefficients.
         """
@@ -179,7 +180,7 @@ class Dual:
             for old, new in zip(kept, slopes, strict=True):
                 old.copy_(torch.where(better[None, :, None], new, old))
             mean = touch if mean is None else [m.lerp(t, AVERAGE) for m, t in zip(mean, touch, strict=True)]
-            if bool((best <= enough).all()):
+            if bool((best <= enough).all()) or clock.over:
                 break
             size = RATE * decay**step
             gradients = self.residuals(touch)
@@ -267,6 +268,8 @@ def search_signs(
     batch: int = 64,
     starts: int = 24,
     seed: int = 0,
+    root: tuple[Hexagon, ...] | None = None,
+    clock: Clock = NO_LIMIT,
 ) -> Iterator[SearchResult]:
     """States of a search over one box lower <= x <= upper [N_in], one per batch.
 
@@ -276,24 +279,27 @@ def search_signs(
         constraints: witnesses lie in this part of the box; bounds hold for all of it.
         memory: bytes of open branches beyond which it ends, open, instead of splitting more.
         batch: branches split at a time. starts, seed: of the witness search that comes first (`ascend`).
+        root: `difference_bounds` of the box, where they are at hand.
+        clock: looked at in every step of every descent; when it is over, the state so far is the last one. OutOfTime
+            only at the first state, and only without `root`.
 
     Raises: as `difference_bounds`, at the first state.
     """
     question = question or Question()
     low, high = one_box(pair, lower, upper)
     n = pair.outputs
+    *hidden, output = difference_bounds(pair, low, high, clock=clock) if root is None else root
     work = Backward(pair, low, high)
-    *hidden, output = difference_bounds(pair, low, high)
     for hexagon in hidden:
         work.add(hexagon)
     net = Reduced(pair, work)
-    best = ascend(pair, low, high, constraints, starts=starts, seed=seed)
+    best = ascend(pair, low, high, constraints, starts=starts, seed=seed, clock=clock)
     eye = torch.eye(n, dtype=low.dtype, device=low.device)
     objectives = torch.cat((torch.zeros_like(torch.cat((eye, eye))), torch.cat((eye, -eye))), 1)
     packed = [h.pack().expand(2 * n, -1, -1) for h in net.root]
     dual = Dual(net, net.root, objectives)
     bound, slopes, mean, coefficients = dual.descend(
-        dual.start(), ROOT_STEPS, ROOT_DECAY, question.enough(best.lower).flatten()
+        dual.start(), ROOT_STEPS, ROOT_DECAY, question.enough(best.lower).flatten(), clock
     )
     best.offer(dual.corner)
     bound = torch.minimum(bound, torch.cat((output.du[0], -output.dl[0])))
@@ -302,7 +308,7 @@ def search_signs(
     leaf = (~more & (bound > question.enough(best.lower).flatten())).nonzero().flatten()
     if len(leaf):
         slopes_of = [s[:, leaf] for s in slopes]
-        found = _finish(net, [h[leaf] for h in packed], slopes_of, objectives, leaf, best, question)
+        found = _finish(net, [h[leaf] for h in packed], slopes_of, objectives, leaf, best, question, clock)
         bound[leaf] = torch.minimum(bound[leaf], found)
     finished = torch.full_like(bound, -torch.inf)
     left = Branches(packed, slopes, row, bound, split)
@@ -317,7 +323,7 @@ def search_signs(
         top = torch.maximum(top, best.lower)
         closed = bool((top.flatten() <= enough).all())
         yield SearchResult(best.lower, top, best.witness, branches, len(left.row), closed)
-        if len(left.row) == 0 or left.bytes * COPIES > memory:
+        if len(left.row) == 0 or left.bytes * COPIES > memory or clock.over:
             return
         excess = left.bound - question.urgent(best.lower).flatten()[left.row]
         if not bool((excess > 0).any()):
@@ -328,7 +334,7 @@ def search_signs(
         new = left.select(chosen).children()
         left = left.select(rest.nonzero().flatten())
         dual = Dual(net, [Hexagon.unpack(h) for h in new.hexagons], objectives[new.row])
-        bound, slopes, mean, coefficients = dual.descend(new.slopes, STEPS, DECAY, enough[new.row])
+        bound, slopes, mean, coefficients = dual.descend(new.slopes, STEPS, DECAY, enough[new.row], clock)
         bound = torch.minimum(bound, new.bound)
         branches += len(bound)
         best.offer(dual.corner)
@@ -336,7 +342,8 @@ def search_signs(
         leaf = (~has & (bound > enough[new.row])).nonzero().flatten()
         if len(leaf):
             slopes_of = [s[:, leaf] for s in slopes]
-            found = _finish(net, [h[leaf] for h in new.hexagons], slopes_of, objectives, new.row[leaf], best, question)
+            hexagons = [h[leaf] for h in new.hexagons]
+            found = _finish(net, hexagons, slopes_of, objectives, new.row[leaf], best, question, clock)
             bound[leaf] = torch.minimum(bound[leaf], found)
         more = torch.cat((torch.ones_like(left.row, dtype=torch.bool), has))
         left = left.join(Branches(new.hexagons, slopes, new.row, bound, split))
@@ -350,14 +357,18 @@ def _finish(
     row: Tensor,
     best: Best,
     question: Question,
+    clock: Clock,
 ) -> Tensor:
-    """Bounds [R] of branches without a sign to split, of the objectives of number `row` [R]."""
+    """Bounds [R] of branches without a sign to split, of the objectives of number `row` [R]; infinite out of time."""
     enough = question.enough(best.lower).flatten()[row]
     if net.exact:
-        value, x = solve_leaves(net, hexagons, objectives[row], enough, question.tolerance / 4)
+        try:
+            value, x = solve_leaves(net, hexagons, objectives[row], enough, question.tolerance / 4, clock)
+        except OutOfTime:
+            return torch.full_like(enough, torch.inf)
     else:
         dual = Dual(net, [Hexagon.unpack(h) for h in hexagons], objectives[row])
-        value = dual.descend(slopes, LEAF_STEPS, LEAF_DECAY, enough)[0]
+        value = dual.descend(slopes, LEAF_STEPS, LEAF_DECAY, enough, clock)[0]
         x = dual.corner
     best.offer(x)
     return value

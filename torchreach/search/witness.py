@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchreach.bounds.difference import Pair
+from torchreach.clock import NO_LIMIT, Clock
 from torchreach.search.result import Best, Constraints
 
 WIDTHS = (0.25, 0.002)
@@ -30,11 +31,12 @@ def ascend(
     starts: int = 24,
     steps: int = 60,
     seed: int = 0,
+    clock: Clock = NO_LIMIT,
 ) -> Best:
     """Best inputs found in one box [1, N_in] for every output and sign, `starts` random starts each.
 
     lower, upper: as `checked_boxes` returns them. constraints: cut the box; every step ends in the set.
-    The same seed gives the same starts on every device.
+    clock: ends it early, with the best points so far. The same seed gives the same starts on every device.
     """
     g = torch.Generator().manual_seed(seed)
     n = pair.outputs
@@ -47,6 +49,8 @@ def ascend(
     half = (upper - lower) / 2
     best, at = (_smooth(pair, x, 0.0) * sign).sum(1), x
     for step in range(steps):
+        if clock.over:
+            break
         done = step / max(steps - 1, 1)
         width = WIDTHS[0] * (WIDTHS[1] / WIDTHS[0]) ** done
         stride = STRIDES[0] * (1 - done) + STRIDES[1]
