@@ -29,7 +29,7 @@ from torchreach.networks.steps import Step, steps
 from torchreach.options import Budget
 from torchreach.reach.api import VERTEX_DIM, reach
 from torchreach.results import Discrepancy, ReachStats, Semantics, Status
-from torchreach.search.cells import LIMIT, Cells, attained, search_cells, single_precision
+from torchreach.search.cells import LIMIT, Cells, attained, representable, search_cells
 from torchreach.search.result import Question, SearchResult
 from torchreach.search.rounded_witness import climb
 from torchreach.search.signs import search_signs
@@ -135,7 +135,7 @@ class _Task:
             if not few:
                 cells.root = self._range_of_first(cells)
             ranges = self._ranges if few else None
-            result = search_cells(cells, ranges, tolerance=self.tolerance, clock=self.clock)
+            *_, result = search_cells(cells, ranges, Question("signed", self.tolerance), clock=self.clock)
             self.cells, self.complete, self.upper = result.cells, result.complete, result.upper
             if self.points is None:
                 self.lower, self.witness = result.lower, result.witness
@@ -171,7 +171,7 @@ class _Task:
             boxes += 1
             cells = None if part is None else Cells(self.first, self.second, part, low, high)
             if cells is not None and cells.total <= LEAF:
-                result = search_cells(cells, self._ranges, tolerance=self.tolerance, clock=self.clock)
+                *_, result = search_cells(cells, self._ranges, Question("signed", self.tolerance), clock=self.clock)
                 finished = torch.maximum(finished, torch.minimum(result.upper, above))
                 self.cells += result.cells
                 if self.points is None:
@@ -271,7 +271,7 @@ class _Task:
                 return
 
     def _offer(self, cells: Cells | None, x: Tensor) -> None:
-        x = single_precision(x, self.low, self.high)
+        x = representable(x, self.low, self.high)
         if cells is not None:
             value = cells.attained(x)
         else:

@@ -16,9 +16,9 @@ vary, N features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from math import prod
+from math import inf, prod
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ from torchreach.bounds.zonotope import box_rows, zonotope_bounds
 from torchreach.clock import NO_LIMIT, Clock
 from torchreach.networks.reduced import reduce
 from torchreach.networks.steps import Step
-from torchreach.tolerances import UNIT_ROUNDOFF
+from torchreach.search.result import Question
+from torchreach.tolerances import UNIT_ROUNDOFF, round_down, round_up
 
 LIMIT = 2**17  # cells of one box
 NUMBERS = 2**23  # in one intermediate tensor
@@ -44,7 +45,7 @@ class CellResult:
     """Certified intervals around the largest y1 - y2 (row 0) and y2 - y1 (row 1) over one box.
 
     lower: [2, N_out] attained at `witness` [2, N_out, N_in], -inf where no input of the box has codes beyond doubt.
-    upper: [2, N_out]. cells: how many there are. complete: whether nothing was left out for want of time.
+    upper: [2, N_out]. cells: how many are bounded. complete: whether they are all, and nothing is left to look at.
     """
 
     lower: Tensor
@@ -152,73 +153,94 @@ def attained(first: tuple[Step, ...], second: tuple[Step, ...], x: Tensor, x2: T
             continue
         index, low, high = outputs(steps, inputs)
         index = index[:, None].expand_as(low)
-        inf = low.new_full((len(inputs), low.shape[1]), torch.inf)
-        ends.append((inf.scatter_reduce(0, index, low, "amin"), (-inf).scatter_reduce(0, index, high, "amax")))
+        far = low.new_full((len(inputs), low.shape[1]), torch.inf)
+        ends.append((far.scatter_reduce(0, index, low, "amin"), (-far).scatter_reduce(0, index, high, "amax")))
     (low, high), (below, above) = ends
     value = torch.stack((low - above, below - high), 1)
     return value - 4 * UNIT_ROUNDOFF * value.abs()
 
 
-def single_precision(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    """Inputs [B, N_in] as float32 numbers, which is how a deployed network reads them, where the box has one nearby."""
-    single = x.float().to(x.dtype)
-    return torch.where((single >= lower) & (single <= upper), single, x)
+def representable(x: Tensor, lower: Tensor, upper: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Inputs [B, N_in] as numbers of `dtype`, where the box has one nearby; as they are where it has none.
+
+    A deployed network reads its inputs in float32, and the witness of a star is a number of the star's dtype.
+    """
+    x = torch.minimum(torch.maximum(x, round_up(lower, dtype).to(x.dtype)), round_down(upper, dtype).to(x.dtype))
+    near = x.to(dtype).to(x.dtype)
+    return torch.where((near >= lower) & (near <= upper), near, torch.minimum(torch.maximum(x, lower), upper))
 
 
 @torch.no_grad()
-def search_cells(cells: Cells, ranges: Ranges | None, *, tolerance: float, clock: Clock = NO_LIMIT) -> CellResult:
-    """Certified intervals over the box, by enumeration of its cells.
+def search_cells(
+    cells: Cells,
+    ranges: Ranges | None,
+    question: Question,
+    *,
+    clock: Clock = NO_LIMIT,
+    limit: float = inf,
+    numbers: int = NUMBERS,
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[CellResult]:
+    """Certified intervals over the box, by enumeration of its cells: states that get better, the last one the answer.
+
+    Before all cells are bounded a state says nothing. The caller ends the search by asking for no more.
 
     ranges: how to bound y1 on boxes where it is not linear; None leaves such cells to zonotopes.
-    tolerance: an objective is finished when its interval is this narrow (absolute). clock: cells not reached when it
-    is over are bounded together.
+    question: what to close. clock, limit: cells not reached when it is over, or after this many, are bounded
+    together. numbers: in one intermediate tensor. dtype: of the inputs that are attained.
     """
-    work = _Work(cells)
-    complete = work.enumerate(clock)
-    while complete and work.open(tolerance):
-        if clock.over:
-            complete = False
-            break
-        work.refine(ranges, tolerance)
-    return CellResult(work.best, torch.maximum(work.upper(), work.best), work.witness, int(cells.total), complete)
+    work = _Work(cells, dtype)
+    state = CellResult(work.best, torch.full_like(work.best, inf), work.witness, 0, complete=False)
+    for _ in work.enumerate(clock, limit, numbers):
+        yield state
+    while True:
+        open_ = work.open(question.enough(work.best))
+        upper = torch.maximum(work.upper(), work.best)
+        yield CellResult(work.best, upper, work.witness, work.reached, work.reached == cells.total and not open_)
+        if not open_ or clock.over:
+            return
+        work.refine(ranges, question)
 
 
 class _Work:
     """Bounds of all rows so far, and the best inputs."""
 
-    def __init__(self, cells: Cells) -> None:
-        self.cells = cells
+    def __init__(self, cells: Cells, dtype: torch.dtype) -> None:
+        self.cells, self.dtype = cells, dtype
         n, like = cells.outputs, cells.lower
         self.best = like.new_full((2, n), -torch.inf)
         self.witness = like.expand(2, n, -1).clone()
         self.left_over = like.new_full((2, n), -torch.inf)
+        self.reached = 0
 
-    def enumerate(self, clock: Clock) -> bool:
-        """Bounds all cells; whether there was time for it."""
+    def enumerate(self, clock: Clock, limit: float, numbers: int) -> Iterator[None]:
+        """Bounds all cells, or as many as there is time for; one chunk at a time."""
         cells = self.cells
         variables = len(cells.lower)
         widest = max(step.features for step in (*cells.walked, *cells.second))
-        size = max(NUMBERS // ((1 + variables) * max(variables, 1) + (1 + variables) * widest), 1)
-        total, first = int(cells.total), 0
+        size = max(numbers // ((1 + variables) * max(variables, 1) + (1 + variables) * widest), 1)
+        total = int(cells.total)
+        end = int(min(total, max(limit, 1)))
         y1, rows, linear = [], [], []
-        while first < total:
-            if first and clock.over:
-                # y2 of the other cells is bounded by one interval evaluation over all codes.
-                self.left_over = self._all_cells()
+        while self.reached < end:
+            if self.reached and clock.over:
                 break
-            numbers = torch.arange(first, min(first + size, total), device=cells.lower.device)
-            codes = cells.codes(numbers)
+            chosen = torch.arange(self.reached, min(self.reached + size, end), device=cells.lower.device)
+            codes = cells.codes(chosen)
             low, high, flat = cells.bound_first(*cells.boxes(codes))
             y1.append((torch.maximum(low, cells.root[0]), torch.minimum(high, cells.root[1])))
             index, below, above = outputs(cells.second, cells.quantizer.value(codes))
-            rows.append((index + first, below, above))
+            rows.append((index + self.reached, below, above))
             linear.append(flat)
-            first += len(numbers)
+            self.reached += len(chosen)
+            yield
+        if self.reached < total:
+            # y2 of the other cells is bounded by one interval evaluation over all codes.
+            self.left_over = self._all_cells()
         self.y1 = [torch.cat(part) for part in zip(*y1, strict=True)]
         self.index, self.below, self.above = (torch.cat(part) for part in zip(*rows, strict=True))
         self.linear = torch.cat(linear)
         self.looked_at = torch.zeros_like(self.linear)
-        return first >= total
 
     def _all_cells(self) -> Tensor:
         cells = self.cells
@@ -238,13 +260,13 @@ class _Work:
     def upper(self) -> Tensor:
         return torch.maximum(self.bounds().amax(1), self.left_over)
 
-    def open(self, tolerance: float) -> bool:
-        """Whether some row is above what is attained and its cell has not been looked at."""
-        excess = (self.bounds() - (self.best + tolerance)[:, None]).amax((0, 2))
+    def open(self, enough: Tensor) -> bool:
+        """Whether some row is above `enough` [2, N_out] and its cell has not been looked at."""
+        excess = (self.bounds() - enough[:, None]).amax((0, 2))
         self.excess = torch.where(self.looked_at[self.index], -torch.inf, excess)
         return bool((self.excess > 0).any())
 
-    def refine(self, ranges: Ranges | None, tolerance: float) -> None:
+    def refine(self, ranges: Ranges | None, question: Question) -> None:
         """Looks at the cells that exceed what is attained the most."""
         cells = self.cells
         order = self.excess.topk(min(TOP, len(self.excess)))
@@ -258,7 +280,7 @@ class _Work:
         if ranges is None or not bool(bent.any()):
             return
         which, codes = which[bent], codes[bent]
-        excess = (self.bounds() - (self.best + tolerance)[:, None]).amax((0, 2))
+        excess = (self.bounds() - question.enough(self.best)[:, None]).amax((0, 2))
         needed = torch.zeros_like(self.linear)
         needed[self.index[excess > 0]] = True
         which, codes = which[needed[which]], codes[needed[which]]
@@ -274,7 +296,7 @@ class _Work:
     def offer(self, x: Tensor) -> None:
         """Takes inputs [B, N_in] of the box."""
         cells = self.cells
-        x = single_precision(x, cells.lower, cells.upper)
+        x = representable(x, cells.lower, cells.upper, self.dtype)
         value = cells.attained(x)
         value, at = value.max(0)
         better = value > self.best
