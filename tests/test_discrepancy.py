@@ -288,6 +288,7 @@ def test_each_star_of_a_batch_has_its_own_status() -> None:
     assert_holds(found, original, compressed, stars)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("method", ["auto", "search"])
 def test_ctrl_c_returns_the_interval_so_far(method: str) -> None:
     original, compressed, stars = hard_pair()

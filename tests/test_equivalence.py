@@ -180,6 +180,7 @@ def test_a_spent_budget_is_unknown_with_a_valid_interval(top1: bool) -> None:
         assert UNKNOWN in found.answer
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_leaves_what_is_not_answered_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     original = random_network(0, [3, 8, 3])
     compressed = rounded_copy(original, 64)

@@ -15,11 +15,15 @@ import pytest
 import torch
 
 import torchreach as tr
+from tests.clocks import expiring, in_worker
 from tests.networks import METHODS, random_network
+from torchreach.clock import NO_LIMIT, Clock
 from torchreach.commands import _bytes
 from torchreach.errors import OptionError
 from torchreach.reach import frontier, memory, processes
+from torchreach.reach.api import reach_within
 from torchreach.reach.vertices import VertexEngine
+from torchreach.results import Reason
 
 CPU = torch.device("cpu")
 needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
@@ -30,7 +34,7 @@ def box(dim: int, stars: int = 1) -> tr.StarBatch:
     return tr.StarBatch.from_box(-ones, ones)
 
 
-NETWORK = random_network(5, [3, 12, 12, 12, 2])
+NETWORK = random_network(5, [3, 8, 8, 8, 2])
 
 
 @pytest.fixture
@@ -44,7 +48,7 @@ def forks(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(frontier, "run_in_processes", counted)
     monkeypatch.setattr(frontier, "FORK_SECONDS", 0)
-    monkeypatch.setitem(frontier.CHUNK, "cpu", 32)
+    monkeypatch.setitem(frontier.CHUNK, "cpu", 16)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield calls
@@ -118,37 +122,32 @@ def test_processes_send_the_stars_that_are_kept(forks: list[Any]) -> None:
 
 
 @needs_fork
-@pytest.mark.parametrize("budget", [tr.Budget(stars=100), tr.Budget(seconds=0.3), tr.Budget(memory=4e5)])
+@pytest.mark.parametrize("budget", [tr.Budget(stars=100), tr.Budget(seconds=1), tr.Budget(memory=4e5)])
 def test_a_budget_spent_in_processes_gives_a_valid_interval(
     forks: list[Any], budget: tr.Budget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    advance = VertexEngine.advance
-
-    def slow(self: VertexEngine, chunk: Any) -> list[Any]:
-        if budget.seconds is not None and multiprocessing.current_process().daemon:
-            threading.Event().wait(0.1)
-        return advance(self, chunk)
-
-    monkeypatch.setattr(VertexEngine, "advance", slow)
     monkeypatch.setattr(frontier, "SPREAD", 1)
-    found = tr.reach(NETWORK, box(3), tr.Exact("vertices"), budget=budget)
+    clock = NO_LIMIT if budget.seconds is None else expiring(20, in_worker)
+    found = reach_within(clock, NETWORK, box(3), tr.Exact("vertices"), budget=budget)
     assert forks
     assert found.status == (tr.Status.BOUNDED,)
+    assert found.reasons == (Reason.BUDGET,)
     assert len(found) < len(alone())
     assert_valid(found)
 
 
 @needs_fork
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_stops_the_processes(forks: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frontier, "REPORT_SECONDS", 0)
     advance = VertexEngine.advance
 
-    def slow(self: VertexEngine, chunk: Any) -> list[Any]:
-        if multiprocessing.current_process().daemon:
-            threading.Event().wait(0.05)
-        return advance(self, chunk)
+    def endless(self: VertexEngine, chunk: Any, clock: Clock, room: float) -> list[Any]:
+        while in_worker() and not clock.over:
+            threading.Event().wait(0.001)
+        return advance(self, chunk, clock, room)
 
-    monkeypatch.setattr(VertexEngine, "advance", slow)
+    monkeypatch.setattr(VertexEngine, "advance", endless)
     seen: list[tr.Progress] = []
 
     def stop(progress: tr.Progress) -> None:
@@ -162,6 +161,7 @@ def test_an_interrupt_stops_the_processes(forks: list[Any], monkeypatch: pytest.
 
     found = tr.reach(NETWORK, box(3), tr.Exact("vertices"), progress=stop)
     assert found.status == (tr.Status.BOUNDED,)
+    assert found.reasons == (Reason.INTERRUPTED,)
     assert_valid(found)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -192,12 +192,12 @@ def test_a_worker_that_dies_is_an_error_and_no_smaller_answer(
 ) -> None:
     advance = VertexEngine.advance
 
-    def broken(self: VertexEngine, chunk: Any) -> list[Any]:
-        if multiprocessing.current_process().daemon and chunk.layer == 2:
+    def broken(self: VertexEngine, chunk: Any, clock: Clock, room: float) -> list[Any]:
+        if in_worker() and chunk.layer == 2:
             if end == "exit":
                 os._exit(3)
             raise MemoryError("of a worker")
-        return advance(self, chunk)
+        return advance(self, chunk, clock, room)
 
     monkeypatch.setattr(VertexEngine, "advance", broken)
     message = "ended with exit code 3" if end == "exit" else "MemoryError: of a worker"

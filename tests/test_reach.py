@@ -169,6 +169,7 @@ def test_a_spent_budget_gives_a_valid_interval(method: str, budget: tr.Budget) -
     torch.testing.assert_close(replayed, bounded.attained_upper[0], atol=1e-9, rtol=0)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_leaves_a_valid_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["torchreach.reach.frontier"], "REPORT_SECONDS", 0)
     network = random_network(5, [4, 16, 16, 16, 2])

@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from types import FrameType
 
@@ -23,18 +23,18 @@ class OutOfTime(Exception):  # noqa: N818
 class Clock:
     """Time that is left, in seconds of wall-clock time.
 
-    seconds: from now on; None for no limit. interrupted: the list that Ctrl-C fills (`first_interrupt`). now: what is
-    read; tests bring their own, so that none depends on the machine's speed.
+    seconds: from now on; None for no limit. interrupted: what Ctrl-C fills (`first_interrupt`). now: what is read;
+    tests bring their own, so that none depends on the machine's speed.
     """
 
     def __init__(
         self,
         seconds: float | None = None,
-        interrupted: list[int] | None = None,
+        interrupted: Sized | None = None,
         *,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._now, self._pressed = now, [] if interrupted is None else interrupted
+        self._now, self._pressed = now, () if interrupted is None else interrupted
         self.began = now()
         self.deadline = math.inf if seconds is None else self.began + seconds
 
@@ -56,7 +56,7 @@ class Clock:
     @property
     def interrupted(self) -> bool:
         """Whether Ctrl-C was pressed."""
-        return bool(self._pressed)
+        return len(self._pressed) > 0
 
     @property
     def over(self) -> bool:
@@ -68,11 +68,21 @@ class Clock:
         if self.over:
             raise OutOfTime
 
-    def part(self, seconds: float | None) -> Clock:
-        """A clock that ends `seconds` from now, but no later than this one; one Ctrl-C ends both."""
-        clock = Clock(seconds, self._pressed, now=self._now)
+    def part(self, seconds: float | None, interrupted: Sized | None = None) -> Clock:
+        """A clock that ends `seconds` from now, but no later than this one; one Ctrl-C ends both.
+
+        interrupted: what ends the part in place of Ctrl-C, in a process that Ctrl-C does not reach.
+        """
+        clock = Clock(seconds, self._pressed if interrupted is None else interrupted, now=self._now)
         clock.deadline = min(clock.deadline, self.deadline)
         return clock
+
+    def grace(self, seconds: float) -> Clock:
+        """A clock for what has to be done even after this one is over: it ends `seconds` from now.
+
+        A Ctrl-C that has come does not end it; the first one that comes does.
+        """
+        return Clock(seconds, () if self.interrupted else self._pressed, now=self._now)
 
 
 NO_LIMIT = Clock()  # for callers without a budget; nobody can interrupt it
@@ -83,10 +93,12 @@ def first_interrupt() -> Iterator[list[int]]:
     """Make the first Ctrl-C fill the list this yields instead of raising; the second one raises as usual.
 
     An exception could come between taking work off a queue and putting its children back, and lose it. Inside another
-    `first_interrupt` it yields the outer one's list, so that one Ctrl-C ends all of them.
+    `first_interrupt` it yields the outer one's list, so that one Ctrl-C ends all of them. Where the signal is ignored,
+    as shells have it for what they start in the background, or someone else handles it outside Python, it stays so.
     """
     before = signal.getsignal(signal.SIGINT)
-    if isinstance(before, _Note) or threading.current_thread() is not threading.main_thread():
+    ours = isinstance(before, _Note)
+    if ours or before in (signal.SIG_IGN, None) or threading.current_thread() is not threading.main_thread():
         yield before.pressed if isinstance(before, _Note) else []
         return
     note = _Note()

@@ -135,6 +135,7 @@ class ReachResult:
         stars: the output stars, `stars.origin` naming the input star of each; None if `keep_stars=False`.
         status: per input star.
         stats: what it took.
+        reasons: per input star, why the work ended.
     """
 
     lower: Tensor
@@ -147,6 +148,7 @@ class ReachResult:
     stars: StarBatch | None
     status: tuple[Status, ...]
     stats: ReachStats
+    reasons: tuple[Reason, ...] = ()
 
     def __len__(self) -> int:
         return int(self.count.sum())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchreach.bounds.zonotope import Bounds, interval_bounds, zonotope_bounds
+from torchreach.clock import NO_LIMIT, Clock
 from torchreach.networks.chain import chain
 from torchreach.networks.merge import MergedNetwork, MergedReLU
 from torchreach.networks.steps import Step
@@ -18,7 +19,14 @@ log = logging.getLogger(__name__)
 
 
 def root_bounds(
-    module: nn.Module, steps: tuple[Step, ...], rows: Tensor, slack: Tensor, kind: str, margin: float, worth: float
+    module: nn.Module,
+    steps: tuple[Step, ...],
+    rows: Tensor,
+    slack: Tensor,
+    kind: str,
+    margin: float,
+    worth: float,
+    clock: Clock = NO_LIMIT,
 ) -> tuple[Bounds, str]:
     """Certified (lower, upper) [S, N] per step, the output last, and the name of what gave them.
 
@@ -38,7 +46,7 @@ def root_bounds(
             for b in (step.bias for step in steps)
         ]
         return infinite, "none"
-    own = zonotope_bounds(steps, rows, slack)
+    own = zonotope_bounds(steps, rows, slack, clock=clock)
     if kind == "zonotope" or (kind == "auto" and _open(own, steps) < worth):
         return own, "zonotope"
     theirs = _lirpa(module, steps, rows, slack, margin)

@@ -13,40 +13,72 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchreach.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.networks.steps import Step
 from torchreach.tolerances import UNIT_ROUNDOFF
 
 Bounds = list[tuple[Tensor, Tensor]]
+# Products between two looks at the clock.
+WORK = 1 << 28
 
 
-def zonotope_bounds(steps: tuple[Step, ...], rows: Tensor, slack: Tensor, start: int = 0) -> Bounds:
+def zonotope_bounds(
+    steps: tuple[Step, ...], rows: Tensor, slack: Tensor, start: int = 0, clock: Clock = NO_LIMIT
+) -> Bounds:
     """Certified (lower, upper) [S, N] of every step's output from step `start` on, the network's output last.
 
     Args:
         rows: [S, 1 + M, N] as an affine map over [-1, 1]^M: the input of step `start`.
         slack: [S, N] error bound of the rows, which is carried as an interval.
+        clock: once it is over, the remaining steps are bounded by intervals.
     """
     result: Bounds = []
+    last = len(steps) - 1
     for index in range(start, len(steps)):
         step = steps[index]
+        try:
+            image = _mapped(step, rows, clock)
+        except OutOfTime:
+            return result + interval_bounds(steps[index:], rows, slack)
         gamma = (step.terms + rows.shape[1] + 8) * UNIT_ROUNDOFF
         size = rows.abs().sum(1)
         slack = step.with_noise(step.magnitude(slack + gamma * size) + gamma * step.bias_magnitude)
-        rows = step.map_rows(rows)
+        rows = image
         spread = rows[:, 1:].abs().sum(1)
         error = slack + gamma * (spread + rows[:, 0].abs())
         lower, upper = rows[:, 0] - spread - error, rows[:, 0] + spread + error
         result.append((lower, upper))
-        if step.relu is not None and index < len(steps) - 1:
+        if step.relu is not None and index < last:
+            if clock.over:
+                return result + _intervals(steps[index + 1 :], *_relu(lower, upper, step.relu))
             rows, slack = relu_band(rows, slack, lower, upper, step.relu)
     return result
 
 
+def _mapped(step: Step, rows: Tensor, clock: Clock) -> Tensor:
+    """`Step.map_rows`, a part of the rows at a time where they are many. Raises OutOfTime between two parts."""
+    flat = rows.flatten(0, 1)
+    size = max(1, WORK // max(1, step.terms * step.features))
+    if len(flat) <= size:
+        return step.map_rows(rows)
+    out = rows.new_empty(len(flat), step.features)
+    for part, into in zip(flat.split(size), out.split(size), strict=True):
+        clock.check()
+        into.copy_(step.linear(part))
+    out = out.unflatten(0, rows.shape[:2])
+    out[:, 0] += step.bias
+    return out
+
+
 def interval_bounds(steps: tuple[Step, ...], rows: Tensor, slack: Tensor) -> Bounds:
-    """The same by interval arithmetic: looser, cheaper."""
-    result: Bounds = []
+    """The same by interval arithmetic: looser, and too cheap to need a clock."""
     spread = rows[:, 1:].abs().sum(1)
-    middle, radius = rows[:, 0], spread + slack + 4 * UNIT_ROUNDOFF * rows.abs().sum(1)
+    return _intervals(steps, rows[:, 0], spread + slack + 4 * UNIT_ROUNDOFF * rows.abs().sum(1))
+
+
+def _intervals(steps: tuple[Step, ...], middle: Tensor, radius: Tensor) -> Bounds:
+    """Bounds of every step's output, from inputs [S, N] within `radius` of `middle`."""
+    result: Bounds = []
     for step in steps:
         gamma = (step.terms + 8) * UNIT_ROUNDOFF
         radius = step.magnitude(radius + gamma * (middle.abs() + radius)) + gamma * step.bias_magnitude
@@ -55,10 +87,15 @@ def interval_bounds(steps: tuple[Step, ...], rows: Tensor, slack: Tensor) -> Bou
         lower, upper = middle - radius, middle + radius
         result.append((lower, upper))
         if step.relu is not None:
-            low = torch.where(step.relu, lower.clamp(min=0), lower)
-            high = torch.where(step.relu, upper.clamp(min=0), upper)
-            middle, radius = (low + high) / 2, (high - low) / 2 * (1 + 4 * UNIT_ROUNDOFF)
+            middle, radius = _relu(lower, upper, step.relu)
     return result
+
+
+def _relu(lower: Tensor, upper: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Middle and radius of ReLU's range on intervals."""
+    low = torch.where(mask, lower.clamp(min=0), lower)
+    high = torch.where(mask, upper.clamp(min=0), upper)
+    return (low + high) / 2, (high - low) / 2 * (1 + 4 * UNIT_ROUNDOFF)
 
 
 def box_rows(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from torchreach.clock import NO_LIMIT, Clock
 from torchreach.lp.halfspaces import Halfspaces, Sets
 from torchreach.lp.problem import LPBatch, LPSolution
 
@@ -35,6 +36,7 @@ def maximize(
     above: Tensor | float = torch.inf,
     below: Tensor | float = -torch.inf,
     iterations: int = 60,
+    clock: Clock = NO_LIMIT,
 ) -> LPSolution:
     """Certified intervals around the optima, each program stopping as soon as its question is answered.
 
@@ -43,6 +45,8 @@ def maximize(
         gap, relative: a program ends when upper - lower <= gap + relative * |lower|.
         above, below: [B] or number; a program also ends when lower > above or when upper <= below.
         iterations: limit; what is left then keeps its (valid, wider) interval.
+
+    Raises: OutOfTime, between two iterations.
     """
     size, dim = problem.objective.shape
     lower = problem.value(start)
@@ -59,6 +63,7 @@ def maximize(
     work, state = problem, _State.start(problem, start)
     used = 0
     for used in range(1, iterations + 1):
+        clock.check()
         done = upper[todo] - lower[todo] <= gap + relative * lower[todo].abs()
         done |= (lower[todo] > above[todo]) | (upper[todo] <= below[todo])
         left = (~done).nonzero().flatten()
@@ -256,13 +261,14 @@ def interior(sets: Halfspaces, tolerance: float) -> tuple[Tensor, Tensor, Tensor
     return point, depth, empty
 
 
-def centre(sets: Sets, start: Tensor, steps: int) -> Tensor:
+def centre(sets: Sets, start: Tensor, steps: int, clock: Clock = NO_LIMIT) -> Tensor:
     """Points [B, M] nearer the analytic centre: damped Newton steps on -sum log of all slacks.
 
-    start: [B, M] strictly interior; every step stays strictly interior.
+    start: [B, M] strictly interior; every step stays strictly interior. Raises OutOfTime, between two steps.
     """
     a = start
     for _ in range(steps if start.shape[1] else 0):
+        clock.check()
         s, p, q = sets.room(a), 1 - a, 1 + a
         gradient = sets.mix((1 / s)[:, None])[:, 0] + 1 / p - 1 / q
         da = torch.nan_to_num(factor(sets, s**-2, p**-2 + q**-2, 0)(-gradient[:, None])[0][:, 0])

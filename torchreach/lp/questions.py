@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchreach.clock import NO_LIMIT, Clock
 from torchreach.lp.halfspaces import Sets
 from torchreach.lp.interior_point import factor, maximize
 from torchreach.lp.problem import LPBatch, LPSolution
@@ -42,15 +43,17 @@ class Answer:
     point: Tensor
 
 
-def look(rows: Tensor, asked: Tensor, sets: Sets, a: Tensor, tolerance: float) -> Answer:
+def look(rows: Tensor, asked: Tensor, sets: Sets, a: Tensor, tolerance: float, clock: Clock = NO_LIMIT) -> Answer:
     """Does max row . (1, a) exceed `tolerance`? By a point beyond it or a dual bound below it, where one is found.
 
     Args:
         rows: [B, R, 1 + M] objectives with their constants; asked: [B, R] which of them matter.
         a: [B, M] points near the analytic centres.
+
+    Raises: OutOfTime.
     """
     parts = [
-        _look(rows[i], asked[i], sets.select(i), a[i], tolerance)
+        _look(rows[i], asked[i], sets.select(i), a[i], tolerance, clock)
         for i in slices(len(rows), rows[0].numel(), rows.device)
     ]
     return parts[0] if len(parts) == 1 else Answer(*(torch.cat([getattr(p, n) for p in parts]) for n in _FIELDS))
@@ -59,7 +62,8 @@ def look(rows: Tensor, asked: Tensor, sets: Sets, a: Tensor, tolerance: float) -
 _FIELDS = ("upper", "value", "point")
 
 
-def _look(rows: Tensor, asked: Tensor, sets: Sets, a: Tensor, tolerance: float) -> Answer:
+def _look(rows: Tensor, asked: Tensor, sets: Sets, a: Tensor, tolerance: float, clock: Clock) -> Answer:
+    clock.check()
     g, constant = rows[:, :, 1:], rows[:, :, 0]
     x, w, s = _newton(g, sets, a)
     pace = torch.maximum(x / (1 - a)[:, None], x / -(1 + a)[:, None]).amax(2)
@@ -79,11 +83,11 @@ def _look(rows: Tensor, asked: Tensor, sets: Sets, a: Tensor, tolerance: float) 
             along = problem.sets.dot(problem.objective[:, None])[:, 0]
             single = torch.where(along == along.amax(1, keepdim=True), along, 0.0).clamp(min=0)
             y = torch.where((problem.bound(single) <= tolerance)[:, None], single, y)
-        upper[star, question] = refute(problem, y, tolerance, STEPS)
+        upper[star, question] = refute(problem, y, tolerance, STEPS, clock)
     return Answer(upper, value, point)
 
 
-def refute(problem: LPBatch, y: Tensor, below: Tensor | float, steps: int) -> Tensor:
+def refute(problem: LPBatch, y: Tensor, below: Tensor | float, steps: int, clock: Clock = NO_LIMIT) -> Tensor:
     """Certified bounds [E], with an end as soon as they are at most `below`.
 
     Dual descent with Polyak's step, which needs a level to aim at: here it is known. A direction is turned away
@@ -92,12 +96,15 @@ def refute(problem: LPBatch, y: Tensor, below: Tensor | float, steps: int) -> Te
 
     Args:
         y: [E, P] multipliers >= 0 to start from; below: [E] or a number.
+
+    Raises: OutOfTime.
     """
     below = torch.as_tensor(below, dtype=y.dtype, device=y.device).expand(len(y))
     best = y.new_full((len(y),), torch.inf)
     todo = torch.arange(len(y), device=y.device)
     way = torch.zeros_like(y)
     for step in range(steps + 1):
+        clock.check()
         bound, corner = problem.bound_and_corner(y)
         best[todo] = best[todo].minimum(bound)
         left = (best[todo] > below).nonzero().flatten()
@@ -138,11 +145,12 @@ def solve(
     gap: float,
     above: float = torch.inf,
     below: Tensor | float = -torch.inf,
+    clock: Clock = NO_LIMIT,
 ) -> LPSolution:
-    """`maximize` in batches of bounded memory."""
+    """`maximize` in batches of bounded memory. Raises OutOfTime."""
     below = torch.as_tensor(below, dtype=start.dtype, device=start.device).expand(len(start))
     parts = [
-        maximize(problem.select(i), start[i], gap=gap, above=above, below=below[i])
+        maximize(problem.select(i), start[i], gap=gap, above=above, below=below[i], clock=clock)
         for i in slices(len(start), problem.sets.variables + problem.sets.row_numbers, start.device)
     ]
     if len(parts) == 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from torchreach.bounds.root import root_bounds
 from torchreach.bounds.zonotope import Bounds
+from torchreach.clock import Clock, running
 from torchreach.errors import ShapeError
 from torchreach.networks.propagate import propagate
 from torchreach.networks.reduced import reduce
@@ -24,7 +24,7 @@ from torchreach.reach.programs import ProgramEngine
 from torchreach.reach.record import RangeRecord
 from torchreach.reach.tally import Tally
 from torchreach.reach.vertices import VertexEngine
-from torchreach.results import Progress, ProgressCallback, ReachResult, ReachStats, Status
+from torchreach.results import Progress, ProgressCallback, ReachResult, ReachStats, Reason, Status
 from torchreach.sets.star import StarBatch
 from torchreach.tolerances import COMPUTE_DTYPE, Tolerances, round_down, round_up
 
@@ -63,14 +63,40 @@ def reach(
     Raises:
         ShapeError: the stars do not fit the network. UnsupportedLayerError, InvalidNetworkError: see `merge`.
     """
-    began = time.monotonic()
+    budget = budget or Budget()
+    with running(budget.seconds) as clock:
+        return reach_within(
+            clock,
+            module,
+            stars,
+            method,
+            budget=budget,
+            tolerances=tolerances,
+            keep_stars=keep_stars,
+            progress=progress,
+        )
+
+
+def reach_within(
+    clock: Clock,
+    module: nn.Module,
+    stars: StarBatch,
+    method: Exact | None = None,
+    *,
+    budget: Budget | None = None,
+    tolerances: Tolerances | None = None,
+    keep_stars: bool = True,
+    progress: ProgressCallback | None = None,
+) -> ReachResult:
+    """`reach` as a part of another verb, whose clock says when to stop (and not `budget.seconds`)."""
     method, budget, tolerances = method or Exact(), budget or Budget(), tolerances or Tolerances()
     if not isinstance(stars, StarBatch):
         raise ShapeError(f"reach needs a torchreach.StarBatch, got {type(stars).__name__}")
+    clock = clock.part(None)  # it began now
     with torch.no_grad():
-        run = _Run.prepare(module, stars, method, tolerances, keep_stars, budget)
-        run.go(budget, progress, began)
-        return run.result(began)
+        run = _Run.prepare(module, stars, method, tolerances, keep_stars, budget, clock)
+        run.go(budget, progress)
+        return run.result()
 
 
 @dataclass
@@ -87,11 +113,18 @@ class _Run:
     tally: Tally
     count: Tensor
     kept: list[StarBatch] | None
+    clock: Clock
     left: Tensor | None = None
 
     @staticmethod
     def prepare(
-        module: nn.Module, stars: StarBatch, method: Exact, tolerances: Tolerances, keep_stars: bool, budget: Budget
+        module: nn.Module,
+        stars: StarBatch,
+        method: Exact,
+        tolerances: Tolerances,
+        keep_stars: bool,
+        budget: Budget,
+        clock: Clock,
     ) -> _Run:
         device = stars.device
         chosen = method.method
@@ -103,9 +136,11 @@ class _Run:
         rows, A, b = stars.normalised()
         slack, loose = stars.rounding()
         # auto_LiRPA's time pays where open neurons cost linear programs, or where the run may end early.
-        limited = budget.seconds is not None or budget.stars is not None
+        limited = clock.limited or budget.stars is not None
         worth = 1 if limited else LIRPA_WORTH[chosen]
-        bounds, name = root_bounds(module, network, rows, slack, method.root_bounds, tolerances.root_margin, worth)
+        bounds, name = root_bounds(
+            module, network, rows, slack, method.root_bounds, tolerances.root_margin, worth, clock
+        )
         signs = [(low >= 0).long() - (high <= 0).long() for low, high in bounds]
         smaller = reduce(network, signs, bounds)
         walked, signs, waypoints, left_out = smaller or (network, signs, bounds, [0] * len(network))
@@ -130,17 +165,18 @@ class _Run:
             tally,
             torch.zeros(len(stars), dtype=torch.long, device=device),
             [] if keep_stars else None,
+            clock,
         )
 
-    def go(self, budget: Budget, progress: ProgressCallback | None, began: float) -> None:
-        report = None if progress is None else lambda: progress(self._progress(began))
+    def go(self, budget: Budget, progress: ProgressCallback | None) -> None:
+        report = None if progress is None else lambda: progress(self._progress())
         keep = None if self.kept is None else self._keep
         self._attain_somewhere()
-        self.left = self.frontier.run(self.record, self.count, budget, keep, report)
+        self.left = self.frontier.run(self.record, self.count, budget, keep, report, self.clock)
         if report is not None:
             report()
 
-    def result(self, began: float) -> ReachResult:
+    def result(self) -> ReachResult:
         assert self.left is not None
         lower, upper = self._certified(self.record.certified)
         dtype = self.stars.dtype
@@ -172,10 +208,18 @@ class _Run:
                 layers=self.tally.layers(),
                 method=self.engine.name,
                 root_bounds=self.root_name,
-                seconds=time.monotonic() - began,
+                seconds=self.clock.elapsed,
                 output_programs=self.tally.programs[-1],
             ),
+            reasons=tuple(map(self._reason, exact.tolist(), self.left.tolist())),
         )
+
+    def _reason(self, exact: bool, left: bool) -> Reason:
+        if exact:
+            return Reason.CLOSED
+        if not left:
+            return Reason.NUMERICAL
+        return Reason.INTERRUPTED if self.clock.interrupted else Reason.BUDGET
 
     def _certified(self, certified: Tensor) -> tuple[Tensor, Tensor]:
         low, high = self.root[-1]
@@ -190,7 +234,7 @@ class _Run:
         for direction, signed in enumerate((-value, value)):
             self.record.attain(direction, origin, signed, lambda s, _: a[s])
 
-    def _progress(self, began: float) -> Progress:
+    def _progress(self) -> Progress:
         low, high = self.root[-1]
         return Progress(
             done=self.frontier.done,
@@ -199,7 +243,7 @@ class _Run:
             upper=high,
             attained_lower=-self.record.attained[0],
             attained_upper=self.record.attained[1],
-            seconds=time.monotonic() - began,
+            seconds=self.clock.elapsed,
         )
 
     def _keep(self, chunk: Any) -> None:

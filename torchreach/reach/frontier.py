@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from torchreach.bounds.zonotope import Bounds, relu_band, zonotope_bounds
-from torchreach.clock import first_interrupt
+from torchreach.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.networks.steps import Step
 from torchreach.options import Budget
 from torchreach.reach.memory import Ledger, default_budget, size_of
@@ -38,8 +37,10 @@ REPORT_SECONDS = 0.2
 NUMBERS = {"cpu": 1 << 24, "cuda": 1 << 28}
 # What a step takes while it runs, in multiples of the tensors it is given and returns.
 WORKING = 8
-# Stars that are bounded at once even if no memory is left.
-CLOSING = 64
+# Seconds that bounding what is open may take when the time is up, or Ctrl-C pressed.
+GRACE = 1.0
+# Numbers in the zonotopes that are bounded at once.
+CLOSING = {"cpu": 1 << 22, "cuda": 1 << 27}
 # Processes pay once a run has lasted so long, and a chunk is open for each (or it has lasted longer still,
 # and the next step of what is open takes so long).
 FORK_SECONDS = 0.1
@@ -74,8 +75,14 @@ class Engine(Protocol):
     load: int  # how many times as many stars a chunk should have as it has for vertices
     tally: Tally
 
-    def advance(self, chunk: Any) -> list[Any]: ...
-    def finish(self, chunk: Any, record: RangeRecord) -> None: ...
+    def advance(self, chunk: Any, clock: Clock, room: float) -> list[Any]:
+        """Chunks after a step of a chunk, in about `room` bytes.
+
+        When the clock is over, those that are there are handed back, or OutOfTime is raised and nothing is lost.
+        """
+        ...
+
+    def finish(self, chunk: Any, record: RangeRecord, clock: Clock) -> None: ...
     def join(self, chunks: list[Any]) -> Any: ...
 
 
@@ -86,27 +93,27 @@ class _Group:
     bytes: int = 0
 
 
+@dataclass
 class Limits:
-    """When a run is to end early. Its clock starts when it is made."""
+    """When a run is to end early."""
 
-    def __init__(self, budget: Budget) -> None:
-        self.budget = budget
-        self.start = time.monotonic()
-        self.closing: float | None = None  # seconds per open star that `Frontier.close` will need
-
-    @property
-    def elapsed(self) -> float:
-        return time.monotonic() - self.start
+    budget: Budget
+    clock: Clock
+    closing: float | None = None  # seconds per open star that `Frontier.close` will need
 
     def spent(self, frontier: Frontier, done: int, waiting: int = 0) -> bool:
-        """Whether the budget is spent, given stars done in all, and stars `waiting` that the frontier may get."""
-        budget, passed, stars = self.budget, self.elapsed, frontier.open + waiting
-        if budget.seconds is not None:
-            if self.closing is None and passed > budget.seconds / 10:
+        """Whether to stop, given stars done in all, and stars `waiting` that the frontier may get."""
+        budget, clock, stars = self.budget, self.clock, frontier.open + waiting
+        if clock.limited:
+            left, passed = clock.left, clock.elapsed
+            if self.closing is None and 10 * passed > passed + left:
                 self.closing = frontier.cost_of_closing()
-            if passed + (self.closing or 0.0) * stars > budget.seconds:
-                log.info("budget of %g s spent with %d stars open", budget.seconds, stars)
+            if left <= (self.closing or 0.0) * stars:
+                log.info("seconds spent with %d stars open", stars)
                 return True
+        if clock.interrupted:
+            log.warning("interrupted with %d stars open: the interval is valid but not exact", stars)
+            return True
         if budget.stars is not None and done >= budget.stars:
             log.info("budget of %d stars spent with %d stars open", budget.stars, stars)
             return True
@@ -128,6 +135,7 @@ class Frontier:
         self.steps = steps
         self.root = root
         self.device = device
+        self.dim = dim
         largest_map = (1 + dim) * max(step.features for step in steps)
         self.limit = engine.load * CHUNK.get(device.type, CHUNK["cuda"])
         # Affine maps of many variables are large: fewer stars then fill the same memory.
@@ -137,6 +145,7 @@ class Frontier:
         self.done = 0
         self.stepped = 0
         self.workers = torch.get_num_threads() if device.type == "cpu" else 1
+        self.clock = NO_LIMIT
         self.spread = False  # whether many open stars are wanted, to share them out
         self.memory = float("inf")
         self.used = Ledger()  # open chunks, and those at work
@@ -159,7 +168,7 @@ class Frontier:
             self.used.add(chunk)
         self.peak = max(self.peak, self.used.bytes + self.kept)
 
-    def pop(self, *, share: int = 1, least: int = 0) -> Any:
+    def pop(self, *, share: int = 1) -> Any:
         """Up to `limit` stars of one layer and kind, or None if there is no memory for the step of one.
 
         A full group goes first, the deepest of them, so that few stars stay open; while no group is full, the
@@ -170,16 +179,18 @@ class Frontier:
 
         Args:
             share: this many steps run at once and share what memory is left.
-            least: give as many stars even if there is no memory for them.
         """
-        room = max(0.0, self.memory - self.used.bytes - self.kept) / share
+        room = self._room() / share
         fits = {key: self._fitting(key, room) for key in self.groups}
         full = [] if self.spread else [key for key, group in self.groups.items() if group.size >= self.limit]
         key = max(full) if full else min(self.groups, key=lambda k: (k[0], -self.groups[k].size))
         if fits[key] < min(self.limit, self.groups[key].size):
             key = max(self.groups)
-        most = max(fits[key], least)
-        return self._take(key, most) if most else None
+        return self._take(key, fits[key]) if fits[key] else None
+
+    def _room(self) -> float:
+        """Bytes left."""
+        return max(0.0, self.memory - self.used.bytes - self.kept)
 
     def _fitting(self, key: tuple[int, int], room: float) -> int:
         """How many stars of a group can be stepped at once in so many bytes, beside the stars themselves."""
@@ -255,8 +266,9 @@ class Frontier:
         budget: Budget,
         keep: Callable[[Any], None] | None,
         report: Callable[[], None] | None,
+        clock: Clock,
     ) -> Tensor:
-        """Work until done or out of budget. Returns [S_in] bool: input stars with stars left open.
+        """Work until done, out of budget or interrupted. Returns [S_in] bool: input stars with stars left open.
 
         Args:
             record: takes the ranges; it is certified on return whatever happened.
@@ -264,21 +276,22 @@ class Frontier:
             keep: called with what is to be kept of every finished chunk.
             report: called now and then.
         """
-        limits, sink = Limits(budget), Sink(record, count, keep)
+        self.clock = clock = clock.part(None)
+        limits, sink = Limits(budget, clock), Sink(record, count, keep)
         self.memory = default_budget(self.device) if budget.memory is None else budget.memory
-        reported = limits.start
+        reported = 0.0
         self.spread = self.workers > 1 and can_fork(self.device)
         left = torch.zeros_like(count, dtype=torch.bool)
-        with first_interrupt() as interrupted, Threads(self) as work:
-            while (self.open or work.running) and not interrupted and not limits.spent(self, self.done):
-                if report is not None and time.monotonic() - reported >= REPORT_SECONDS:
+        with Threads(self) as work:
+            while (self.open or work.running) and not limits.spent(self, self.done):
+                if report is not None and clock.elapsed - reported >= REPORT_SECONDS:
                     report()
-                    reported = time.monotonic()
+                    reported = clock.elapsed
                 self.spread = self.spread and self.used.bytes < SPREAD * self.memory
-                if self.spread and self._worth_forking(limits):
+                if self.spread and self._worth_forking():
                     work.stop()
                     self.spread = False
-                    shared = run_in_processes(self, sink, limits, interrupted, report, REPORT_SECONDS)
+                    shared = run_in_processes(self, sink, limits, report, REPORT_SECONDS)
                     if shared is not None:
                         left |= shared
                         break
@@ -286,12 +299,10 @@ class Frontier:
                     log.info("budget of %g bytes spent with %d stars open", self.memory, self.open)
                     break
             work.finish()
-            if interrupted:
-                log.warning("interrupted with %d stars open: the interval is valid but not exact", self.open)
             return left | self.close(record)
 
-    def _worth_forking(self, limits: Limits) -> bool:
-        passed = limits.elapsed
+    def _worth_forking(self) -> bool:
+        passed = self.clock.elapsed
         if passed < FORK_SECONDS or self.open < SMALLEST_SHARE * self.workers:
             return False
         if self.open >= FORK_CHUNKS * self.limit * self.workers:
@@ -300,41 +311,70 @@ class Frontier:
 
     def step(self, chunk: Any, sink: Sink) -> list[Any]:
         """Advance a chunk, or take it into the results; returns the chunks it leaves open."""
-        if chunk.layer < len(self.steps) - 1:
-            return self.engine.advance(chunk)
-        with self._results:
-            self.engine.finish(chunk, sink.record)
-            sink.count.index_add_(0, chunk.origin, torch.ones_like(chunk.origin))
-            self.done += len(chunk)
-            if sink.keep is not None:
-                kept = Kept(chunk.stars())
-                self.kept += size_of(kept)
-                sink.keep(kept)
+        try:
+            if chunk.layer < len(self.steps) - 1:
+                return self.engine.advance(chunk, self.clock, self._room() / self.workers / WORKING)
+            with self._results:
+                self.engine.finish(chunk, sink.record, self.clock)
+                sink.count.index_add_(0, chunk.origin, torch.ones_like(chunk.origin))
+                self.done += len(chunk)
+                if sink.keep is not None:
+                    kept = Kept(chunk.stars())
+                    self.kept += size_of(kept)
+                    sink.keep(kept)
+        except OutOfTime:
+            return [chunk]
         return []
 
     def cost_of_closing(self) -> float:
         """Seconds per star to bound open stars, measured on a few of them."""
         if not self.open:
             return 0.0
-        chunk = self.pop(least=CLOSING)
-        self.push([chunk])
-        sample = chunk.select(slice(0, CLOSING))
-        began = time.monotonic()
-        self._bound(sample)
-        return (time.monotonic() - began) / len(sample)
+        chunk = self.groups[max(self.groups)].chunks[-1]
+        sample = chunk.select(slice(0, self._closing(chunk.layer)))
+        clock = self.clock.part(None)
+        self._bound(sample, clock)
+        return clock.elapsed / len(sample)
 
     def close(self, record: RangeRecord) -> Tensor:
-        """Bound whatever is still open by zonotopes, so that the record covers every input star."""
+        """Bound whatever is still open, so that the record covers every input star: by zonotopes of each open star.
+
+        Where there is no time for them, by the root bounds of the whole input star.
+        """
         left = torch.zeros(record.certified.shape[1], dtype=torch.bool, device=record.certified.device)
-        while self.open:
-            chunk = self.pop(least=CLOSING)
+        clock = self.clock
+        if clock.limited or clock.interrupted:
+            clock = clock.grace(GRACE if clock.interrupted else max(GRACE, clock.left))
+        while self.open and not clock.over:
+            key = max(self.groups)
+            chunk = self._take(key, len(self.groups[key].chunks[-1]))
             left[chunk.origin] = True
-            lower, upper = self._bound(chunk)
-            record.certify(0, chunk.origin, -lower)
-            record.certify(1, chunk.origin, upper)
+            size = self._closing(chunk.layer)
+            for part in (chunk.select(slice(i, i + size)) for i in range(0, len(chunk), size)):
+                if clock.over:
+                    self.push([part])
+                    continue
+                lower, upper = self._bound(part, clock)
+                record.certify(0, part.origin, -lower)
+                record.certify(1, part.origin, upper)
+        if self.open:
+            log.info("no time to bound %d open stars: the bounds of whole input stars stand", self.open)
+            rest = torch.cat([c.origin.unique() for group in self.groups.values() for c in group.chunks]).unique()
+            left[rest] = True
+            low, high = self.root[-1]
+            record.certify(0, rest, -low[rest])
+            record.certify(1, rest, high[rest])
+            self.groups.clear()
+            self.open = 0
         return left
 
-    def _bound(self, chunk: Any) -> tuple[Tensor, Tensor]:
+    def _closing(self, layer: int) -> int:
+        """How many stars at a layer are bounded at once."""
+        wide = [step.features for step in self.steps[layer:]]
+        generators = 1 + self.dim + sum(wide[:-1])
+        return max(1, CLOSING.get(self.device.type, CLOSING["cuda"]) // (generators * max(wide)))
+
+    def _bound(self, chunk: Any, clock: Clock) -> tuple[Tensor, Tensor]:
         """Certified output range [S, N] of open stars, from their predicate boxes."""
         low, high = chunk.box()
         middle, radius = (low + high) / 2, (high - low) / 2
@@ -354,4 +394,4 @@ class Frontier:
         if step.relu is None:
             return lower, upper
         rows, slack = relu_band(rows, slack, lower, upper, step.relu)
-        return zonotope_bounds(self.steps, rows, slack, chunk.layer + 1)[-1]
+        return zonotope_bounds(self.steps, rows, slack, chunk.layer + 1, clock)[-1]

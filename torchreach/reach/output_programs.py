@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchreach.clock import NO_LIMIT, Clock
 from torchreach.lp.halfspaces import Sets
 from torchreach.lp.problem import LPBatch
 from torchreach.lp.questions import multipliers, refute, slices, solve
@@ -23,7 +24,14 @@ STEPS = 24
 
 
 def output_range(
-    rows: Tensor, slack: Tensor, sets: Sets, points: Tensor, origin: Tensor, record: RangeRecord, gap: float
+    rows: Tensor,
+    slack: Tensor,
+    sets: Sets,
+    points: Tensor,
+    origin: Tensor,
+    record: RangeRecord,
+    gap: float,
+    clock: Clock = NO_LIMIT,
 ) -> int:
     """Take outputs rows [S, N, 1 + M] with error slack [S, N] over `sets` into the record.
 
@@ -32,6 +40,7 @@ def output_range(
         gap: how far the certified range may end above what is attained.
 
     Returns: the number of linear programs solved.
+    Raises: OutOfTime; the record then has points of these stars, but no bound.
     """
     inputs = record.attained.shape[1]
     values = rows[:, None, :, 0] + points @ rows[:, :, 1:].transpose(1, 2)  # [S, W, N]
@@ -50,7 +59,8 @@ def output_range(
             break
         solved[star, output] = True
         programs += len(star)
-        solution = solve(_programs(rows, sets, star, output), points[star, 0], below=floor[star, output], gap=gap)
+        asked = _programs(rows, sets, star, output)
+        solution = solve(asked, points[star, 0], below=floor[star, output], gap=gap, clock=clock)
         upper[star, output] = upper[star, output].minimum(solution.upper)
         found = torch.full_like(upper, -torch.inf)
         found[star, output] = solution.lower
@@ -59,7 +69,7 @@ def output_range(
         attained.take(found, lambda s, n, p=solution.point, k=number: p[k[s, n]])
         if score is best:
             floor = attained.floor()
-            upper = torch.where(solved, upper, _refuted(rows, sets, points[:, 0], floor, ~solved))
+            upper = torch.where(solved, upper, _refuted(rows, sets, points[:, 0], floor, ~solved, clock))
         score = upper
         batch *= 8
     upper = upper + slack.repeat(1, 2)
@@ -68,7 +78,7 @@ def output_range(
     return programs
 
 
-def _refuted(rows: Tensor, sets: Sets, a: Tensor, floor: Tensor, wanted: Tensor) -> Tensor:
+def _refuted(rows: Tensor, sets: Sets, a: Tensor, floor: Tensor, wanted: Tensor, clock: Clock) -> Tensor:
     """Bounds [S, L], of the pairs wanted, by dual descent that ends at the floor [S, L]."""
     upper = torch.full_like(floor, torch.inf)
     for i in slices(len(rows), rows[0].numel() + rows.shape[1] * sets.constraints, rows.device):
@@ -76,7 +86,8 @@ def _refuted(rows: Tensor, sets: Sets, a: Tensor, floor: Tensor, wanted: Tensor)
         held = multipliers(rows[i, :, 1:], here, a[i])
         held = torch.cat((-held, held), 1).clamp(min=0)
         star, output = wanted[i].nonzero(as_tuple=True)
-        bounds = refute(_programs(rows[i], here, star, output), held[star, output], floor[i][star, output], STEPS)
+        asked = _programs(rows[i], here, star, output)
+        bounds = refute(asked, held[star, output], floor[i][star, output], STEPS, clock)
         upper[i] = upper[i].index_put((star, output), bounds)
     return upper
 

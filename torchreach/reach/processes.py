@@ -26,6 +26,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchreach.clock import Clock
 from torchreach.reach.memory import Ledger
 from torchreach.reach.record import Kept, Sink
 
@@ -84,7 +86,6 @@ def run_in_processes(
     frontier: Frontier,
     sink: Sink,
     limits: Limits,
-    interrupted: list[int],
     report: Callable[[], None] | None,
     every: float,
 ) -> Tensor | None:
@@ -100,12 +101,13 @@ def run_in_processes(
     board = _Board(frontier.workers, sink.record.attained)
     team = _Team()
     try:
-        if not team.start(frontier.workers, shares, _Job(frontier, sink, limits, board, size, inherited)):
+        job = _Job(frontier, sink, limits, board, size, inherited)
+        if not team.start(frontier.workers, shares, job, limits.clock.part(START_SECONDS)):
             for share in shares:
                 frontier.push(share)
             return None
         left = torch.zeros_like(sink.count, dtype=torch.bool)
-        seconds = time.monotonic()
+        reported = limits.clock.elapsed
         while team.pipes:
             for content in team.receive():
                 if isinstance(content, list):
@@ -120,11 +122,11 @@ def run_in_processes(
             frontier.done = done + board.total(DONE)
             # Stars in shares that nobody has drawn, and those in the workers.
             frontier.open = size - board.total(DRAWN) + board.total(OPEN)
-            if interrupted:
+            if limits.clock.interrupted:
                 board.stop[0] = 1
-            if report is not None and time.monotonic() - seconds >= every:
+            if report is not None and limits.clock.elapsed - reported >= every:
                 _report(sink, board, report)
-                seconds = time.monotonic()
+                reported = limits.clock.elapsed
         frontier.open = 0
         frontier.kept += board.total(KEPT)
         frontier.peak = max(frontier.peak, inherited.bytes + frontier.kept + board.total(PEAK))
@@ -143,6 +145,16 @@ def _report(sink: Sink, board: _Board, report: Callable[[], None]) -> None:
         sink.record.attained = own
 
 
+class _Stop:
+    """What Ctrl-C fills, as a worker sees it."""
+
+    def __init__(self, board: _Board) -> None:
+        self.memory = board.memory
+
+    def __len__(self) -> int:
+        return int(any(self.memory[:8]))
+
+
 class _Team:
     """Workers, and the pipes they answer through."""
 
@@ -151,8 +163,8 @@ class _Team:
         self.workers: list[Any] = []
         self.pipes: dict[Connection, Any] = {}
 
-    def start(self, number: int, shares: list[list[Any]], job: _Job) -> bool:
-        """Fork the workers; False if one of them cannot compute."""
+    def start(self, number: int, shares: list[list[Any]], job: _Job, clock: Clock) -> bool:
+        """Fork the workers; False if one of them cannot compute before the clock is over."""
         assert self.context is not None
         tickets, fill = os.pipe()
         os.write(fill, b"".join(TICKET.pack(i) for i in range(len(shares))))
@@ -174,10 +186,9 @@ class _Team:
             return False
         finally:
             os.close(tickets)
-        end = time.monotonic() + START_SECONDS
         while job.board.total(ALIVE) < number:
             ended = [slot for slot, worker in enumerate(self.workers) if worker.exitcode is not None]
-            if time.monotonic() > end or not job.board.cells[ended, ALIVE].all():
+            if clock.over or not job.board.cells[ended, ALIVE].all():
                 log.warning("forked processes cannot compute here; threads instead")
                 return False
             time.sleep(0.001)
@@ -249,10 +260,14 @@ class _Job:
     def _work(self, slot: int, shares: list[list[Any]], tickets: int, pipe: Connection, parent: int) -> Any:
         frontier, sink, board = self.frontier, self.sink, self.board
         mine = board.cells[slot]
+        # Ctrl-C does not reach a worker: the parent says when to stop.
+        frontier.clock = clock = self.limits.clock.part(None, _Stop(board))
+        limits = replace(self.limits, clock=clock)
         sink.count.zero_()
         frontier.engine.tally.take()
         kept_before = frontier.kept
         frontier.done = frontier.peak = frontier.kept = 0
+        frontier.workers = 1
         # The shares are in memory once, for all workers; what is left is for each a part.
         frontier.used, held = self.inherited, self.inherited.bytes
         memory = max(0.0, frontier.memory - held - kept_before)
@@ -283,7 +298,7 @@ class _Job:
                 break
             if os.getppid() != parent:
                 os._exit(1)
-            if board.stop[0] or self.limits.spent(frontier, self.done + board.total(DONE), self._waiting()):
+            if limits.spent(frontier, self.done + board.total(DONE), self._waiting()):
                 break
             frontier.memory = (memory - board.total(KEPT)) / len(board.cells) + frontier.kept + held
             chunk = frontier.begin()

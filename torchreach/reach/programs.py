@@ -16,11 +16,13 @@ M predicate variables, N features, W known points, R questions.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from torchreach.clock import NO_LIMIT, Clock
 from torchreach.lp.halfspaces import Halfspaces, Rows, Sets, SharedHalfspaces
 from torchreach.lp.interior_point import centre, interior
 from torchreach.lp.problem import LPBatch
@@ -93,9 +95,12 @@ class ProgramEngine:
         sets = type(first.sets).cat([c.sets for c in chunks])  # type: ignore[arg-type]
         return Chunk(first.layer, arrivals, torch.cat(stars), sets, points, values, side, over)
 
-    def advance(self, chunk: Chunk) -> list[Chunk]:
-        """Settle the neurons of each piece; cut it once where one crosses, else send it through the layer."""
-        chunk, low, high = self._settle(chunk)  # chunk.points now holds every point found
+    def advance(self, chunk: Chunk, clock: Clock = NO_LIMIT, room: float = math.inf) -> list[Chunk]:  # noqa: ARG002
+        """Settle the neurons of each piece; cut it once where one crosses, else send it through the layer.
+
+        A piece becomes two at most, so there is room for them. Raises OutOfTime.
+        """
+        chunk, low, high = self._settle(chunk, clock)  # chunk.points now holds every point found
         balance = torch.where(chunk.side == 0, torch.minimum(high, -low), 0.0)
         if balance.shape[1] == 0:
             return [self._activate(chunk)]
@@ -109,14 +114,15 @@ class ProgramEngine:
             if number < len(cut):
                 index = cut.nonzero().flatten()
                 chunk, column = chunk.select(index), column[index]
-            chunks.append(self._split(chunk, column))
+            chunks.append(self._split(chunk, column, clock))
             self.tally.count(chunk.layer, splits=number)
         return chunks
 
-    def finish(self, chunk: Chunk, record: RangeRecord) -> None:
-        """Take the output range of pieces at the last layer into the record, by linear programs."""
+    def finish(self, chunk: Chunk, record: RangeRecord, clock: Clock = NO_LIMIT) -> None:
+        """Take the output range of pieces at the last layer into the record, by linear programs. Raises OutOfTime."""
         rows = chunk.rows.transpose(1, 2)
-        programs = output_range(rows, chunk.slack, chunk.sets, chunk.points, chunk.origin, record, self.tolerances.gap)
+        args = (rows, chunk.slack, chunk.sets, chunk.points, chunk.origin, record, self.tolerances.gap, clock)
+        programs = output_range(*args)
         self.tally.count(-1, programs=programs)
 
     # -- signs ----------------------------------------------------------------------------------------
@@ -155,7 +161,7 @@ class ProgramEngine:
         )
         return replace(chunk, values=chunk.at(points))
 
-    def _settle(self, chunk: Chunk) -> tuple[Chunk, Tensor, Tensor]:
+    def _settle(self, chunk: Chunk, clock: Clock) -> tuple[Chunk, Tensor, Tensor]:
         """Ask every open sign. Returns the chunk and the range [Q, C] met at points where a neuron crosses."""
         tolerance = self.tolerances.sign
         low, high = torch.aminmax(chunk.values, dim=1)
@@ -165,10 +171,12 @@ class ProgramEngine:
             width = int(asked.sum(1).max()) if asked.numel() else 0
             if width == 0:
                 break
-            chunk, low, high = self._ask(chunk, asked, width, low, high)
+            chunk, low, high = self._ask(chunk, asked, width, low, high, clock)
         return chunk, low, high
 
-    def _ask(self, chunk: Chunk, asked: Tensor, width: int, low: Tensor, high: Tensor) -> tuple[Chunk, Tensor, Tensor]:
+    def _ask(
+        self, chunk: Chunk, asked: Tensor, width: int, low: Tensor, high: Tensor, clock: Clock
+    ) -> tuple[Chunk, Tensor, Tensor]:
         """Settle the neurons `asked` [Q, C] or meet a point on the side of zero they are not known to reach."""
         tolerance = self.tolerances.sign
         column = leading(asked, width)  # [Q, R]
@@ -179,7 +187,7 @@ class ProgramEngine:
         )
         away = torch.where(downward, -1.0, 1.0).to(low.dtype)
         rows = chunk.plane(column) * away[:, :, None]  # [Q, R, 1 + M]
-        answer = look(rows, asked, chunk.sets, chunk.points[:, 0], tolerance)
+        answer = look(rows, asked, chunk.sets, chunk.points[:, 0], tolerance, clock)
         self.tally.settle(chunk.layer, "dual", asked & (answer.upper <= tolerance))
         star, question = (asked & (answer.upper > tolerance) & (answer.value <= tolerance)).nonzero(as_tuple=True)
         upper, value, found = answer.upper, answer.value, answer.point
@@ -188,7 +196,9 @@ class ProgramEngine:
             self.tally.count(chunk.layer, programs=len(star))
             row = rows[star, question]
             problem = LPBatch(row[:, 1:], row[:, 0], chunk.sets.select(star))
-            solution = solve(problem, chunk.points[star, 0], above=tolerance, below=tolerance, gap=tolerance / 4)
+            solution = solve(
+                problem, chunk.points[star, 0], above=tolerance, below=tolerance, gap=tolerance / 4, clock=clock
+            )
             upper[star, question] = torch.minimum(upper[star, question], solution.upper)
             value[star, question] = solution.lower
             found[star, question] = solution.point
@@ -211,7 +221,7 @@ class ProgramEngine:
 
     # -- cut and activate -----------------------------------------------------------------------------
 
-    def _split(self, chunk: Chunk, column: Tensor) -> Chunk:
+    def _split(self, chunk: Chunk, column: Tensor, clock: Clock) -> Chunk:
         """Both sides of each piece cut by the plane of its live neuron column [Q]: first all above, then all below."""
         self.whole = False
         if chunk.layer != self.shared_layer:
@@ -233,7 +243,7 @@ class ProgramEngine:
             starts.append(torch.lerp(chunk.points[:, 0], chunk.points[number, slot], share[:, None]))
             side.append(chunk.side.index_put((number, column), torch.full_like(column, int(sign))))
         both = type(sets[0]).cat(sets)
-        inside = centre(both, torch.cat(starts), CENTRE_STEPS)
+        inside = centre(both, torch.cat(starts), CENTRE_STEPS, clock)
         signed = torch.cat((values, -values))
         twice = replace(chunk, star=chunk.star.repeat(2), sets=both)
         points, known = remember(chunk, signed >= 0)

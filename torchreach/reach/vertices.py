@@ -12,23 +12,30 @@ Axis letters: S stars, K vertex slots, M predicate variables, N features, L live
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from torchreach.clock import NO_LIMIT, Clock
 from torchreach.masks import leading
 from torchreach.networks.steps import Step
 from torchreach.reach import activation
+from torchreach.reach.memory import size_of
 from torchreach.reach.record import PointOf, RangeRecord
 from torchreach.reach.tally import Tally
 from torchreach.sets import polytope
 from torchreach.sets.polytope import PolytopeBatch
 from torchreach.tolerances import UNIT_ROUNDOFF, Tolerances
 
-# Batches that one call of `advance` looks at before it hands back: bounds the time between budget checks.
+# Batches that one call of `advance` looks at before it hands back what deeper layers may finish first.
 ROUNDS = 64
+# Numbers at work in one batch: bounds the time between two looks at the clock.
+NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 27}
+# Pieces that are handed back as one chunk.
+HANDED = {"cpu": 1024, "cuda": 65536}
 # Vertex slots that may be wasted to cut polytopes of different sizes in one call.
 SPARE = 4096
 # Numbers in the affine maps that go through the activation at once: few enough to stay in cache.
@@ -52,6 +59,11 @@ class Pieces:
     def drift(self) -> Tensor:
         """[S', 1] distance, in each predicate variable, within which a piece may miss points."""
         return (4 * UNIT_ROUNDOFF * self.cuts)[:, None]
+
+    @property
+    def work(self) -> int:
+        """Numbers that one piece takes while it is cut: its values at planes and vertices, and pairs of vertices."""
+        return self.open.shape[1] * (self.slots + self.body.dim + 1) + self.slots**2 // 2 * self.body.incidence.shape[2]
 
     def __len__(self) -> int:
         return len(self.star)
@@ -98,19 +110,41 @@ class Shelf:
         for part in pieces:
             self.add(part)
 
+    def __len__(self) -> int:
+        return sum(len(part) for group in self.groups.values() for part in group)
+
     def add(self, pieces: Pieces) -> None:
         if len(pieces):
             self.groups.setdefault(pieces.slots, []).append(pieces)
 
     def take(self) -> Pieces:
-        """Take as many pieces as fit together: groups of fewer slots join a group where few are wasted."""
+        """Take as many pieces as fit together: groups of fewer slots join a group where few are wasted.
+
+        The last ones come first, and of many no more than can be worked on at once.
+        """
         sizes = {slots: sum(map(len, group)) for slots, group in self.groups.items()}
 
         def fitting(slots: int) -> list[int]:
             return [k for k, number in sizes.items() if 0 <= (slots - k) * number <= SPARE]
 
-        taken = max(map(fitting, sizes), key=lambda group: sum(sizes[k] for k in group))
-        return _join([part for k in taken for part in self.groups.pop(k)])
+        joined = max(map(fitting, sizes), key=lambda group: sum(sizes[k] for k in group))
+        taken: list[Pieces] = []
+        room = None
+        for k in joined:
+            group = self.groups[k]
+            while group and (room is None or room > 0):
+                part = group.pop()
+                if room is None:
+                    room = NUMBERS.get(part.star.device.type, NUMBERS["cuda"])
+                most = max(1, room // part.work)
+                if len(part) > most:
+                    part, *rest = part.blocks(most)
+                    group += rest
+                room -= len(part) * part.work
+                taken.append(part)
+            if not group:
+                del self.groups[k]
+        return _join(taken)
 
     def all(self) -> tuple[Pieces, ...]:
         return tuple(_join(group) for group in self.groups.values())
@@ -154,6 +188,15 @@ class Chunk:
             points = part.body.vertices[:, :, 1:]
             low[part.star], high[part.star] = points.amin(1) - part.drift, points.amax(1) + part.drift
         return low, high
+
+    def parts(self, wide: int) -> list[Pieces]:
+        """The pieces in parts of which `wide` values at each vertex can be looked at together."""
+        shelf, parts = Shelf(self.pieces), []
+        while shelf.groups:
+            part = shelf.take()
+            numbers = NUMBERS.get(part.star.device.type, NUMBERS["cuda"])
+            parts += part.blocks(max(1, numbers // max(1, wide * part.slots)))
+        return parts
 
     def stars(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """(rows, half-spaces [S', F, 1 + M] with h . (1, a) >= 0, origin) of groups of stars."""
@@ -252,19 +295,21 @@ class VertexEngine:
         rows, slack, origin = (torch.cat([getattr(c, name) for c in chunks]) for name in ("rows", "slack", "origin"))
         return Chunk(chunks[0].layer, rows, slack, origin, tuple(pieces))
 
-    def advance(self, chunk: Chunk) -> list[Chunk]:
+    def advance(self, chunk: Chunk, clock: Clock = NO_LIMIT, room: float = math.inf) -> list[Chunk]:
         """Cut stars by every neuron that crosses them, and send the pieces through the activation.
 
         Only the planes of neurons that cross a star when it arrives are followed while it is cut, and a piece
         is held against those only that crossed the piece it was cut from. Pieces share the star's affine map
-        until the layer is done. Work left after a while is handed back, uncut.
+        until the layer is done. Work left after a while, when the clock is over, or when the pieces would take
+        more than `room` bytes as stars of their own, is handed back, uncut.
         """
         followed = self._follow(chunk)
         waiting, done = Shelf(), Shelf()
         for part in followed.arrived:
             (waiting if part.open.shape[1] else done).add(part)
+        most = room / self._bytes(chunk)
         for _ in range(ROUNDS):
-            if not waiting.groups:
+            if not waiting.groups or clock.over or len(waiting) + len(done) > most:
                 break
             part = waiting.take()
             size, width = part.open.shape
@@ -305,11 +350,25 @@ class VertexEngine:
                     waiting.add(piece)
             self.tally.count(chunk.layer, splits=len(cut))
 
-        chunks = [chunk.split([part.closed() for part in waiting.all()])] if waiting.groups else []
+        chunks = self._handed_back(chunk, waiting)
         size = max(32, BLOCK.get(chunk.rows.device.type, BLOCK["cuda"]) // chunk.rows[0].numel())
         while done.groups:
+            if clock.over:
+                return chunks + self._handed_back(chunk, done)
             chunks += [self._activate(chunk, block, followed) for block in done.take().blocks(size)]
         return chunks
+
+    def _handed_back(self, chunk: Chunk, pieces: Shelf) -> list[Chunk]:
+        """Pieces as stars that wait at the layer they are at."""
+        size = HANDED.get(chunk.rows.device.type, HANDED["cuda"])
+        return [chunk.split([block.closed()]) for part in pieces.all() for block in part.blocks(size)]
+
+    def _bytes(self, chunk: Chunk) -> float:
+        """Bytes of a piece of the chunk as a star of its own, at this layer or the next."""
+        variables, here = chunk.rows.shape[1:]
+        features = max(here, self.steps[chunk.layer + 1].features)
+        body = sum(map(size_of, chunk.pieces)) / max(1, len(chunk))
+        return chunk.rows.element_size() * (variables + 1) * features + body
 
     def _follow(self, chunk: Chunk) -> _Followed:
         """What to follow of stars that arrive at a layer."""
@@ -323,10 +382,8 @@ class VertexEngine:
         rounding = 16 * variables * UNIT_ROUNDOFF * chunk.rows.abs().sum(1).index_select(1, live)
         tolerance = rounding.clamp(min=self.tolerances.sign)  # [S, L]
         lower, upper = (arrived.new_empty(size, len(live)) for _ in range(2))
-        shelf, pieces = Shelf(chunk.pieces), []
-        while shelf.groups:
-            part = shelf.take()
-            pieces.append(part)
+        pieces = chunk.parts(len(live))
+        for part in pieces:
             values = arrived.index_select(0, part.star) @ part.body.vertices.mT  # [S', L, K]
             lower.index_copy_(0, part.star, values.amin(2))
             upper.index_copy_(0, part.star, values.amax(2))
@@ -375,9 +432,10 @@ class VertexEngine:
         numbered = part.numbered(torch.arange(len(part), device=star.device))
         return Chunk(chunk.layer + 1, rows, slack, chunk.origin.index_select(0, star), (numbered,))
 
-    def finish(self, chunk: Chunk, record: RangeRecord) -> None:
+    def finish(self, chunk: Chunk, record: RangeRecord, clock: Clock = NO_LIMIT) -> None:  # noqa: ARG002
         """Take the output range of stars at the last layer into the record."""
-        for part in chunk.pieces:
+        wide = chunk.rows.shape[2]
+        for part in chunk.parts(wide):
             rows, origin = chunk.rows.index_select(0, part.star), chunk.origin.index_select(0, part.star)
             values = rows.mT.contiguous() @ part.body.vertices.mT  # [S', N, K]
             slack = chunk.slack.index_select(0, part.star) + part.drift * rows[:, 1:].abs().sum(1)
