@@ -122,12 +122,14 @@ def test_processes_send_the_stars_that_are_kept(forks: list[Any]) -> None:
 
 
 @needs_fork
-@pytest.mark.parametrize("budget", [tr.Budget(stars=100), tr.Budget(seconds=1), tr.Budget(memory=4e5)])
+@pytest.mark.parametrize("spent", ["stars", "seconds", "memory"])
 def test_a_budget_spent_in_processes_gives_a_valid_interval(
-    forks: list[Any], budget: tr.Budget, monkeypatch: pytest.MonkeyPatch
+    forks: list[Any], spent: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(frontier, "SPREAD", 1)
-    clock = NO_LIMIT if budget.seconds is None else expiring(20, in_worker)
+    if spent == "memory":
+        monkeypatch.setattr(frontier.Frontier, "_room", lambda _: 0.0 if in_worker() else 1e9)
+    clock = expiring(20, in_worker) if spent == "seconds" else NO_LIMIT
+    budget = tr.Budget(stars=100 if spent == "stars" else None)
     found = reach_within(clock, NETWORK, box(3), tr.Exact("vertices"), budget=budget)
     assert forks
     assert found.status == (tr.Status.BOUNDED,)
