@@ -101,7 +101,7 @@ def test_methods_agree_and_are_named_in_the_report(files, tmp_path):
         assert result.exit_code == 0
         last = result.stdout.strip().splitlines()
         assert any(line.startswith("certified: ") and "EXACT" in line for line in last)
-        assert any("branches" in line for line in last) == (method == "search")
+        assert any("branch" in line for line in last) == (method == "search")
         written = json.loads((folder / "report.json").read_text())
         assert written["settings"]["method"] == method
         assert written["discrepancy"]["stats"]["method"] == used

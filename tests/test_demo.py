@@ -34,7 +34,7 @@ def test_one_seed_gives_the_same_numbers_twice(monkeypatch, tmp_path):
     assert reports[0] == reports[1]
     names = {path.name for path in (tmp_path / "a" / "out").iterdir()}
     assert names == {
-        *("report.json", "report.html", "ranges.png", "repair.png"),
+        *("report.json", "report.csv", "report.html", "ranges.png", "repair.png"),
         *("original.onnx", "compressed.onnx", "repaired.onnx"),
     }
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "torchreach"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in FILES}
 
-BASE = {"clock", "errors", "masks", "tolerances", "options", "results"}
+BASE = {"clock", "errors", "masks", "tolerances", "options", "outward", "results", "terms"}
 ANALYSES = {
     "discrepancy",
     "discrepancy_loss",
@@ -30,7 +30,7 @@ ANALYSES = {
     "portfolio",
     "equivalence",
 }
-REPORTS = {"input_sets", "report", "page", "pictures", "verdict"}
+REPORTS = {"input_sets", "report", "page", "pictures", "provenance", "verdict"}
 FOLDERS = {"networks", "lp", "sets", "bounds", "search", "reach"}
 # What each group may import, itself aside. Any other top-level file belongs to the command line, which may
 # import everything and which nothing else imports.

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from torchreach import console as show
+from torchreach.deployed import rounds
 from torchreach.discrepancy import discrepancy
 from torchreach.errors import OptionError
 from torchreach.input_sets import InputSet
@@ -22,8 +24,10 @@ from torchreach.networks.eager_int8 import load_int8
 from torchreach.networks.load import load
 from torchreach.networks.save import check_target, onnx_bytes, save
 from torchreach.options import Budget, Exact, Search
+from torchreach.provenance import file_hashes
 from torchreach.report import NetworkInfo, Report, check_folder, render, write_files
 from torchreach.results import Discrepancy, RepairResult
+from torchreach.terms import Semantics
 from torchreach.verdict import State, compare_verdict, repair_verdict
 
 TARGET = 0.5  # factor of the first certified bound
@@ -242,18 +246,24 @@ def compare(
     report = Report(
         "compare",
         setup.command_line,
-        {role: NetworkInfo.of(str(path), networks[role]) for role, path in zip(networks, paths, strict=True)},
+        {
+            role: NetworkInfo.of(str(path), networks[role], sha256=file_hashes(path))
+            for role, path in zip(networks, paths, strict=True)
+        },
         inputs,
         compare_verdict(found, tolerance),
         found,
         evaluate(original, inputs.stars.center),
+        values={"compressed": at_witnesses(original, runs, found)},
         settings=setup.settings(tolerance=tolerance),
         seconds=time.monotonic() - setup.began,
     )
     show.print_line(setup.out, f"input set: {inputs.text}")
-    show.print_discrepancy(setup.out, found, inputs.labels)
+    show.print_discrepancy(setup.out, found, inputs.labels, tolerance=tolerance)
     if report.verdict.state is State.EXCEEDED:
-        _print_witness(setup, report, found, original, compressed)
+        star, output = report.verdict.witness
+        x = found.witness[star, output][None]
+        show.print_witness(setup.out, report, found, (evaluate(original, x, found)[0], evaluate(runs, x, found)[0]))
     finish(setup, report)
     return report.verdict.ok
 
@@ -282,10 +292,13 @@ def repair(
     names = {role: str(path) for role, path in zip(networks, paths, strict=True)}
     show.print_line(setup.out, f"input set: {inputs.text}")
     result = options.run(setup, networks["original"], networks["compressed"], inputs)
-    report = repair_report("repair", setup, options, networks, names, inputs, result)
-    show.print_comparison(setup.out, result.before, result.after, inputs.labels)
+    hashes = {role: file_hashes(path) for role, path in zip(networks, paths, strict=True)}
     if saved is not None:
         save(load(result.network).cpu(), saved, inputs.stars.shape)
+        hashes["repaired"] = file_hashes(saved)
+    report = repair_report("repair", setup, options, networks, names, inputs, result, hashes)
+    show.print_comparison(setup.out, result.before, result.after, inputs.labels)
+    if saved is not None:
         show.print_line(setup.out, f"repaired network: {saved}")
     finish(setup, report)
     return report.verdict.ok
@@ -308,13 +321,14 @@ def demo(setup: Setup, options: RepairSetup, digits: DemoSetup) -> bool:
         show.print_line(setup.out, f"{role + ':':<12}{name}, test accuracy {100 * right[role]:.2f} %")
     show.print_line(setup.out, f"input set:  {inputs.text}")
     result = options.run(setup, original, compressed, inputs, lambda network: parts.accuracy(network, data))
-    report = repair_report("demo", setup, options, networks, names, inputs, result, right, **digits.settings())
+    chains = {**networks, "repaired": result.network}
+    files = {f"{role}.onnx": onnx_bytes(load(network), inputs.stars.shape) for role, network in chains.items()}
+    hashes = {role: {name: sha256(data).hexdigest()} for role, (name, data) in zip(chains, files.items(), strict=True)}
+    report = repair_report("demo", setup, options, networks, names, inputs, result, hashes, right, **digits.settings())
     show.print_discrepancy(setup.out, result.before, inputs.labels, "before repair")
     show.print_comparison(setup.out, result.before, result.after, inputs.labels)
     accuracy = report.networks["repaired"].accuracy or 0.0
     show.print_line(setup.out, f"{'repaired:':<12}test accuracy {100 * accuracy:.2f} %")
-    chains = {**networks, "repaired": result.network}
-    files = {f"{role}.onnx": onnx_bytes(load(network), inputs.stars.shape) for role, network in chains.items()}
     finish(setup, report, files)
     return report.verdict.ok
 
@@ -327,15 +341,19 @@ def repair_report(
     names: Mapping[str, str],
     inputs: InputSet,
     result: RepairResult,
+    hashes: Mapping[str, Mapping[str, str]],
     accuracy: Mapping[str, float] | None = None,
     **settings: Any,
 ) -> Report:
     """Report of a repair of networks["compressed"] against networks["original"]."""
     known = accuracy or {}
-    described = {role: NetworkInfo.of(names[role], network, known.get(role)) for role, network in networks.items()}
+    described = {
+        role: NetworkInfo.of(names[role], network, known.get(role), hashes.get(role))
+        for role, network in networks.items()
+    }
     kept = result.history[result.index]
-    rounds = f"iteration {kept.iteration} of {result.history[-1].iteration}"
-    described["repaired"] = NetworkInfo.of(rounds, result.network, kept.accuracy)
+    which = f"iteration {kept.iteration} of {result.history[-1].iteration}"
+    described["repaired"] = NetworkInfo.of(which, result.network, kept.accuracy, hashes.get("repaired"))
     return Report(
         command,
         setup.command_line,
@@ -344,6 +362,13 @@ def repair_report(
         repair_verdict(result, options.wanted(result.before)),
         result.before,
         evaluate(networks["original"], inputs.stars.center),
+        values={
+            role: at_witnesses(networks["original"], network, found)
+            for role, network, found in (
+                ("compressed", networks["compressed"], result.before),
+                ("repaired", result.network, result.after),
+            )
+        },
         repaired=result,
         settings=setup.settings(**options.settings(), target_bound=options.wanted(result.before), **settings),
         seconds=time.monotonic() - setup.began,
@@ -358,18 +383,30 @@ def finish(setup: Setup, report: Report, files: Mapping[str, bytes] | None = Non
     show.print_verdict(setup.out, report.verdict)
 
 
-def evaluate(network: nn.Module, x: Tensor) -> Tensor:
-    """The network's outputs at x [B, *shape], in float64: close to what the certificate speaks of."""
+def evaluate(network: nn.Module, x: Tensor, found: Discrepancy | None = None) -> Tensor:
+    """The network's outputs [B, N] at x [B, *shape], in float64.
+
+    Of a float64 copy, close to what a certificate of real arithmetic speaks of; where `found` speaks of a network as
+    it is executed, of that network itself.
+    """
+    parameter = next(network.parameters(), None)
+    half = parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16)
+    single = found is not None and found.semantics is Semantics.FLOAT32
+    executed = found is not None and (half or single or rounds(network, None if x.ndim == 2 else tuple(x.shape[1:])))
     with torch.no_grad():
+        if executed:
+            return network(x.to(torch.float32 if parameter is None else parameter.dtype)).double()
         return copy.deepcopy(network).to(x.device, torch.float64).eval()(x.double())
 
 
-def _print_witness(
-    setup: Setup, report: Report, found: Discrepancy, original: nn.Module, compressed: nn.Module
-) -> None:
-    star, output = report.verdict.witness
-    x = found.witness[star, output][None]
-    show.print_witness(setup.out, report, found, (evaluate(original, x)[0], evaluate(compressed, x)[0]))
+def at_witnesses(original: nn.Module, compressed: nn.Module, found: Discrepancy) -> tuple[Tensor, Tensor]:
+    """y1 and y2, [S, N] each: output n at the witness of output n."""
+    both = (
+        torch.stack([evaluate(network, x, found).diagonal() for x in found.witness])
+        for network in (original, compressed)
+    )
+    first, second = both
+    return first, second
 
 
 def _bytes(text: str) -> int:

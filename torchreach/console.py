@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.status import Status as Line
@@ -12,9 +13,13 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from torchreach.report import Report
-from torchreach.results import Discrepancy, Progress, RepairStep, Status
-from torchreach.verdict import State, Verdict, at_least, at_most
+from torchreach.outward import at_most, counted, span
+from torchreach.results import Discrepancy, Progress, RepairStep
+from torchreach.terms import Kernels, Status
+from torchreach.verdict import Verdict, open_reasons, star_status, uncovered, work, worst_first
+
+if TYPE_CHECKING:
+    from torchreach.report import Report
 
 MOST_TABLES = 3  # with more input stars than this, one table with a row for each
 MOST_ROWS = 20
@@ -35,7 +40,8 @@ class Live:
         """Progress of a repair: its last evaluation."""
         bound = at_most(float(step.discrepancy.upper.max()), 4)
         accuracy = "" if step.accuracy is None else f", accuracy {100 * step.accuracy:.1f} %"
-        self.line.update(f"{self.what}: iteration {step.iteration}, certified max |y1 - y2| <= {bound}{accuracy}")
+        claim = step.discrepancy.claim
+        self.line.update(f"{self.what}: iteration {step.iteration}, {claim} max |y1 - y2| <= {bound}{accuracy}")
 
 
 @contextmanager
@@ -49,37 +55,66 @@ def live(console: Console, what: str) -> Iterator[Live | None]:
 
 
 def progress_line(progress: Progress) -> str:
-    """Stars done and open, and the interval certified so far around max |y1 - y2|."""
+    """Work done and open, and the interval so far around max |y1 - y2|."""
     attained = max(float(progress.attained_upper.max()), -float(progress.attained_lower.min()), 0.0)
     bound = max(float(progress.upper.max()), -float(progress.lower.min()))
     return (
-        f"{progress.done:,} stars done, {progress.open:,} open, "
-        f"max |y1 - y2| in {at_least(attained, 4)} .. {at_most(bound, 4)}, {progress.seconds:.1f} s"
+        f"{counted(progress.done, progress.unit)} done, {progress.open:,} open, "
+        f"max |y1 - y2| in {span(attained, bound, 4)}, {progress.seconds:.1f} s"
     )
 
 
-def print_discrepancy(console: Console, found: Discrepancy, labels: tuple[str, ...], title: str = "") -> None:
-    """A table per input star, or one for all where there are many."""
+def print_discrepancy(
+    console: Console,
+    found: Discrepancy,
+    labels: tuple[str, ...],
+    title: str = "",
+    tolerance: float | None = None,
+) -> None:
+    """A table per input star, or one for all where there are many, the worst first; then what it speaks of."""
     if title:
         console.print(Text(title, style="bold"))
     if len(labels) > MOST_TABLES:
-        console.print(_summary(found, labels))
-        return
-    for s, label in enumerate(labels):
-        console.print(_star_table(found, s, label))
+        console.print(_summary(found, labels, tolerance))
+    else:
+        for s, label in enumerate(labels):
+            console.print(_star_table(found, s, label, tolerance))
+    print_reading(console, found)
+
+
+def print_reading(console: Console, found: Discrepancy) -> None:
+    """Semantics, kernels and layers that are not covered, why work ended early, and what work was done."""
+    lines = {"semantics": f"{found.semantics}: {found.semantics.meaning}"}
+    if found.kernels is not Kernels.NONE:
+        lines["kernels"] = f"{found.kernels}: {found.kernels.meaning}"
+    if found.uncovered:
+        lines["not covered"] = uncovered(found)
+    for reason, number in open_reasons(found).items():
+        lines[f"{reason}"] = f"on {counted(number, 'star')}, {reason.meaning}; {reason.cure}"
+    lines["work"] = work(found)
+    if found.stats.fallback:
+        lines["no search"] = found.stats.fallback
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, text in lines.items():
+        table.add_row(name, Text(text))
+    console.print(table)
 
 
 def print_comparison(console: Console, before: Discrepancy, after: Discrepancy, labels: tuple[str, ...]) -> None:
-    """Per input star: the certified bound before and after repair."""
-    console.print(Text("certified bound on max |y1 - y2|, before and after repair", style="bold"))
+    """Per input star: the upper bound before and after repair."""
+    claim = after.claim if before.claim == after.claim else "computed"
+    console.print(Text(f"{claim} bound on max |y1 - y2|, before and after repair", style="bold"))
     table = _table("input star", "before", "after", "ratio", "status")
-    for s, label in enumerate(labels[:MOST_ROWS]):
+    for s in worst_first(after.max_lower, after.max_upper, None)[:MOST_ROWS]:
         old, new = float(before.max_upper[s]), float(after.max_upper[s])
         factor = at_most(new / old, 3) if old > 0 else "-"
-        table.add_row(Text(label), at_most(old), at_most(new), factor, after.status[s].name)
+        table.add_row(Text(labels[s]), at_most(old), at_most(new), factor, star_status(after, s))
     if len(labels) > MOST_ROWS:
-        table.caption = f"the first {MOST_ROWS} of {len(labels)} stars; --output writes all"
+        table.caption = f"the {MOST_ROWS} largest of {len(labels)} stars; --output writes all"
     console.print(table)
+    print_reading(console, after)
 
 
 def print_line(console: Console, text: str) -> None:
@@ -89,7 +124,7 @@ def print_line(console: Console, text: str) -> None:
 
 def print_verdict(console: Console, verdict: Verdict) -> None:
     """The answer in one line, unwrapped, so that it can be searched for."""
-    color = "green" if verdict.ok else "yellow" if verdict.state is State.UNDECIDED else "red"
+    color = "green" if verdict.ok else "yellow" if verdict.open else "red"
     console.print(Text(verdict.text, style=f"bold {color}"), soft_wrap=True)
 
 
@@ -102,35 +137,26 @@ def print_witness(console: Console, report: Report, found: Discrepancy, values: 
         print_line(console, f"  {name} = {_vector(value)}")
 
 
-def _star_table(found: Discrepancy, s: int, label: str) -> Table:
-    table = _table("output", "max |y1 - y2| in", "y1 - y2 in", title=f"{label} ({found.status[s].name})")
-    count = found.lower.shape[1]
-    order = found.upper[s].argsort(descending=True, stable=True)[:MOST_ROWS].sort().values.tolist()
-    for n in order:
-        signed = f"{at_least(float(found.range_lower[s, n]))} .. {at_most(float(found.range_upper[s, n]))}"
-        table.add_row(str(n), _span(float(found.lower[s, n]), float(found.upper[s, n])), signed)
-    if count > MOST_ROWS:
-        table.caption = f"the {MOST_ROWS} largest of {count} outputs; --output writes all"
+def _star_table(found: Discrepancy, s: int, label: str, tolerance: float | None) -> Table:
+    table = _table("output", "max |y1 - y2| in", "y1 - y2 in", title=f"{label} ({star_status(found, s)})")
+    for n in worst_first(found.lower[s], found.upper[s], tolerance)[:MOST_ROWS]:
+        signed = span(float(found.range_lower[s, n]), float(found.range_upper[s, n]))
+        table.add_row(str(n), span(float(found.lower[s, n]), float(found.upper[s, n])), signed)
+    if found.lower.shape[1] > MOST_ROWS:
+        table.caption = f"the {MOST_ROWS} largest of {found.lower.shape[1]} outputs; --output writes all"
     return table
 
 
-def _summary(found: Discrepancy, labels: tuple[str, ...]) -> Table:
+def _summary(found: Discrepancy, labels: tuple[str, ...], tolerance: float | None) -> Table:
     table = _table("input star", "max |y1 - y2| in", "at output", "status")
     worst = found.upper.argmax(1).tolist()
-    for s, label in enumerate(labels[:MOST_ROWS]):
-        table.add_row(Text(label), _interval(found, s), str(worst[s]), found.status[s].name)
+    for s in worst_first(found.max_lower, found.max_upper, tolerance)[:MOST_ROWS]:
+        interval = span(float(found.max_lower[s]), float(found.max_upper[s]))
+        table.add_row(Text(labels[s]), interval, str(worst[s]), star_status(found, s))
     if len(labels) > MOST_ROWS:
         open_ = sum(status is not Status.EXACT for status in found.status)
-        table.caption = f"the first {MOST_ROWS} of {len(labels)} stars ({open_} BOUNDED); --output writes all"
+        table.caption = f"the {MOST_ROWS} largest of {len(labels)} stars ({open_} BOUNDED); --output writes all"
     return table
-
-
-def _interval(found: Discrepancy, s: int) -> str:
-    return _span(float(found.max_lower[s]), float(found.max_upper[s]))
-
-
-def _span(lower: float, upper: float) -> str:
-    return f"{at_least(lower)} .. {at_most(upper)}"
 
 
 def _table(*columns: str, title: str | None = None) -> Table:

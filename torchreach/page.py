@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from torchreach.outward import at_least, at_most, counted, span
+from torchreach.provenance import bounds, stars_hash
+from torchreach.report import versions
 from torchreach.results import Discrepancy
-from torchreach.verdict import State, at_least, at_most, regions
+from torchreach.terms import Kernels, Status
+from torchreach.verdict import open_reasons, regions, star_status, uncovered, worst_first
 
 if TYPE_CHECKING:
-    from torchreach.report import Report
+    from torchreach.report import Report, Values
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -38,41 +43,55 @@ pre { background: #f4f5f7; border: 1px solid #e1e5ea; border-radius: 6px; paddin
   overflow-wrap: anywhere;
   font: .88rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
 details { margin: .5rem 0; } summary { cursor: pointer; color: #33567a; }
+details details, details > p, details > .scroll { margin-left: .8rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.2rem; margin: .6rem 0; font-size: .92rem; }
+dt { color: #52606d; font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
+code { font: .85em ui-monospace, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 footer { margin-top: 2.5rem; color: #6b7785; font-size: .85rem; }
+@media (max-width: 34rem) {
+  main { margin: 0; padding: 1rem .8rem 1.5rem; border: 0; border-radius: 0; } h1 { font-size: 1.2rem; }
+  h1 small { display: block; } dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; }
+  table { font-size: .8rem; } th, td { padding: .3rem .25rem; white-space: normal; }
+  td.wrap { min-width: 6rem; } figure img { width: 46rem; max-width: none; }
+  details details, details > p, details > .scroll { margin-left: 0; }
+}
 """
-_MOST_STARS = 200
+_OPEN, _MOST = 20, 200  # rows that are shown at once, and at all
+_FEW_INPUTS = 16
 _TITLES = {
     "compare": "Comparison of two networks",
     "repair": "Repair of a compressed network",
     "demo": "Compression and repair of a digit classifier",
 }
 _CAPTIONS = {
-    "ranges.png": "Per output: the original network's score at the centre of the input set (number below), and the "
-    "certified range of the other network's deviation y2 − y1 from it, over the whole set (bar).",
-    "repair.png": "Certified discrepancy, and accuracy where a test set is known, at each repair iteration. "
+    "ranges.png": "Per output: the range of the difference y1 − y2, original minus {other}, over the whole set (bar); "
+    "the number below is the original's score at the centre of the set.",
+    "repair.png": "Upper bound of the discrepancy, and accuracy where a test set is known, at each repair iteration. "
     "Iteration 0 is the compressed network as given.",
 }
 
 
 def html_page(report: Report, pictures: Mapping[str, bytes]) -> str:
     """The page. `pictures`: PNG contents by name, shown in order."""
-    title = _TITLES[report.command]
     body = [
-        f"<h1>{title} <small>torchreach</small></h1>",
+        f"<h1>{_TITLES[report.command]} <small>torchreach</small></h1>",
         _verdict(report),
         f"<p>{_meaning(report)}</p>",
+        _reading(report.answer),
         "<h2>Networks</h2>",
         _networks(report),
-        "<h2>Certified discrepancy per input star</h2>",
+        "<h2>Per input star</h2>",
         _stars(report),
-        *(_figure(name, data) for name, data in pictures.items()),
+        *(_figure(report, name, data) for name, data in pictures.items()),
         "<h2>Every output</h2>",
-        *_outputs(report),
+        _outputs(report),
         "<h2>How it was computed</h2>",
         _work(report),
+        "<h2>What this page is about</h2>",
+        _identity(report),
         "<h2>Run it again</h2>",
         f"<pre>{escape(report.command_line)}</pre>",
-        _footer(report),
+        "<footer>All numbers and witnesses are in report.json; report.csv has a row per star and output.</footer>",
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -84,22 +103,45 @@ def html_page(report: Report, pictures: Mapping[str, bytes]) -> str:
 
 def _verdict(report: Report) -> str:
     verdict = report.verdict
-    kind = "good" if verdict.ok else "open" if verdict.state is State.UNDECIDED else "bad"
+    kind = "good" if verdict.ok else "open" if verdict.open else "bad"
     head, _, rest = verdict.text.partition(": ")
     return f'<div class="verdict {kind}"><b>{escape(head)}</b>{escape(rest)}</div>'
 
 
 def _meaning(report: Report) -> str:
-    other = "repaired" if report.repaired else "compressed"
-    return (
-        f"y1 is the output of the original network, y2 that of the {other} one. The input set is "
-        f"<b>{escape(report.inputs.text)}</b>. For <b>every</b> input of the set, not for a sample, |y1 − y2| is at "
-        "most the upper end of each interval below; the lower end is attained at an input that was found and "
-        "evaluated. Where the status is EXACT every linear region of the pair was enumerated and both ends meet up to "
-        "rounding; where it is BOUNDED the analysis was stopped early and the interval is valid but wider. The numbers "
-        "speak of the networks' weights as they are stored, in exact real arithmetic; rounding inside a floating-point "
-        "or integer forward pass comes on top."
+    found = report.answer
+    start = (
+        f"y1 is the output of the original network, y2 that of the {_other(report)} one. The input set is "
+        f"<b>{escape(report.inputs.text)}</b>. "
     )
+    attained = "; the lower end is attained at an input that was found and evaluated."
+    if found.uncovered:
+        why = f"The upper end of each interval below holds for {found.kernels} alone: {uncovered(found)}"
+        return start + escape(why) + attained
+    return (
+        start + "For <b>every</b> input of the set, not for a sample, |y1 − y2| is at most the upper end of each "
+        "interval below" + attained
+    )
+
+
+def _other(report: Report) -> str:
+    return "compressed" if report.repaired is None else "repaired"
+
+
+def _reading(found: Discrepancy) -> str:
+    """What the numbers speak of, and why work ended where they are not exact: from typed fields alone."""
+    rows = {"semantics": f"{found.semantics}: {found.semantics.meaning}"}
+    if found.kernels is not Kernels.NONE:
+        rows["kernels"] = f"{found.kernels}: {found.kernels.meaning}"
+    if found.uncovered:
+        rows["not covered"] = uncovered(found)
+    for status in Status:
+        number = found.status.count(status)
+        if number:
+            rows[status.name] = f"{counted(number, 'star')}: {status.meaning}"
+    for reason, number in open_reasons(found).items():
+        rows[f"ended: {reason}"] = f"{counted(number, 'star')}: {reason.meaning}; {reason.cure}"
+    return _list({name: escape(text) for name, text in rows.items()})
 
 
 def _networks(report: Report) -> str:
@@ -129,72 +171,121 @@ def _architecture(layers: tuple[str, ...]) -> str:
 
 
 def _stars(report: Report) -> str:
-    found, rows = report.found, []
+    found, answer = report.found, report.answer
     if report.repaired is None:
-        head = ["input star", "max |y1 − y2|: attained", "certified ≤", "status"]
+        head = ["input star", "max |y1 − y2|: attained", f"{found.claim} ≤", "status"]
     else:
-        head = ["input star", "before: certified ≤", "status", "after: certified ≤", "status", "after / before"]
-    for s, label in enumerate(report.inputs.labels[:_MOST_STARS]):
-        old, status = float(found.max_upper[s]), found.status[s].name
-        row = [escape(label), at_most(old), status]
+        head = [
+            "input star",
+            f"before: {found.claim} ≤",
+            "status",
+            f"after: {answer.claim} ≤",
+            "status",
+            "after / before",
+        ]
+    rows = []
+    for s in _order(report):
+        old, status = float(found.max_upper[s]), escape(star_status(found, s))
+        row = [escape(report.inputs.labels[s]), at_most(old), status]
         if report.repaired is None:
             row.insert(1, at_least(float(found.max_lower[s])))
         else:
-            after = report.repaired.after
-            new = float(after.max_upper[s])
-            row += [at_most(new), after.status[s].name, at_most(new / old, 3) if old > 0 else "–"]
+            new = float(answer.max_upper[s])
+            row += [at_most(new), escape(star_status(answer, s)), at_most(new / old, 3) if old > 0 else "–"]
         rows.append(row)
-    left_out = len(report.inputs.labels) - len(rows)
-    return _table(head, rows) + (f"<p>{left_out} more stars in report.json.</p>" if left_out else "")
+    return _folded(head, rows, "star")
 
 
-def _outputs(report: Report) -> list[str]:
-    results = [("", report.found)]
-    if report.repaired is not None:
-        results = [("<p>before repair</p>", report.found), ("<p>after repair</p>", report.repaired.after)]
+def _order(report: Report) -> list[int]:
+    return worst_first(report.answer.max_lower, report.answer.max_upper, report.verdict.tolerance)
+
+
+def _outputs(report: Report) -> str:
+    boxes = bounds(report.inputs.stars)
     opened = " open" if len(report.inputs.labels) == 1 else ""
-    return [
-        f"<details{opened}><summary>{escape(label)}</summary>"
-        + "".join(title + _output_table(found, s) for title, found in results)
+    stars = [
+        f"<details{opened}><summary>{escape(report.inputs.labels[s])}</summary><p>{_box(boxes[s])}</p>"
+        + "".join(_output_table(report, role, s) for role in report.results)
         + "</details>"
-        for s, label in enumerate(report.inputs.labels[:_MOST_STARS])
+        for s in _order(report)[:_MOST]
     ]
+    rest = "".join(stars[_OPEN:])
+    more = f"<details><summary>{counted(len(stars) - _OPEN, 'more star')}</summary>{rest}</details>" if rest else ""
+    return "".join(stars[:_OPEN]) + more + _left_out(len(report.inputs.labels), "star")
 
 
-def _output_table(found: Discrepancy, s: int) -> str:
-    rows = [
-        [
+def _output_table(report: Report, role: str, s: int) -> str:
+    found, values = report.results[role], report.values.get(role)
+    head = ["output", "max |y1 − y2| in", "y1 − y2 in"] + ["y1 at its witness", "y2 there"] * (values is not None)
+    order = worst_first(found.lower[s], found.upper[s], report.verdict.tolerance)
+    rows = []
+    for n in order:
+        row = [
             str(n),
-            at_least(float(found.lower[s, n])),
-            at_most(float(found.upper[s, n])),
-            at_least(float(found.range_lower[s, n])),
-            at_most(float(found.range_upper[s, n])),
+            span(float(found.lower[s, n]), float(found.upper[s, n])),
+            span(float(found.range_lower[s, n]), float(found.range_upper[s, n])),
         ]
-        for n in range(found.lower.shape[1])
-    ]
-    return _table(["output", "|y1 − y2| attained", "|y1 − y2| certified ≤", "y1 − y2 ≥", "y1 − y2 ≤"], rows)
+        rows.append(row + _pair(values, s, n))
+    title = f"<p>{role} network</p>" if len(report.results) > 1 else ""
+    return title + _folded(head, rows, "output") + _witness(found, s, order[0])
+
+
+def _pair(values: Values | None, s: int, n: int) -> list[str]:
+    """y1 and y2, with so many decimals that their difference is seen to four digits."""
+    if values is None:
+        return []
+    y1, y2 = float(values[0][s, n]), float(values[1][s, n])
+    decimals = 9 if y1 == y2 else min(15, max(0, 3 - math.floor(math.log10(abs(y1 - y2)))))
+    return [f"{y:.{decimals}f}" for y in (y1, y2)]
+
+
+def _witness(found: Discrepancy, s: int, n: int) -> str:
+    x = found.witness[s, n].flatten().tolist()
+    if len(x) > _FEW_INPUTS:
+        return ""
+    return f"<p>witness of output {n}: x = <code>[{', '.join(f'{value:.9g}' for value in x)}]</code></p>"
+
+
+def _box(box: Mapping[str, Any]) -> str:
+    """Bounds of the inputs, short where they are uniform or many."""
+    low, high = box["lower"], box["upper"]
+    kind = "box" if box["is_the_set"] else "smallest box around the set"
+    if not isinstance(low, list) and not isinstance(high, list):
+        return f"{kind}: every input in [{low:.9g}, {high:.9g}]"
+    size = len(low) if isinstance(low, list) else len(high)
+    low, high = (end if isinstance(end, list) else [end] * size for end in (low, high))
+    varying = [i for i in range(size) if low[i] < high[i]]
+    if len(varying) > _FEW_INPUTS:
+        width = max(high[i] - low[i] for i in varying)
+        return f"{kind}: {len(varying)} of {size} inputs vary, in ranges up to {width:.6g} wide; bounds in report.json"
+    fixed = f"; the other {size - len(varying)} are fixed" if len(varying) < size else ""
+    return f"{kind}: " + ", ".join(f"x[{i}] in [{low[i]:.9g}, {high[i]:.9g}]" for i in varying) + fixed
 
 
 def _work(report: Report) -> str:
-    results = [("compressed", report.found)]
-    if report.repaired is not None:
-        results.append(("repaired", report.repaired.after))
-    rows = []
-    for name, found in results:
+    rows, notes = [], []
+    for role, found in report.results.items():
         stats = found.stats
-        count = regions(found)
+        pieces = regions(found)
         rows.append(
             [
-                name,
-                stats.method,
+                role,
+                escape(stats.method),
                 escape(stats.root_bounds),
-                "not all" if count is None else f"{count:,}",
+                "not all" if pieces is None else counted(pieces, found.semantics.piece),
                 f"{stats.splits:,}",
+                f"{stats.branches:,}",
                 f"{stats.linear_programs:,}",
+                f"{stats.output_programs:,}",
                 f"{stats.seconds:.2f} s",
             ]
         )
-    head = ["against the original", "engine", "root bounds", "regions", "splits", "linear programs", "time"]
+        if stats.fallback:
+            notes.append(f"<p>{role}: no branch and bound, {escape(stats.fallback)}.</p>")
+    head = [
+        *("against the original", "engine", "root bounds", "enumerated", "splits", "branches"),
+        *("linear programs", "of them for outputs", "time"),
+    ]
     layers = [
         [
             layer.name,
@@ -206,33 +297,63 @@ def _work(report: Report) -> str:
         ]
         for layer in report.found.stats.layers
     ]
-    detail = _table(["layer", "neurons", "stars", "splits", "linear programs", "pairs settled by test"], layers)
-    return _table(head, rows) + f"<details><summary>per layer, compressed network</summary>{detail}</details>"
+    detail = ""
+    if layers:
+        top = ["layer", "neurons", "stars", "splits", "linear programs", "pairs settled by test"]
+        detail = f"<details><summary>per layer, compressed network</summary>{_table(top, layers)}</details>"
+    return _table(head, rows) + "".join(notes) + detail
 
 
-def _footer(report: Report) -> str:
-    import torch
-
-    import torchreach
-
+def _identity(report: Report) -> str:
+    """Everything that says which networks, which set, which machine."""
     stars = report.inputs.stars
+    rows = {
+        f"SHA-256, {role}": "<br>".join(f"{escape(name)}: <code>{sha}</code>" for name, sha in network.sha256.items())
+        for role, network in report.networks.items()
+        if network.sha256
+    }
+    rows["SHA-256, input set"] = f"<code>{stars_hash(stars)}</code>"
+    rows["input set"] = (
+        f"{counted(len(stars), 'star')} of shape {list(stars.shape)}, {counted(stars.dim, 'variable')} each, "
+        f"{str(stars.dtype).removeprefix('torch.')} on {stars.device}"
+    )
+    rows["date"] = escape(report.date.isoformat(sep=" ", timespec="seconds"))
+    rows["machine"] = escape(report.machine.text)
+    if report.answer.kernels is not Kernels.NONE:
+        rows["int8 engine"] = escape(report.machine.engine)
+    rows["versions"] = escape(", ".join(f"{name} {version}" for name, version in versions().items()))
+    rows["seed"] = str(report.settings.get("seed", "0, fixed"))
+    rows["time"] = f"{report.seconds:.1f} s in all"
+    return _list(rows)
+
+
+def _figure(report: Report, name: str, data: bytes) -> str:
+    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    caption = _CAPTIONS[name].format(other=_other(report) if report.repaired is None else "the other network")
     return (
-        f"<footer>torchreach {torchreach.__version__}, torch {escape(torch.__version__)}, device {stars.device}, "
-        f"{str(stars.dtype).removeprefix('torch.')}; {report.seconds:.1f} s in all. "
-        "All numbers, with witnesses, are in report.json.</footer>"
+        f'<h2>{"Ranges" if name == "ranges.png" else "Repair"}</h2><figure><div class="scroll"><img '
+        f'alt="{escape(caption)}" src="{source}"></div><figcaption>{caption}</figcaption></figure>'
     )
 
 
-def _figure(name: str, data: bytes) -> str:
-    source = base64.b64encode(data).decode()
-    caption = _CAPTIONS[name]
-    return (
-        f'<h2>{"Ranges" if name == "ranges.png" else "Repair"}</h2><figure><img alt="{escape(caption)}" '
-        f'src="data:image/png;base64,{source}"><figcaption>{caption}</figcaption></figure>'
-    )
+def _list(rows: Mapping[str, str]) -> str:
+    return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{text}</dd>" for name, text in rows.items()) + "</dl>"
 
 
-def _table(head: list[str], rows: list[list[str]], wrap: tuple[int, ...] = ()) -> str:
+def _folded(head: list[str], rows: Sequence[list[str]], word: str) -> str:
+    """A table whose rows beyond `_OPEN` wait to be opened."""
+    rest = rows[_OPEN:_MOST]
+    more = ""
+    if rest:
+        more = f"<details><summary>{counted(len(rest), f'more {word}')}</summary>{_table(head, rest)}</details>"
+    return _table(head, rows[:_OPEN]) + more + _left_out(len(rows), word)
+
+
+def _left_out(number: int, word: str) -> str:
+    return f"<p>{counted(number - _MOST, f'more {word}')} in report.csv.</p>" if number > _MOST else ""
+
+
+def _table(head: list[str], rows: Sequence[list[str]], wrap: tuple[int, ...] = ()) -> str:
     top = "".join(f'<th class="left">{cell}</th>' if i in wrap else f"<th>{cell}</th>" for i, cell in enumerate(head))
     lines = (
         "".join(f'<td class="wrap">{c}</td>' if i in wrap else f"<td>{c}</td>" for i, c in enumerate(row))

@@ -8,66 +8,83 @@ History: certified discrepancy and accuracy over the repair.
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchreach.outward import at_most
 from torchreach.results import Discrepancy
-from torchreach.verdict import at_most
+from torchreach.verdict import worst_first
 
 if TYPE_CHECKING:
     from torchreach.report import Report
 
-ORIGINAL, BEFORE, AFTER, INK = "#222222", "#d9822b", "#2a7f62", "#444444"
+ORIGINAL, BEFORE, AFTER, LIMIT, INK = "#222222", "#d9822b", "#2a7f62", "#c0392b", "#444444"
 MOST_PANELS = 10
+TOO_FAR = 8.0  # a tolerance so many times the largest range would make all bars too thin to see
 
 
 def ranges_picture(report: Report) -> bytes:
-    """PNG: one panel per input star, at most ten: the first ones."""
+    """PNG: one panel per input star, at most ten: the worst ones, in their own order."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    panels = min(len(report.inputs.labels), MOST_PANELS)
-    columns = 1 if panels == 1 else 2
-    rows = -(-panels // columns)
-    figure = _figure(7.5 if columns == 1 else 11, 0.7 + 2.5 * rows)
-    results = [(report.found, BEFORE, -0.16 if report.repaired else 0.0)]
-    if report.repaired is not None:
-        results.append((report.repaired.after, AFTER, 0.16))
-    for s in range(panels):
-        axes = figure.add_subplot(rows, columns, s + 1)
-        _star_panel(axes, report, s, results)
-    handles: list[Any] = [Line2D([], [], color=ORIGINAL, lw=1.1, label="original network")]
-    names = ("compressed", "repaired") if report.repaired else ("compressed",)
-    for name, color in zip(names, (BEFORE, AFTER), strict=False):
-        handles.append(Patch(color=color, alpha=0.75, label=f"certified range of the {name} network"))
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    answer, asked = report.answer, report.verdict.tolerance
+    shown = sorted(worst_first(answer.max_lower, answer.max_upper, asked)[:MOST_PANELS])
+    columns = 1 if len(shown) == 1 else 2
+    rows = -(-len(shown) // columns)
+    figure = _figure(7.5 if columns == 1 else 11, 0.9 + 2.5 * rows)
+    colors = (BEFORE,) if report.repaired is None else (BEFORE, AFTER)
+    results = list(zip(report.results.values(), colors, strict=True))
+    drawn = asked is not None and asked <= TOO_FAR * _largest(answer, shown)
+    for i, s in enumerate(shown):
+        _star_panel(figure.add_subplot(rows, columns, i + 1), report, s, results, asked if drawn else None)
+    handles: list[Any] = [
+        Patch(color=color, alpha=0.8, label=f"{found.claim} range, {role} network")
+        for (role, found), color in zip(report.results.items(), colors, strict=True)
+    ]
+    if asked is not None:
+        word = "tolerance" if report.repaired is None else "target"
+        text = f"{word} ± {asked:.5g}" + ("" if drawn else ", beyond the scale")
+        handles.append(Line2D([], [], color=LIMIT, lw=1, ls="--", label=text))
+    figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)
     return _png(figure)
 
 
-def _star_panel(axes: Any, report: Report, s: int, results: list[tuple[Discrepancy, str, float]]) -> None:
+def _largest(found: Discrepancy, shown: list[int]) -> float:
+    upper = found.upper[shown]
+    return float(torch.where(upper.isfinite(), upper, 0.0).max())
+
+
+def _star_panel(
+    axes: Any, report: Report, s: int, results: Sequence[tuple[Discrepancy, str]], tolerance: float | None
+) -> None:
     score = report.scores[s].cpu().double()
     place = torch.arange(len(score), dtype=torch.float64)
-    width = 0.3 if len(results) > 1 else 0.5
+    width = 0.6 / len(results)
     notes = []
     axes.axhline(0, color=ORIGINAL, lw=1.1)
-    for found, color, shift in results:
-        # y1 - y2 in [low, high] puts y2 - y1 in [-high, -low]
+    for i, (found, color) in enumerate(results):
+        at = place + (i - (len(results) - 1) / 2) * 1.1 * width
         low, high = found.range_lower[s].cpu().double(), found.range_upper[s].cpu().double()
         known = low.isfinite() & high.isfinite()  # a spent budget may leave an end open
         low, high = torch.where(known, low, 0.0), torch.where(known, high, 0.0)
-        axes.bar(place + shift, high - low, width, bottom=-high, color=color, alpha=0.8, lw=0)
+        axes.bar(at, high - low, width, bottom=low, color=color, alpha=0.8, lw=0)
         # a range thinner than the pen still shows
-        axes.hlines(-(low + high) / 2, place + shift - width / 2, place + shift + width / 2, color, lw=1.2)
+        axes.hlines((low + high) / 2, at - width / 2, at + width / 2, color, lw=1.2)
         notes.append(at_most(float(found.upper[s].max()), 3))
     axes.use_sticky_edges = False  # bars that end away from zero need air beyond them
-    axes.set_title(f"{report.inputs.labels[s]}:  |y2 − y1| ≤ {' → '.join(notes)}", fontsize=9.5, loc="left")
+    if tolerance is not None:
+        for limit in (-tolerance, tolerance):
+            axes.axhline(limit, color=LIMIT, lw=1, ls="--")
+    axes.set_title(f"{report.inputs.labels[s]}:  |y1 − y2| ≤ {' → '.join(notes)}", fontsize=9.5, loc="left")
     if len(score) <= 20:
         axes.set_xticks(range(len(score)), [f"{n}\n{value:.3g}" for n, value in enumerate(score.tolist())])
-        axes.set_xlabel("output, and the original network's score y1", fontsize=8, labelpad=1)
+        axes.set_xlabel("output, and below it the original's score y1", fontsize=8, labelpad=1)
     else:
         axes.set_xlabel("output", fontsize=8, labelpad=1)
-    axes.set_ylabel("y2 − y1", fontsize=8, labelpad=1)
+    axes.set_ylabel("y1 − y2", fontsize=8, labelpad=1)
     _plain(axes)
     if report.inputs.picture_shape is not None:
         inset = axes.inset_axes((1.01, 0.35, 0.16, 0.6))
@@ -78,11 +95,11 @@ def _star_panel(axes: Any, report: Report, s: int, results: list[tuple[Discrepan
         moved = report.inputs.stars.basis[s, 1:].abs().sum(0).cpu().reshape(picture.shape) > 0
         at = moved.nonzero()
         if len(at) < moved.numel():
-            inset.scatter(at[:, 1], at[:, 0], marker="s", s=9, facecolors="none", edgecolors="#c0392b", lw=0.8)
+            inset.scatter(at[:, 1], at[:, 0], marker="s", s=9, facecolors="none", edgecolors=LIMIT, lw=0.8)
 
 
 def history_picture(report: Report) -> bytes:
-    """PNG: certified discrepancy per star and over all (left), accuracy (right), over the iterations."""
+    """PNG: upper bound of the discrepancy per star and over all (left), accuracy (right), over the iterations."""
     assert report.repaired is not None
     history = report.repaired.history
     steps = [step.iteration for step in history]
@@ -95,11 +112,12 @@ def history_picture(report: Report) -> bytes:
         axes.plot([], [], color=BEFORE, lw=0.8, label="each input star")
         axes.plot(steps, per_star.mean(1), color=ORIGINAL, lw=1.2, ls=":", label="mean over stars")
     axes.plot(steps, per_star.amax(1), color=AFTER, lw=2, marker="o", ms=4, label="largest")
-    axes.axhline(report.settings["target_bound"], color="#c0392b", lw=1, ls="--", label="target")
+    axes.axhline(report.settings["target_bound"], color=LIMIT, lw=1, ls="--", label="target")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("repair iteration")
-    axes.set_ylabel("certified max |y1 − y2|")
-    axes.set_title("Certified discrepancy", fontsize=10, loc="left")
+    claims = {step.discrepancy.claim for step in history}
+    axes.set_ylabel(f"{'certified' if claims == {'certified'} else 'computed'} bound on max |y1 − y2|")
+    axes.set_title("Discrepancy", fontsize=10, loc="left")
     axes.legend(frameon=False, fontsize=8)
     _plain(axes)
     _whole_ticks(axes)

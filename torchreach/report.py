@@ -6,12 +6,16 @@ equal. Written files appear all at once or not at all.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -21,34 +25,39 @@ from torch import Tensor, nn
 
 from torchreach.errors import OptionError
 from torchreach.input_sets import InputSet
+from torchreach.provenance import Machine, bounds, stars_hash
 from torchreach.results import Discrepancy, RepairResult, RepairStep
 from torchreach.verdict import Verdict, compare_verdict, regions
 
-SCHEMA = 1
-SEMANTICS = {
-    "float": "weights as they are stored, exact real arithmetic",
-    "weight-only": "weights on their grid, activations not rounded: exact real arithmetic",
-    "deployed int8": "activations rounded and clamped as int8 kernels execute them",
-}
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
 class NetworkInfo:
-    """A network as reports name it. `accuracy` in [0, 1] where a test set is known."""
+    """A network as reports name it. `accuracy` in [0, 1] where a test set is known.
+
+    sha256: of its files by their names, see `provenance.file_hashes`; empty where it was never in a file.
+    """
 
     name: str
     layers: tuple[str, ...]
     parameters: int
     nonzero: int
     accuracy: float | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
-    def of(name: str, network: nn.Module, accuracy: float | None = None) -> NetworkInfo:
+    def of(
+        name: str, network: nn.Module, accuracy: float | None = None, sha256: Mapping[str, str] | None = None
+    ) -> NetworkInfo:
         """Description of `network`, a flat chain of layers."""
         kinds = tuple(_layer_name(layer) for layer in network.children())
         values = [p.detach() for p in network.parameters()]
         nonzero = sum(int(v.count_nonzero()) for v in values)
-        return NetworkInfo(name, kinds, sum(v.numel() for v in values), nonzero, accuracy)
+        return NetworkInfo(name, kinds, sum(v.numel() for v in values), nonzero, accuracy, sha256 or {})
+
+
+Values = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,7 @@ class Report:
         networks: by role: "original", "compressed", and "repaired" after a repair.
         found: discrepancy of original and compressed (before any repair).
         scores: [S, N] outputs of the original at the centre of each star, for the pictures.
+        values: y1 and y2, [S, N] each, output n at the witness of output n; by "compressed" and "repaired".
         settings: what else was asked for (seed, target, budget, ...), JSON values only.
     """
 
@@ -70,28 +80,63 @@ class Report:
     verdict: Verdict
     found: Discrepancy
     scores: Tensor
+    values: Mapping[str, Values] = field(default_factory=dict)
     repaired: RepairResult | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    date: datetime = field(default_factory=lambda: datetime.now().astimezone())
+
+    @property
+    def results(self) -> dict[str, Discrepancy]:
+        """Each comparison with the original, by the role of the other network."""
+        after = {} if self.repaired is None else {"repaired": self.repaired.after}
+        return {"compressed": self.found, **after}
+
+    @property
+    def answer(self) -> Discrepancy:
+        """The comparison that the verdict speaks of."""
+        return self.found if self.repaired is None else self.repaired.after
+
+    @property
+    def machine(self) -> Machine:
+        """Where it was made."""
+        return Machine.here(self.inputs.stars.device)
+
+
+def versions() -> dict[str, str]:
+    """Of everything that computes."""
+    import torchreach
+
+    return {"torchreach": torchreach.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def report_dict(report: Report) -> dict[str, Any]:
     """The whole report as JSON values; see the module's first lines for "timings"."""
-    import torchreach
-
-    stars = report.inputs.stars
-    timings: dict[str, Any] = {"total": report.seconds, "discrepancy": report.found.stats.seconds}
+    stars, found = report.inputs.stars, report.answer
+    timings: dict[str, Any] = {
+        "date": report.date.isoformat(timespec="seconds"),
+        "threads": torch.get_num_threads(),
+        "total": report.seconds,
+        "discrepancy": report.found.stats.seconds,
+    }
     out: dict[str, Any] = {
         "schema": SCHEMA,
         "command": report.command,
         "command_line": report.command_line,
-        "versions": {"torchreach": torchreach.__version__, "torch": torch.__version__},
+        "versions": versions(),
+        "machine": asdict(report.machine),
         "device": str(stars.device),
         "dtype": str(stars.dtype).removeprefix("torch."),
-        "semantics": {"name": report.found.semantics, "meaning": SEMANTICS.get(report.found.semantics, "")},
+        "semantics": {"name": found.semantics, "meaning": found.semantics.meaning},
+        "kernels": {
+            "name": found.kernels,
+            "meaning": found.kernels.meaning,
+            "uncovered": list(found.uncovered),
+        },
         "verdict": {
             "state": report.verdict.state.value,
             "ok": report.verdict.ok,
+            "text": report.verdict.claim,
             "lower": report.verdict.lower,
             "upper": report.verdict.upper,
             "tolerance": report.verdict.tolerance,
@@ -102,6 +147,7 @@ def report_dict(report: Report) -> dict[str, Any]:
         "networks": {
             role: {
                 "name": n.name,
+                "sha256": dict(n.sha256),
                 "layers": list(n.layers),
                 "parameters": n.parameters,
                 "nonzero": n.nonzero,
@@ -116,8 +162,10 @@ def report_dict(report: Report) -> dict[str, Any]:
             "stars": len(stars),
             "shape": list(stars.shape),
             "variables": stars.dim,
+            "sha256": stars_hash(stars),
+            "bounds": bounds(stars),
         },
-        "discrepancy": discrepancy_dict(report.found, report.inputs.labels),
+        "discrepancy": discrepancy_dict(report.found, report.inputs.labels, report.values.get("compressed")),
     }
     if report.repaired is not None:
         history = report.repaired.history
@@ -126,19 +174,24 @@ def report_dict(report: Report) -> dict[str, Any]:
             "iterations": history[-1].iteration,
             "kept": report.repaired.index % len(history),
             "history": [_step_dict(step) for step in history],
-            "after": discrepancy_dict(report.repaired.after, report.inputs.labels),
+            "after": discrepancy_dict(report.repaired.after, report.inputs.labels, report.values.get("repaired")),
         }
         timings["repair"] = [step.seconds for step in history]
     out["timings"] = timings
     return out
 
 
-def discrepancy_dict(found: Discrepancy, labels: tuple[str, ...]) -> dict[str, Any]:
+def discrepancy_dict(found: Discrepancy, labels: tuple[str, ...], values: Values | None = None) -> dict[str, Any]:
     """A discrepancy as JSON values: per star the status and per output interval, range and witness."""
-    parts = [t.tolist() for t in (found.lower, found.upper, found.range_lower, found.range_upper)]
+    keys = ("lower", "upper", "range_lower", "range_upper", "y1", "y2")
+    ends = [t.tolist() for t in (found.lower, found.upper, found.range_lower, found.range_upper)]
+    blank = [[None] * found.lower.shape[1]] * len(labels)
+    parts = ends + ([blank, blank] if values is None else [t.tolist() for t in values])
     witness = found.witness.tolist()
-    keys = ("lower", "upper", "range_lower", "range_upper")
     return {
+        "semantics": found.semantics,
+        "kernels": found.kernels,
+        "uncovered": list(found.uncovered),
         "max_lower": float(found.lower.max()),
         "max_upper": float(found.upper.max()),
         "regions": regions(found),
@@ -146,6 +199,7 @@ def discrepancy_dict(found: Discrepancy, labels: tuple[str, ...]) -> dict[str, A
             {
                 "label": labels[s],
                 "status": status.value,
+                "reason": found.reasons[s] if found.reasons else None,
                 "max_lower": max(parts[0][s]),
                 "max_upper": max(parts[1][s]),
                 "outputs": [
@@ -160,7 +214,10 @@ def discrepancy_dict(found: Discrepancy, labels: tuple[str, ...]) -> dict[str, A
             "method": found.stats.method,
             "root_bounds": found.stats.root_bounds,
             "splits": found.stats.splits,
+            "branches": found.stats.branches,
             "linear_programs": found.stats.linear_programs,
+            "output_programs": found.stats.output_programs,
+            "fallback": found.stats.fallback,
             "layers": [
                 {
                     "name": layer.name,
@@ -184,22 +241,45 @@ def _step_dict(step: RepairStep) -> dict[str, Any]:
         "max_upper": whole.upper,
         "max_upper_per_star": step.discrepancy.max_upper.tolist(),
         "status": [status.value for status in step.discrepancy.status],
+        "reasons": list(step.discrepancy.reasons),
         "accuracy": step.accuracy,
         "loss": step.loss,
         "satisfied": step.satisfied,
     }
 
 
+def table(values: Mapping[str, Any]) -> str:
+    """CSV of `report_dict`: a row per network, star and output; an end that is not known is empty."""
+    numbers = ("lower", "upper", "range_lower", "range_upper", "y1", "y2")
+    head = ("network", "star", "label", "status", "reason", "output", *numbers)
+    results = {"compressed": values["discrepancy"]}
+    if "repair" in values:
+        results["repaired"] = values["repair"]["after"]
+    text = io.StringIO()
+    out = csv.writer(text, lineterminator="\n")
+    out.writerow(head)
+    for network, found in results.items():
+        for s, star in enumerate(found["stars"]):
+            first = (network, s, star["label"], star["status"], star["reason"])
+            out.writerows((*first, row["output"], *(row[key] for key in numbers)) for row in star["outputs"])
+    return text.getvalue()
+
+
 def render(report: Report) -> dict[str, bytes]:
-    """The report's files, by name: report.json, report.html, and the pictures it shows."""
+    """The report's files, by name: report.json, report.csv, report.html, and the pictures it shows."""
     from torchreach.page import html_page
     from torchreach.pictures import history_picture, ranges_picture
 
     pictures = {"ranges.png": ranges_picture(report)}
     if report.repaired is not None:
         pictures["repair.png"] = history_picture(report)
-    text = json.dumps(_finite(report_dict(report)), indent=1, allow_nan=False) + "\n"
-    return {"report.json": text.encode(), "report.html": html_page(report, pictures).encode(), **pictures}
+    values = _finite(report_dict(report))
+    texts = {
+        "report.json": json.dumps(values, indent=1, allow_nan=False) + "\n",
+        "report.csv": table(values),
+        "report.html": html_page(report, pictures),
+    }
+    return {**{name: text.encode() for name, text in texts.items()}, **pictures}
 
 
 def _finite(value: Any) -> Any:

@@ -1,11 +1,14 @@
 """What the analyses return: frozen values, one per verb. Nothing here computes.
 
+Values that hold tensors are compared by identity. Their `repr` is a summary of a few lines.
+
 Axis letters: S input stars, N output features.
 """
 
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -13,50 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from torchreach.outward import at_least, at_most, counted
+from torchreach.terms import Kernels, Reason, Semantics, Status
+
 if TYPE_CHECKING:
     from torchreach.sets.star import StarBatch
-
-
-class Status(enum.Enum):
-    """How an interval was obtained, per input star."""
-
-    EXACT = "exact"  # lower and upper meet, within 1e-6 (1 + magnitude) in float64, 1e-4 (1 + magnitude) in
-    # float32: every linear region was enumerated, or a search closed
-    BOUNDED = "bounded"  # the budget ended first, or numerical limits left a gap: certified but may be wide
-
-
-class Semantics(enum.StrEnum):
-    """Which reading of the compressed network a result speaks of (docs/certificates.md)."""
-
-    FLOAT = "float"  # real-valued function of the weights as they are stored
-    WEIGHT_ONLY = "weight-only"  # the same, of weights that lie on a grid
-    DEPLOYED_INT8 = "deployed int8"  # activations rounded and clamped as int8 kernels do
-    FLOAT16 = "as executed in float16"  # each layer's result rounded to the dtype, sums in float32
-    BFLOAT16 = "as executed in bfloat16"
-    FLOAT32 = "as executed in float32"
-
-
-class Kernels(enum.StrEnum):
-    """Which integer arithmetic a certificate of a deployed network covers."""
-
-    NONE = "no integer kernels"
-    EXACT = "exact integer sums"  # VNNI, ARM, GPU
-    SATURATING = "pairs of products saturated to int16"  # AVX2 without VNNI
-    ANY = "exact sums and saturating pairs"  # both: no pair can saturate, or the union was taken
-
-
-class Reason(enum.StrEnum):
-    """Why the work on a star ended."""
-
-    CLOSED = "closed"  # lower and upper meet
-    GAP = "gap"  # they are as close as was asked for
-    WITHIN = "within"  # the certificate is below the tolerance that was asked for
-    EXCEEDED = "exceeded"  # a witness exceeds it
-    BUDGET = "budget"  # seconds, stars or memory are spent
-    INTERRUPTED = "interrupted"  # Ctrl-C
-    ROUNDING = "rounding"  # what is left is rounding inside the deployed network
-    KERNEL_CODES = "kernel codes in doubt"  # a sum so near a threshold that kernels may give either code
-    NUMERICAL = "numerical limits"  # slivers, or linear programs that did not converge
 
 
 @dataclass(frozen=True)
@@ -101,12 +65,13 @@ class ReachStats:
         return sum(layer.linear_programs for layer in self.layers) + self.output_programs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Progress:
     """State of a running enumeration, handed to a `progress` callback.
 
     lower, upper: [S, N] certified range of the network's output (for a merged network: of y1 - y2) so far.
     attained_lower, attained_upper: [S, N] the part of it already met at points of the stars.
+    done, open: pieces of work, of the kind that `unit` names.
     """
 
     done: int
@@ -116,12 +81,13 @@ class Progress:
     attained_lower: Tensor
     attained_upper: Tensor
     seconds: float
+    unit: str = "star"  # or "branch", "cell"
 
 
 ProgressCallback = Callable[[Progress], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ReachResult:
     """Reach set of a network: the union of the output stars, and its certified range.
 
@@ -153,8 +119,19 @@ class ReachResult:
     def __len__(self) -> int:
         return int(self.count.sum())
 
+    def __repr__(self) -> str:
+        low, high = float(self.lower.min()), float(self.upper.max())
+        met_low, met_high = float(self.attained_lower.min()), float(self.attained_upper.max())
+        return _lines(
+            f"ReachResult: {_size(self.lower)}, {counted(len(self), 'output star')}",
+            f"outputs certified in {at_least(low)} .. {at_most(high)}, "
+            f"attained {at_most(met_low)} .. {at_least(met_high)}",
+            ended(self.status, self.reasons),
+            _took(self.stats),
+        )
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Discrepancy:
     """Certified discrepancy of two networks over input stars.
 
@@ -200,6 +177,26 @@ class Discrepancy:
         """Whether the certificate shows |y1 - y2| <= tolerance for every input of every star and output."""
         return bool((self.upper <= torch.as_tensor(tolerance, device=self.upper.device)).all())
 
+    @property
+    def covers(self) -> str:
+        """The semantics, and the kernels where there are any: "deployed int8, exact integer sums"."""
+        return self.semantics if self.kernels is Kernels.NONE else f"{self.semantics}, {self.kernels}"
+
+    @property
+    def claim(self) -> str:
+        """What the upper ends may be called: "certified", unless layers are uncovered."""
+        return "computed" if self.uncovered else "certified"
+
+    def __repr__(self) -> str:
+        low, high = float(self.lower.max()), float(self.upper.max())
+        return _lines(
+            f"Discrepancy: {_size(self.lower)}; {self.covers}",
+            f"max |y1 - y2|: {at_least(low)} attained, {at_most(high)} {self.claim}",
+            *([f"not covered: kernels of {', '.join(self.uncovered)}"] if self.uncovered else []),
+            ended(self.status, self.reasons),
+            _took(self.stats),
+        )
+
 
 class Answer(enum.Enum):
     """Answer to whether two networks are equivalent on an input star."""
@@ -209,7 +206,7 @@ class Answer(enum.Enum):
     UNKNOWN = "unknown"  # the budget ended first, or numerical limits left a gap
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Equivalence:
     """Whether two networks agree on input stars: to within `epsilon`, or in their label.
 
@@ -224,6 +221,7 @@ class Equivalence:
         epsilon: what was asked for; None where labels were.
         branches: bounds of sub-problems taken by searches.
         seconds: what it took.
+        semantics, kernels, uncovered, reasons: as of a `Discrepancy`.
     """
 
     answer: tuple[Answer, ...]
@@ -234,13 +232,31 @@ class Equivalence:
     epsilon: float | None
     branches: int
     seconds: float
+    semantics: Semantics = Semantics.FLOAT
+    kernels: Kernels = Kernels.NONE
+    uncovered: tuple[str, ...] = ()
+    reasons: tuple[Reason, ...] = ()
 
     def count(self, answer: Answer) -> int:
         """Number of stars with this answer."""
         return self.answer.count(answer)
 
+    def __repr__(self) -> str:
+        asked = "the same label" if self.epsilon is None else f"within {self.epsilon:g}"
+        what = "lead" if self.epsilon is None else "|y1 - y2|"
+        low, high = float(self.lower.max()), float(self.upper.max())
+        answers = ", ".join(f"{n:,} {answer.value}" for answer, n in Counter(self.answer).items())
+        kernels = "" if self.kernels is Kernels.NONE else f", {self.kernels}"
+        return _lines(
+            f"Equivalence ({asked}): {answers}; {self.semantics}{kernels}",
+            f"max {what}: {at_least(low)} attained, at most {at_most(high)}",
+            *([f"not covered: kernels of {', '.join(self.uncovered)}"] if self.uncovered else []),
+            _reasons(self.reasons),
+            f"{counted(self.branches, 'branch')}, {self.seconds:.2f} s",
+        )
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class RepairStep:
     """One iteration of the repair loop; iteration 0 is the compressed network as given."""
 
@@ -252,7 +268,7 @@ class RepairStep:
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RepairResult:
     """Outcome of `repair`.
 
@@ -283,3 +299,38 @@ class RepairResult:
     def accuracy(self) -> float | None:
         """Accuracy of `network`, where one was measured."""
         return self.history[self.index].accuracy
+
+    def __repr__(self) -> str:
+        before, after = float(self.before.upper.max()), float(self.after.upper.max())
+        accuracy = "" if self.accuracy is None else f", accuracy {100 * self.accuracy:.2f} %"
+        return _lines(
+            f"RepairResult: target {'met' if self.satisfied else 'missed'} after "
+            f"{counted(self.history[-1].iteration, 'iteration')}{accuracy}; {self.after.covers}",
+            f"max |y1 - y2|: {self.after.claim} {at_most(before)} before, {at_most(after)} after",
+            ended(self.after.status, self.after.reasons),
+        )
+
+
+def ended(status: tuple[Status, ...], reasons: tuple[Reason, ...]) -> str:
+    """Status of the stars, and why those that are not exact ended: "8 EXACT, 2 BOUNDED (budget 1, rounding 1)"."""
+    counts = Counter(status)
+    parts = [f"{counts[kind]:,} {kind.name}" for kind in Status if counts[kind]]
+    why = Counter(reason for kind, reason in zip(status, reasons, strict=False) if kind is not Status.EXACT)
+    return ", ".join(parts) + (f" ({_reasons(tuple(why.elements()))})" if why else "")
+
+
+def _reasons(reasons: tuple[Reason, ...]) -> str:
+    return ", ".join(f"{reason} {n:,}" for reason, n in Counter(reasons).items())
+
+
+def _size(values: Tensor) -> str:
+    stars, outputs = values.shape
+    return f"{counted(stars, 'star')}, {counted(outputs, 'output')}, {str(values.dtype).removeprefix('torch.')}"
+
+
+def _took(stats: ReachStats) -> str:
+    return f"{stats.method}, {stats.seconds:.2f} s"
+
+
+def _lines(first: str, *more: str) -> str:
+    return "\n".join([first, *(f"  {line}" for line in more if line)])
