@@ -25,6 +25,7 @@ ANALYSES = {
     "students",
     "deployed",
     "deployed_student",
+    "kernels",
     "star_search",
     "star_support",
     "portfolio",

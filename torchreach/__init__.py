@@ -6,7 +6,7 @@ Batched star-set reachability in PyTorch. See README.md for a tour.
 from torchreach.discrepancy import discrepancy
 from torchreach.discrepancy_loss import DiscrepancyLoss
 from torchreach.equivalence import equivalent
-from torchreach.errors import TorchreachError, UncalibratedWarning
+from torchreach.errors import KernelMismatchError, TorchreachError, UncalibratedWarning, UncoveredKernelsWarning
 from torchreach.lp.certify import Certification, certify
 from torchreach.lp.mixed_integer import MixedIntegerResult, mixed_integer_discrepancy
 from torchreach.networks.chain import weight_only
@@ -46,6 +46,7 @@ __all__ = [
     "DiscrepancyLoss",
     "Equivalence",
     "Exact",
+    "KernelMismatchError",
     "Kernels",
     "MergedLinear",
     "MergedNetwork",
@@ -67,6 +68,7 @@ __all__ = [
     "Tolerances",
     "TorchreachError",
     "UncalibratedWarning",
+    "UncoveredKernelsWarning",
     "certify",
     "discrepancy",
     "equivalent",

@@ -23,6 +23,7 @@ from torchreach.bounds.rounding import SINGLE, InputGrid, blank, relax, varying,
 from torchreach.bounds.zonotope import box_rows, zonotope_bounds
 from torchreach.clock import Clock
 from torchreach.errors import ShapeError, UnsupportedLayerError
+from torchreach.kernels import check_replay, coverage, executed
 from torchreach.networks.chain import chain
 from torchreach.networks.quantizer import Quantizer
 from torchreach.networks.steps import Step, steps
@@ -55,20 +56,28 @@ def rounds(network: nn.Module, input_shape: tuple[int, ...] | None) -> bool:
 
 @torch.no_grad()
 def deployed_discrepancy(
-    original: nn.Module, compressed: nn.Module, stars: StarBatch, budget: Budget, tolerance: float
+    original: nn.Module,
+    compressed: nn.Module,
+    stars: StarBatch,
+    budget: Budget,
+    tolerance: float,
+    kernels: str = "here",
 ) -> Discrepancy:
     """Certified interval around max |y1 - y2| per output and star, where one network or both round activations.
 
     budget: its seconds are shared by the stars; the rest of it does not apply. tolerance: an end of a range is
-    finished when it is known this well (absolute).
+    finished when it is known this well (absolute). kernels: one of `torchreach.kernels.CHOICES`.
 
     Raises: ShapeError: sizes that do not fit. UnsupportedLayerError, InvalidNetworkError as `chain`.
+    KernelMismatchError: a witness at which the module as given computes something else.
     """
     clock = Clock(budget.seconds)
-    first, second = (
-        steps(network, stars.shape, dtype=COMPUTE_DTYPE, device=stars.device, quantized=True)
+    both = [
+        executed(steps(network, stars.shape, dtype=COMPUTE_DTYPE, device=stars.device, quantized=True), kernels)
         for network in (original, compressed)
-    )
+    ]
+    modules = (original, compressed)
+    first, second = (network.steps for network in both)
     if first[-1].features != second[-1].features:
         raise ShapeError(
             f"networks must have equally many outputs: the original has {first[-1].features}, "
@@ -83,6 +92,8 @@ def deployed_discrepancy(
     for s in range(len(stars)):
         share = clock.part(budget.seconds and clock.left / (len(stars) - s))
         own1, own2, index = varying(first, second, low[s], high[s])
+        for network, own in zip(reversed(both) if swapped else both, (own1, own2), strict=True):
+            network.look_at(own, low[s][index], high[s][index])
         task = _Task(original, own1, own2, low[s], index, low[s][index], high[s][index], tolerance, share, stars.shape)
         if not bool(is_box[s]):
             task.points = stars.select([s]).sample(512)[0].flatten(1)[:, index].to(COMPUTE_DTYPE)
@@ -95,7 +106,11 @@ def deployed_discrepancy(
     witness = torch.stack([task.whole(task.witness) for task in found])
     if swapped:
         lower, upper, witness = (part.flip(1) for part in (lower, upper, witness))
-    return _result(stars, found, lower, upper, witness, clock.elapsed)
+    result = _result(stars, found, lower, upper, witness, clock.elapsed)
+    for module, network in zip(modules, both, strict=True):
+        check_replay(module, network, result.witness.flatten(0, 1))
+    covered, uncovered = coverage(*both)
+    return replace(result, kernels=covered, uncovered=uncovered)
 
 
 def _quantised(network: tuple[Step, ...]) -> bool:

@@ -16,6 +16,7 @@ from torch import nn
 
 from torchreach.deployed import deployed_discrepancy, rounds
 from torchreach.errors import OptionError
+from torchreach.kernels import CHOICES
 from torchreach.networks.quantized import is_weight_only
 from torchreach.options import Budget, Exact, Search
 from torchreach.portfolio import compare
@@ -38,6 +39,7 @@ def discrepancy(
     budget: Budget | None = None,
     tolerances: Tolerances | None = None,
     progress: ProgressCallback | None = None,
+    kernels: str = "here",
 ) -> Discrepancy:
     """Certified interval around max |y1 - y2| per output and input star, with witnesses.
 
@@ -54,6 +56,9 @@ def discrepancy(
             search ends when both ends of every range are known to 1e-6.
         budget: when to stop; a spent budget, or Ctrl-C, gives the interval so far.
         tolerances, progress: as in `reach`; for a search, `progress` counts branches in place of stars.
+        kernels: of a deployed network, whose integer arithmetic is covered: what "here" executes it on this machine,
+            "exact" sums, "saturating" pairs of products (x86 without VNNI), or the union of "any" of these. Where no
+            pair can leave int16 over the set these are all one, and `kernels` of the result says so.
 
     Guarantee: for every real input x of star s, |y1_n(x) - y2_n(x)| <= upper[s, n]; at witness[s, n] it is
     at least lower[s, n]. Both speak of the networks as real-valued functions of their weights; where a network
@@ -61,16 +66,21 @@ def discrepancy(
     the result says which: "float", "weight-only" (weights on a grid, activations real), or "deployed int8". A
     deployed network has a method of its own, so `method` and `progress` do not apply.
 
-    Raises: as `merge` and `reach`; OptionError: an unknown method, a negative tolerance, or a gap that is not positive.
+    Raises: as `merge` and `reach`; OptionError: an unknown method or kind of kernels, a negative tolerance, or a
+        gap that is not positive. KernelMismatchError: see `torchreach.kernels`.
+
+    Warns: UncoveredKernelsWarning: int8 kernels that add up in a way that is not known.
     """
     if tolerance is not None and not tolerance >= 0:
         raise OptionError(f"tolerance must be a number >= 0 or None, got {tolerance!r}")
+    if kernels not in CHOICES:
+        raise OptionError(f"kernels must be one of {', '.join(CHOICES)}, got {kernels!r}")
     if gap is not None and not gap > 0:
         raise OptionError(f"gap must be positive or None, got {gap!r}")
     shape = None if len(stars.shape) == 1 else stars.shape
     if rounds(original, shape) or rounds(compressed, shape):
         gap = (tolerances or Tolerances()).gap if gap is None else gap
-        return deployed_discrepancy(original, compressed, stars, budget or Budget(), gap)
+        return deployed_discrepancy(original, compressed, stars, budget or Budget(), gap, kernels)
     original, compressed = _one_dtype(original, compressed)
     if tolerance is not None:
         question = Question("largest", gap or min(1e-6, max(1e-9, 1e-3 * tolerance)), tolerance)

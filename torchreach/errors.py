@@ -37,3 +37,11 @@ class OptionError(TorchreachError):
 
 class UncalibratedWarning(UserWarning):
     """Activations of a deployed network have scale 1 and zero point 0: its scales were probably never calibrated."""
+
+
+class KernelMismatchError(TorchreachError):
+    """A deployed network as given computes something at a witness that its kernels were predicted not to compute."""
+
+
+class UncoveredKernelsWarning(UserWarning):
+    """Int8 layers add up products on this machine in a way that no bound here is known to cover; it names them."""

@@ -8,9 +8,9 @@ evaluate z = W x + b exactly, so a code is known only where z keeps away from th
     both                  256 u scale                        some kernels (onednn's, and fbgemm's for the input) add the
                                                              zero point in float32 before they round
 
-with u = 2^-24; nearer than that both codes are possible, and both are followed. This covers fbgemm and onednn as they
-execute on x86 with VNNI instructions; kernels without them may saturate sums of two products (AVX2, codes above 127),
-which no bound here covers.
+with u = 2^-24; nearer than that both codes are possible, and both are followed. Where pairs of products saturate in
+int16, `Step.sums` says what that takes off the sums (`networks.kernels`): exactly where the codes are known, else a
+range of it. A network that may be executed in several ways is followed through each.
 
     outputs(steps, values)     all outputs that codes at the input can lead to: exact but for the rows above
     relax(steps, low, high)    a ReLU network with bounded noise that contains the deployed network over a box:
@@ -64,9 +64,20 @@ def outputs(steps: tuple[Step, ...], values: Tensor, radius: Tensor | None = Non
 
     radius: [B, N_in] for all inputs within it of `values` instead, by interval arithmetic.
 
-    Guarantee: whatever kernel within `kernel_error` executes the steps, its output at point b lies in [low, high] of
-    some row with index b. low == high up to rounding wherever at most `APART` codes of each layer are in doubt.
+    Guarantee: whatever kernel within `kernel_error` executes the steps, in any of the ways of their sums, its output
+    at point b lies in [low, high] of some row with index b. low == high up to rounding wherever at most `APART` codes
+    of each layer are in doubt.
     """
+    found = [_outputs(steps, values, radius, way) for way in range(ways(steps))]
+    return found[0] if len(found) == 1 else tuple(torch.cat(part) for part in zip(*found, strict=True))  # type: ignore
+
+
+def ways(steps: tuple[Step, ...]) -> int:
+    """In how many ways the network may add up."""
+    return max((len(step.sums.pairings) for step in steps if step.sums is not None), default=1)
+
+
+def _outputs(steps: tuple[Step, ...], values: Tensor, radius: Tensor | None, way: int) -> tuple[Tensor, Tensor, Tensor]:
     index = torch.arange(len(values), device=values.device)
     middle, radius = values, torch.zeros_like(values) if radius is None else radius
     for step in steps:
@@ -80,6 +91,10 @@ def outputs(steps: tuple[Step, ...], values: Tensor, radius: Tensor | None = Non
         wide = (radius > 0).any(1).nonzero().flatten()
         if len(wide):
             spread[wide] += step.magnitude(radius[wide] * (1 + gamma))
+        lost = None if step.sums is None else step.sums.loss(way, middle - radius, middle + radius)
+        if lost is not None:
+            z = z + (lost[0] + lost[1]) / 2
+            spread = spread + (lost[1] - lost[0]) / 2 + gamma * (lost[0].abs() + lost[1].abs())
         spread = spread + kernel_error(step, z.abs() + spread, size)
         low, high = z - spread, z + spread
         if step.quantizer is not None:
@@ -187,12 +202,14 @@ class Relaxed:
 
     Its inputs are those of the network and then `extra` variables in [-1, 1], one for each input that the input
     quantiser rounds in more than one way.
+    saturable: names of layers in which a pair of products can leave int16 over the box, whichever engine pairs them.
     """
 
     steps: tuple[Step, ...]
     extra: int
     lowest: Tensor  # []
     highest: Tensor
+    saturable: tuple[str, ...]
 
 
 @torch.no_grad()
@@ -205,21 +222,29 @@ def relax(steps: tuple[Step, ...], lower: Tensor, upper: Tensor, grid: InputGrid
     Raises: UnsupportedLayerError: an affine step too large to be a matrix.
     """
     step, rest, size = _entry(steps, lower, upper, grid)
+    values = (lower, upper) if grid is None else tuple(grid.quantizer.value(code) for code in grid.codes(lower, upper))
+    saturable = []
     extra = step.in_shape[0] - len(lower)
     ones = lower.new_ones(extra)
     rows, slack = box_rows(torch.cat((lower, -ones))[None], torch.cat((upper, ones))[None])
     result: list[Step] = []
     while True:
+        if step.sums is not None and step.sums.saturates(*values):
+            saturable.append(step.sums.name)
+        step = _with_loss(step, *values)
         low, high = _range(*_mapped(step, rows, slack))
         last = not rest or (len(rest) == 1 and step.quantizer is not None and _is_identity(rest[0]))
-        step, size = _relaxed_step(step, low[0], high[0], size, last=last)
+        step, values = _relaxed_step(step, low[0], high[0], size, last=last)
+        size = torch.maximum(*(end.abs() for end in values))
         result.append(step)
         if last:
             quantizer = steps[-2].quantizer if rest else None
-            ends = [slack.new_tensor(end) for end in (-torch.inf, torch.inf)]
+            lowest, highest = (slack.new_tensor(end) for end in (-torch.inf, torch.inf))
             if quantizer is not None:
-                ends = [quantizer.value(slack.new_tensor(end)) for end in (quantizer.lowest, quantizer.highest)]
-            return Relaxed(tuple(result), extra, *ends)
+                lowest, highest = (
+                    quantizer.value(slack.new_tensor(end)) for end in (quantizer.lowest, quantizer.highest)
+                )
+            return Relaxed(tuple(result), extra, lowest, highest, tuple(saturable))
         rows, slack = _mapped(step, rows, slack)
         if step.relu is not None and bool(step.relu.any()):
             rows, slack = relu_band(rows, slack, *_range(rows, slack), step.relu)
@@ -267,17 +292,35 @@ def _entry(
     return step, list(steps[2:]), size.new_zeros(columns.shape[1])
 
 
-def _relaxed_step(step: Step, low: Tensor, high: Tensor, size: Tensor, *, last: bool) -> tuple[Step, Tensor]:
+def _with_loss(step: Step, low: Tensor, high: Tensor) -> Step:
+    """The step, for inputs in [low, high] [N_in], with what saturation may add to its sums as bias and noise."""
+    every = [] if step.sums is None else [
+        step.sums.loss(way, low[None], high[None]) for way in range(len(step.sums.pairings))
+    ]  # fmt: skip
+    step = replace(step, sums=None)
+    if all(lost is None for lost in every):
+        return step
+    none = torch.zeros_like(step.bias)[None]
+    least = torch.stack([none if lost is None else lost[0] for lost in every]).amin(0)[0]
+    most = torch.stack([none if lost is None else lost[1] for lost in every]).amax(0)[0]
+    middle, noise = (least + most) / 2, (most - least) / 2 + 4 * UNIT_ROUNDOFF * (least.abs() + most.abs())
+    size = step.bias_magnitude + middle.abs()
+    return replace(step, bias=step.bias + middle, bias_magnitude=size, noise=step.with_noise(noise))
+
+
+def _relaxed_step(
+    step: Step, low: Tensor, high: Tensor, size: Tensor, *, last: bool
+) -> tuple[Step, tuple[Tensor, Tensor]]:
     """The step, with z in [low, high] [N_out] and inputs |x| <= size, as affine, noise and ReLU.
 
     last: a quantiser here rounds the outputs; its clamp is left to `Relaxed`.
-    Returns also a bound on the activations.
+    Returns also the range of the activations.
     """
     kernel = kernel_error(step, torch.maximum(low.abs(), high.abs()), size[None])[0]
     noise = step.with_noise(kernel)
     largest = torch.maximum(low.abs(), high.abs()) + kernel
     if step.quantizer is None:
-        return replace(step, noise=noise), largest
+        return replace(step, noise=noise), (low - kernel, high + kernel)
     if last:
         # After the quantiser there is one product in float32.
         codes = step.quantizer.code_range(low - kernel, high + kernel, clamped=False)
@@ -289,7 +332,7 @@ def _relaxed_step(step: Step, low: Tensor, high: Tensor, size: Tensor, *, last: 
         shift, radius = _excess(step.quantizer, *ends, kernel)
         noise, relu = noise - kernel + radius, torch.full_like(low, fused, dtype=torch.bool)
     codes = step.quantizer.code_range(low - kernel, high + kernel)
-    largest = torch.maximum(*(step.quantizer.value(code).abs() for code in codes))
+    ends = (step.quantizer.value(codes[0]), step.quantizer.value(codes[1]))
     layer = step.block[0] if len(step.block) == 1 else None
     if not last and isinstance(layer, nn.Linear):
         # Where no threshold is crossed the neuron is a constant.
@@ -297,9 +340,9 @@ def _relaxed_step(step: Step, low: Tensor, high: Tensor, size: Tensor, *, last: 
         matrix = torch.where(constant[:, None], 0.0, layer.weight)
         bias = torch.where(constant, step.quantizer.value(codes[0]), step.bias + shift)
         noise = torch.where(constant, 0.0, noise)
-        return replace(_linear_step(step, matrix, bias, noise), relu=relu, quantizer=None), largest
+        return replace(_linear_step(step, matrix, bias, noise), relu=relu, quantizer=None), ends
     changed = {"bias": step.bias + shift, "bias_magnitude": step.bias_magnitude + shift.abs()}
-    return replace(step, noise=noise, relu=relu, quantizer=None, **changed), largest
+    return replace(step, noise=noise, relu=relu, quantizer=None, **changed), ends
 
 
 def with_inputs(steps: tuple[Step, ...], at: int, extra: int, size: Tensor) -> tuple[Step, ...]:
@@ -318,7 +361,8 @@ def restricted(steps: tuple[Step, ...], x: Tensor, free: Tensor, size: Tensor) -
     units[torch.arange(len(free), device=x.device), free] = 1
     bias = first.linear(fixed[None])[0] + first.bias
     matrix = first.linear(units).T.contiguous()
-    return (_linear_step(first, matrix, bias, _composed(first, size), _terms(first, size)), *steps[1:])
+    head = _linear_step(first, matrix, bias, _composed(first, size), _terms(first, size))
+    return (replace(head, sums=first.sums and first.sums.restricted(x, free)), *steps[1:])
 
 
 def varying(

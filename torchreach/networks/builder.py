@@ -16,7 +16,15 @@ from torch.nn.utils import prune
 
 from torchreach.errors import InvalidNetworkError, ShapeError, UncalibratedWarning, UnsupportedLayerError
 from torchreach.networks.arithmetic import Arithmetic
-from torchreach.networks.layers import AFFINE, PASS_THROUGH, RESHAPING, ElementwiseAffine, MergedAffine, Reshape
+from torchreach.networks.layers import (
+    AFFINE,
+    PASS_THROUGH,
+    RESHAPING,
+    ElementwiseAffine,
+    MergedAffine,
+    Reshape,
+    fan_in,
+)
 from torchreach.networks.quantizer import Quantizer
 
 Shape = tuple[int, ...]
@@ -115,7 +123,7 @@ class ChainBuilder:
             self._advance(layer, name)
             self.layers.append(layer)
             if self.codes is not None and isinstance(layer, nn.AvgPool1d | nn.AvgPool2d):
-                self.layers.append(copy.deepcopy(self.codes))
+                self.layers.append(self.codes.of_means(pooled(layer)))
         self.position += 1
 
     def arithmetic(self, operation: str, operand: Tensor, name: str) -> None:
@@ -199,6 +207,17 @@ class ChainBuilder:
                 f"layer {self.position} ({name!r}, {type(layer).__name__}) does not accept inputs of shape "
                 f"{self.shape}: {reason}"
             ) from None
+
+
+def pooled(layer: nn.AvgPool1d | nn.AvgPool2d) -> int:
+    """How many numbers each mean of an average pooling is of; 0 where that depends on the place."""
+    override = getattr(layer, "divisor_override", None)
+    if override:
+        return int(override)
+    padded = any(part != 0 for part in (layer.padding if isinstance(layer.padding, tuple) else (layer.padding,)))
+    if layer.ceil_mode or (padded and not layer.count_include_pad):
+        return 0
+    return fan_in(layer)
 
 
 def _is_double(layer: nn.Module) -> bool:

@@ -4,11 +4,10 @@
     Linear, Conv (+ fused)   -> nn.Linear / nn.Conv on W = scale_w (q - zero_point_w), [nn.ReLU], Quantizer
     DeQuantize               -> nothing: a quantised tensor already stands for real numbers
 
-W is exact in float64. The kernels sum the integer products exactly and scale the sum in a few float32 operations
-before they round it: `Quantizer(arithmetic="integer")`. Padding of a convolution is the input's zero point, so it
-stands for zero. (With qnnpack packing the bias is rounded to the accumulator's grid as well, which this reading does
-not know; and processors without VNNI instructions saturate 16-bit partial sums, which torch's own `reduce_range`
-exists to avoid.)
+W is exact in float64. The kernels sum the integer products and scale the sum in a few float32 operations before they
+round it: `Quantizer(arithmetic="integer")`. Padding of a convolution is the input's zero point, so it stands for zero.
+What kernels do to the integers themselves (pairs that saturate in int16, biases in whole units) is read from
+`Quantizer.layer`, see `torchreach.networks.kernels`.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from torchreach.errors import InvalidNetworkError
 from torchreach.networks.builder import ChainBuilder, check_finite, linear_layer
+from torchreach.networks.kernels import IntegerLayer
 from torchreach.networks.quantizer import Quantizer
 
 # Codes of the dtypes that activations of static schemes have. (`reduce_range` narrows the calibrated scale only.)
@@ -53,7 +53,15 @@ def add_int8_module(builder: ChainBuilder, module: nn.Module, name: str) -> bool
 
 
 def quantize(
-    builder: ChainBuilder, name: str, scale: Any, zero_point: Any, lowest: int, highest: int, *, arithmetic: str
+    builder: ChainBuilder,
+    name: str,
+    scale: Any,
+    zero_point: Any,
+    lowest: int,
+    highest: int,
+    *,
+    arithmetic: str,
+    layer: IntegerLayer | None = None,
 ) -> None:
     """Adds a Quantizer of an activation, and notes a scale that was never calibrated."""
     scale, zero_point = torch.as_tensor(scale, dtype=torch.float64), torch.as_tensor(zero_point)
@@ -63,7 +71,13 @@ def quantize(
     if scale.numel() != 1 or zero_point.numel() != 1:
         builder.refuse(name, kind, f"activations must have one scale and zero point, got {scale.numel()} scales")
     quantizer = Quantizer(
-        scale.reshape(()), zero_point.reshape(()), int(lowest), int(highest), arithmetic=arithmetic, name=name
+        scale.reshape(()),
+        zero_point.reshape(()),
+        int(lowest),
+        int(highest),
+        arithmetic=arithmetic,
+        name=name,
+        layer=layer,
     )
     if float(quantizer.scale) == 1 and int(quantizer.zero_point) == 0:
         builder.uncalibrated.append(name)
@@ -89,29 +103,37 @@ def dequantize(builder: ChainBuilder, name: str) -> None:
 
 
 def int8_linear(
-    builder: ChainBuilder, name: str, weight: Tensor, bias: Tensor | None, scale: Any, zero_point: Any, relu: bool
+    builder: ChainBuilder,
+    name: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Any,
+    zero_point: Any,
+    relu: bool,
+    packed: Any,
 ) -> None:
-    """Adds a quantised linear layer with a packed weight."""
+    """Adds a quantised linear layer; `packed`: torch's packed parameters, which hold its weight and bias."""
     before = _input(builder, name, "quantised Linear")
     builder.codes = None
     layer = linear_layer(real_weight(builder, name, weight), None if bias is None else bias.detach().double())
     _append(builder, name, layer, relu)
-    _requantize(builder, name, scale, zero_point, before)
+    _requantize(builder, name, scale, zero_point, before, _integers(name, weight, bias, before, None, packed))
 
 
 def int8_convolution(
-    builder: ChainBuilder, name: str, module: Any, weight: Tensor, bias: Tensor | None, relu: bool
+    builder: ChainBuilder, name: str, module: Any, weight: Tensor, bias: Tensor | None, relu: bool, packed: Any
 ) -> None:
     """Adds a quantised convolution; `module` has its geometry, its scale and its zero point."""
     before = _input(builder, name, "quantised convolution")
     builder.codes = None
     if getattr(module, "padding_mode", "zeros") != "zeros":
         builder.refuse(name, "quantised convolution", f"padding_mode must be 'zeros', got {module.padding_mode!r}")
-    weight = real_weight(builder, name, weight)
+    real = real_weight(builder, name, weight)
     kind = nn.Conv1d if weight.ndim == 3 else nn.Conv2d
-    layer = convolution(kind, weight, bias, module.stride, module.padding, module.dilation, module.groups)
+    layer = convolution(kind, real, bias, module.stride, module.padding, module.dilation, module.groups)
     _append(builder, name, layer, relu)
-    _requantize(builder, name, module.scale, module.zero_point, before)
+    integers = _integers(name, weight, bias, before, layer, packed)
+    _requantize(builder, name, module.scale, module.zero_point, before, integers)
 
 
 def convolution(kind: Any, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> Any:
@@ -156,8 +178,34 @@ def _append(builder: ChainBuilder, name: str, layer: nn.Module, relu: bool) -> N
         builder.append(nn.ReLU(), name)
 
 
-def _requantize(builder: ChainBuilder, name: str, scale: Any, zero_point: Any, before: Quantizer) -> None:
-    quantize(builder, name, scale, zero_point, before.lowest, before.highest, arithmetic="integer")
+def _integers(
+    name: str, weight: Tensor, bias: Tensor | None, before: Quantizer, geometry: Any, packed: Any
+) -> IntegerLayer | None:
+    """The integers of a layer that reads codes of `before`; None for signed codes, whose kernels have exact sums."""
+    if before.lowest < 0:
+        return None
+    channels = weight.shape[0]
+    if weight.qscheme() in PER_TENSOR:
+        scale = torch.full((channels,), weight.q_scale(), dtype=torch.float64)
+    else:
+        scale = weight.q_per_channel_scales().double()
+    return IntegerLayer(
+        name,
+        weight.int_repr().to(torch.int64),
+        scale,
+        None if bias is None else bias.detach().double(),
+        float(before.scale),
+        int(before.zero_point),
+        before.highest,
+        geometry,
+        packed,
+    )
+
+
+def _requantize(
+    builder: ChainBuilder, name: str, scale: Any, zero_point: Any, before: Quantizer, layer: IntegerLayer | None
+) -> None:
+    quantize(builder, name, scale, zero_point, before.lowest, before.highest, arithmetic="integer", layer=layer)
     builder.codes = builder.layers[-1]  # type: ignore[assignment]
 
 
@@ -176,11 +224,12 @@ def _dequantize_module(builder: ChainBuilder, module: Any, name: str) -> None:  
 
 
 def _linear_module(builder: ChainBuilder, module: Any, name: str, relu: bool = False) -> None:
-    int8_linear(builder, name, module.weight(), module.bias(), module.scale, module.zero_point, relu)
+    packed = module._packed_params._packed_params
+    int8_linear(builder, name, module.weight(), module.bias(), module.scale, module.zero_point, relu, packed)
 
 
 def _convolution_module(builder: ChainBuilder, module: Any, name: str, relu: bool = False) -> None:
-    int8_convolution(builder, name, module, module.weight(), module.bias(), relu)
+    int8_convolution(builder, name, module, module.weight(), module.bias(), relu, module._packed_params)
 
 
 def _linear_relu_module(builder: ChainBuilder, module: Any, name: str) -> None:

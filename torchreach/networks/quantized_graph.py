@@ -130,7 +130,7 @@ def _dequantize(builder: ChainBuilder, place: str, x: Any) -> None:  # noqa: ARG
 def _linear(relu: bool) -> Callable[..., None]:
     def add(builder: ChainBuilder, place: str, x: Any, packed: Any, scale: Any, zero_point: Any) -> None:  # noqa: ARG001
         weight, bias = packed.unpack()
-        int8_linear(builder, place, weight, bias, scale, zero_point, relu)
+        int8_linear(builder, place, weight, bias, scale, zero_point, relu, packed)
 
     return add
 
@@ -140,7 +140,7 @@ def _convolution(relu: bool) -> Callable[..., None]:
         weight, bias = packed.unpack()
         parts = {part: getattr(packed, part)() for part in ("stride", "padding", "dilation", "groups")}
         geometry = SimpleNamespace(**parts, scale=scale, zero_point=zero_point)
-        int8_convolution(builder, place, geometry, weight, bias, relu)
+        int8_convolution(builder, place, geometry, weight, bias, relu, packed)
 
     return add
 

@@ -4,23 +4,28 @@
     y(x) = scale (q(x) - zero_point)                                              the value it stands for
 
 A step function with thresholds (code + 1/2 - zero_point) scale. Whoever executes a network quantises x only up to
-rounding, so near a threshold either code may come out: `code_range` of an interval around x has both.
+rounding, so near a threshold either code may come out: `code_range` of an interval around x has both. A mean of k codes
+of the same grid is known better: it is a multiple of 1 / k, and kernels round exact ties to the even code. (Where the
+zero point is odd some round before they add it and some after; there both codes stay possible.)
 A ReLU next to a quantiser is the same quantiser with lowest >= zero_point: `with_relu`.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchreach.errors import InvalidNetworkError, UnsupportedLayerError
+from torchreach.networks.kernels import IntegerLayer
 
 # How the sums before a quantiser are taken: in integers, scaled in a few float32 operations; or in float32 throughout.
 ARITHMETICS = ("integer", "float32")
 
 OVERFLOW = 2.0**31 - 1024
+OVER = 256  # middles of codes of means lie in -OVER..OVER, zero point taken off
 
 
 class Quantizer(nn.Module):
@@ -28,6 +33,8 @@ class Quantizer(nn.Module):
 
     scale, zero_point: one number each, float64 and int64; they stay that whatever dtype the network is moved to.
     arithmetic: of the kernel whose result is quantised, one of `ARITHMETICS`.
+    layer: the int8 layer whose sums are quantised, where it is one.
+    mean_of: k where x is a mean of k values of this very grid; 0 where it is not.
 
     Raises: InvalidNetworkError: a scale that is zero, negative or not finite; a zero point outside of
         [lowest, highest]. UnsupportedLayerError: several scales (per channel), which only weights may have; lowest >
@@ -46,6 +53,8 @@ class Quantizer(nn.Module):
         *,
         arithmetic: str = "integer",
         name: str = "",
+        layer: IntegerLayer | None = None,
+        mean_of: int = 0,
     ) -> None:
         super().__init__()
         scale = torch.as_tensor(scale, dtype=torch.float64).detach()
@@ -73,6 +82,7 @@ class Quantizer(nn.Module):
         self.register_buffer("zero_point", zero_point)
         self.lowest, self.highest = int(lowest), int(highest)
         self.arithmetic, self.name = arithmetic, name
+        self.layer, self.mean_of = layer, mean_of
 
     def forward(self, x: Tensor) -> Tensor:
         return self.value(self.codes(x)).to(x.dtype)
@@ -111,11 +121,31 @@ class Quantizer(nn.Module):
                 f"the scale {float(self.scale):.6g} of {self.name or 'a quantiser'!r} must be large enough that "
                 f"numbers are less than 2^31 steps, beyond which int8 kernels overflow; got up to {largest:.3g} steps"
             )
-        low = torch.ceil(lower / self.scale - 0.5) + self.zero_point
-        high = torch.floor(upper / self.scale + 0.5) + self.zero_point
+        if self.mean_of:
+            low, high = self._mean_codes(torch.ceil, lower), self._mean_codes(torch.floor, upper)
+        else:
+            low = torch.ceil(lower / self.scale - 0.5) + self.zero_point
+            high = torch.floor(upper / self.scale + 0.5) + self.zero_point
         if clamped:
             low, high = (end.clamp(self.lowest, self.highest) for end in (low, high))
         return low, high
+
+    def _mean_codes(self, toward: Any, ends: Tensor) -> Tensor:
+        """Code of the first mean from an end of an interval on, toward its inside."""
+        outward = -1 if toward is torch.ceil else 1
+        # 1e-3 is far more than rounding and far less than the next mean
+        steps = toward(ends / self.scale * self.mean_of + outward * 1e-3) / self.mean_of
+        return (steps.round() if self.even_ties else toward(steps + outward * 0.5)) + self.zero_point
+
+    @cached_property
+    def even_ties(self) -> bool:
+        """Whether all kernels round the exact ties of means of `mean_of` codes to the even code.
+
+        So they do where multiplying by float32's 1 / k makes them exact ties, and where the zero point is even.
+        """
+        middle = torch.arange(-OVER, OVER, dtype=torch.float64) + 0.5
+        sums = (middle * self.mean_of).float()
+        return int(self.zero_point) % 2 == 0 and bool((sums * (1 / torch.tensor(float(self.mean_of))) == middle).all())
 
     @property
     def largest_sum(self) -> Tensor:
@@ -135,8 +165,15 @@ class Quantizer(nn.Module):
 
     def limited(self, lowest: int, highest: int) -> Quantizer:
         """The same grid with codes in [lowest, highest] only."""
-        lowest, highest = max(self.lowest, lowest), min(self.highest, highest)
-        return Quantizer(self.scale, self.zero_point, lowest, highest, arithmetic=self.arithmetic, name=self.name)
+        return self._with(lowest=max(self.lowest, lowest), highest=min(self.highest, highest))
+
+    def of_means(self, count: int) -> Quantizer:
+        """The quantiser of means of `count` values of this grid (0: of a number that varies), on the same grid."""
+        return self._with(layer=None, mean_of=count)
+
+    def _with(self, **changes: Any) -> Quantizer:
+        names = ("scale", "zero_point", "lowest", "highest", "arithmetic", "name", "layer", "mean_of")
+        return Quantizer(**{name: getattr(self, name) for name in names} | changes)
 
     def same_grid(self, other: Quantizer) -> bool:
         """Whether both have one scale and one zero point, so that quantising twice is quantising once."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from torchreach.errors import ShapeError, UnsupportedLayerError
 from torchreach.networks.chain import chain
+from torchreach.networks.kernels import IntegerSums, Unfolded
 from torchreach.networks.layers import RESHAPING, fan_in, linear, magnitude
 from torchreach.networks.quantizer import Quantizer
 
@@ -31,6 +32,7 @@ class Step:
     relu: Tensor | None  # [N_out] bool
     quantizer: Quantizer | None = None
     noise: Tensor | None = None  # [N_out] the affine block is off by at most this, in either direction
+    sums: IntegerSums | None = None  # how int8 kernels add up what the quantiser rounds
 
     @property
     def features(self) -> int:
@@ -115,6 +117,7 @@ def steps(
                     terms=sum(fan_in(layer) for layer in block),
                     relu=relu,
                     quantizer=quantizer,
+                    sums=None if quantizer is None else _sums(quantizer, shape, block, device),
                 )
             )
             shape = tuple(value.shape)
@@ -133,6 +136,15 @@ def _fused(blocks: list[tuple[nn.Sequential, nn.Module | None]], layer: nn.Modul
     if isinstance(last, Quantizer) and isinstance(layer, Quantizer) and last.same_grid(layer):
         return last.limited(layer.lowest, layer.highest)
     return None
+
+
+def _sums(
+    quantizer: Quantizer, shape: tuple[int, ...], block: nn.Sequential, device: torch.device
+) -> IntegerSums | None:
+    if quantizer.layer is None:
+        return None
+    assert all(isinstance(part, RESHAPING) for part in block[:-1])
+    return IntegerSums(Unfolded.of(quantizer.layer, shape, block[:-1], device))
 
 
 def _fits(block: nn.Sequential, dtype: torch.dtype, device: torch.device) -> bool:

@@ -1,0 +1,186 @@
+"""Which kernels a comparison of deployed networks covers, and whether this machine does what was predicted.
+
+    "here"         what the engine that packed each layer does on this machine, found by running the layer
+    "exact"        exact integer sums: VNNI, ARM
+    "saturating"   pairs of products saturated in int16, as fbgemm and onednn form them without VNNI
+    "any"          the union of all of these
+
+Each is one way or several to execute the network, the same in all of its layers (`IntegerSums.pairings`). Where no pair
+of products can leave int16 for any input of the set, all are one.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from torchreach.bounds.rounding import InputGrid, outputs, relax
+from torchreach.errors import KernelMismatchError, UncoveredKernelsWarning, UnsupportedLayerError
+from torchreach.networks.chain import evaluation_mode
+from torchreach.networks.kernels import ENGINES, IntegerSums, Pairing, identified, rounds_bias
+from torchreach.networks.steps import Step
+from torchreach.results import Kernels
+from torchreach.tolerances import UNIT_ROUNDOFF
+
+log = logging.getLogger(__name__)
+
+CHOICES = ("here", "exact", "saturating", "any")
+NAMES = 5  # of layers that a message lists
+SINGLE = 2.0**-24
+
+
+@dataclass(frozen=True)
+class Executed:
+    """A network's steps with the ways in which they may be executed.
+
+    own: of each int8 layer by name, how the packed layer adds up here; None: in no way that is known.
+    saturable: names of layers in which a pair may leave int16 over one of the sets that were looked at.
+    """
+
+    steps: tuple[Step, ...]
+    choice: str
+    own: dict[str, Pairing | None]
+    saturable: set[str] = field(default_factory=set)
+
+    def look_at(self, steps: tuple[Step, ...], lower: Tensor, upper: Tensor) -> None:
+        """Notes layers in which a pair may leave int16 over a box [M] of `steps`, these steps on M inputs."""
+        sums = [step.sums for step in steps if step.sums is not None]
+        possible = tuple(part.name for part in sums if any(len(part.at.saturable[p]) for p in ENGINES))
+        if set(possible) <= self.saturable:
+            return
+        try:
+            self.saturable.update(relax(steps, lower, upper, InputGrid.of(steps[0])).saturable)
+        except UnsupportedLayerError as error:
+            log.info("any code is taken to be possible: %s", error)
+            self.saturable.update(possible)
+
+
+def executed(network: tuple[Step, ...], choice: str) -> Executed:
+    """`network` as the kernels of `choice`, one of `CHOICES`, execute it."""
+    sums = [step.sums for step in network if step.sums is not None]
+    own = {part.name: identified(part.at) for part in sums}
+    same: dict[str, list[Callable[[IntegerSums], Pairing]]] = {
+        "here": [lambda part: own[part.name] or Pairing.UNKNOWN],
+        "exact": [lambda _: Pairing.EXACT],
+        "saturating": [lambda _, pairing=pairing: pairing for pairing in ENGINES],
+    }
+    same["any"] = [way for name in ("here", "exact", "saturating") for way in same[name]]
+    ways: list[tuple[Pairing, ...]] = []
+    for way in same[choice]:
+        pairings = tuple(way(part) for part in sums)
+        if not any(_alike(sums, pairings, other) for other in ways):
+            ways.append(pairings)
+    by_layer = iter(zip(*ways, strict=True))
+    return Executed(
+        tuple(
+            step if step.sums is None else _whole_bias(replace(step, sums=replace(step.sums, pairings=next(by_layer))))
+            for step in network
+        ),
+        choice,
+        own,
+    )
+
+
+def _alike(sums: list[IntegerSums], one: tuple[Pairing, ...], other: tuple[Pairing, ...]) -> bool:
+    """Whether two ways form the same pairs, as far as they can saturate."""
+    return all(
+        a is b or torch.equal(part.at.saturable[a], part.at.saturable[b])
+        for part, a, b in zip(sums, one, other, strict=True)
+    )
+
+
+def _whole_bias(step: Step) -> Step:
+    """The step with its bias in whole units of the sum, where its engine rounds it so."""
+    assert step.sums is not None
+    if not rounds_bias(step.sums.at):
+        return step
+    unit = step.sums.unit
+    units = step.bias / unit
+    # float32 decides which of two units is nearest
+    doubt = ((units - units.floor() - 0.5).abs() <= 8 * SINGLE * (1 + units.abs())).to(unit)
+    bias = torch.where(doubt > 0, units.floor() + 0.5, units.round()) * unit
+    noise = step.with_noise((doubt / 2 + 8 * UNIT_ROUNDOFF * (1 + units.abs())) * unit)
+    return replace(step, bias=bias, bias_magnitude=torch.maximum(step.bias_magnitude, bias.abs()) + unit, noise=noise)
+
+
+def coverage(*networks: Executed) -> tuple[Kernels, tuple[str, ...]]:
+    """What a certificate of the sets that were looked at covers, and names of layers that it does not.
+
+    Warns: UncoveredKernelsWarning of layers that add up on this machine in no way that is known.
+    """
+    if not any(network.own for network in networks):
+        return Kernels.NONE, ()
+    own = [(name, network.own[name]) for network in networks for name in network.own if name in network.saturable]
+    if not own:
+        return Kernels.ANY, ()
+    choice = networks[0].choice
+    uncovered = tuple(name for name, pairing in own if pairing is None) if choice in ("here", "any") else ()
+    if uncovered:
+        listed = ", ".join(map(repr, uncovered[:NAMES])) + (", ..." if len(uncovered) > NAMES else "")
+        warnings.warn(
+            f"the int8 kernels of {listed} add up products on this machine in a way that torchreach does not know: "
+            "the bounds hold for saturation of any pairs of products, and are no certificate of what these layers "
+            "compute here; reduce the range of weights or activations (reduce_range), or use another engine",
+            UncoveredKernelsWarning,
+            stacklevel=4,
+        )
+    if choice == "here":
+        exact = all(pairing is Pairing.EXACT for _, pairing in own)
+        return (Kernels.EXACT if exact else Kernels.SATURATING), uncovered
+    return {"exact": Kernels.EXACT, "saturating": Kernels.SATURATING, "any": Kernels.ANY}[choice], uncovered
+
+
+@torch.no_grad()
+def check_replay(module: nn.Module, network: Executed, x: Tensor) -> None:
+    """Runs inputs x [B, *shape] once through the module as given; what comes out must be among the predicted outputs.
+
+    network: its steps on all inputs. Nothing is checked where these do not speak of this machine (another choice of
+    kernels, layers of unknown kernels), or where the module cannot be run.
+
+    Raises: KernelMismatchError.
+    """
+    if network.choice in ("exact", "saturating") or None in network.own.values():
+        return
+    try:
+        y = _run(module, x)
+    except Exception as error:  # whatever the module's own code does
+        log.info("witnesses are not replayed: the module as given cannot be run (%s)", error)
+        return
+    index, low, high = outputs(network.steps, x.flatten(1).float().to(network.steps[0].bias))
+    y = y.flatten(1).to(low)
+    # What comes after the last quantiser is one product in float32.
+    slack = 4 * SINGLE * torch.maximum(low.abs(), high.abs())
+    fits = ((y[index] >= low - slack) & (y[index] <= high + slack)).all(1)
+    known = torch.zeros(len(x), dtype=torch.bool, device=fits.device)
+    known[index[fits]] = True
+    if bool(known.all()):
+        return
+    b = int((~known).nonzero()[0])
+    rows = index == b
+    raise KernelMismatchError(
+        f"the deployed network as given computes {_show(y[b])} at an input where its kernels were predicted to compute "
+        f"{_show(low[rows].amin(0))} to {_show(high[rows].amax(0))}: they do something that torchreach does not know, "
+        "so there is no certificate"
+    )
+
+
+def _run(module: nn.Module, x: Tensor) -> Tensor:
+    """Outputs of the module in evaluation mode, in its own dtype and on its own device."""
+    value = next((v for v in (*module.parameters(), *module.buffers()) if v.is_floating_point()), torch.zeros(()))
+    x = x.float().to(value.device, value.dtype if not value.is_quantized else torch.float32)
+    with evaluation_mode(module):
+        try:
+            return module(x)
+        except Exception:  # exported with a fixed batch size
+            return torch.cat([module(row) for row in x.split(1)])
+
+
+def _show(values: Tensor) -> str:
+    return (
+        "[" + ", ".join(f"{value:.6g}" for value in values[:NAMES].tolist()) + ("]" if len(values) <= NAMES else " ..]")
+    )
