@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import torchreach as tr
 from tests.data import require_data
+from torchreach.kernels import executed
+from torchreach.networks.steps import Step, steps
 
 DEVICES = [
     "cpu",
@@ -76,6 +78,12 @@ def from_arrays(weights: list[np.ndarray], biases: list[np.ndarray]) -> nn.Seque
             layer.bias.copy_(torch.from_numpy(np.array(bias, dtype=np.float64)))
         layers += [layer, nn.ReLU()]
     return nn.Sequential(*layers[:-1])
+
+
+def executed_steps(module: nn.Module, shape: tuple[int, ...], kernels: str = "here") -> tuple[Step, ...]:
+    """Steps of a deployed network as kernels execute it."""
+    found = steps(module, shape, dtype=torch.float64, device=torch.device("cpu"), quantized=True)
+    return executed(found, kernels).steps
 
 
 def cases(*parts: str) -> list[dict]:
