@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from torchreach.bounds._lirpa_compat import converting, load_auto_lirpa
+from torchreach.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.errors import ShapeError
 from torchreach.networks.builder import as_parameter, linear_layer, refresh_pruned
 from torchreach.networks.layers import ElementwiseAffine, Reshape
@@ -25,13 +28,17 @@ from torchreach.networks.layers import ElementwiseAffine, Reshape
 _log = logging.getLogger(__name__)
 
 Bounds = list[tuple[Tensor, Tensor]]
+# Matrices [N, N] of the widest layers that CROWN holds at once.
+MATRICES = 6
+# Loading the library takes seconds that nothing can interrupt: with less time left it is not begun.
+LOAD_SECONDS = 4.0
 
 
 class LirpaUnavailableError(RuntimeError):
     """auto_LiRPA is not installed, or cannot bound this network; use other bounds."""
 
 
-def preactivation_bounds(chain: nn.Sequential, lower: Tensor, upper: Tensor) -> Bounds:
+def preactivation_bounds(chain: nn.Sequential, lower: Tensor, upper: Tensor, clock: Clock = NO_LIMIT) -> Bounds:
     """CROWN bounds of every ReLU's input, in order, and of the network's output last.
 
     Args:
@@ -44,12 +51,14 @@ def preactivation_bounds(chain: nn.Sequential, lower: Tensor, upper: Tensor) -> 
 
     Raises:
         LirpaUnavailableError: auto_LiRPA is missing or cannot bound this network. Fall back on other bounds.
-        ShapeError: the boxes do not fit.
+        ShapeError: the boxes do not fit. OutOfTime: between two operations of the library.
     """
-    return _bounds(_Recorded([chain], lower, upper), lower, upper)
+    return _bounds(_Recorded([chain], lower, upper), lower, upper, clock)
 
 
-def merged_bounds(first: nn.Sequential, second: nn.Sequential, lower: Tensor, upper: Tensor) -> tuple[Bounds, Bounds]:
+def merged_bounds(
+    first: nn.Sequential, second: nn.Sequential, lower: Tensor, upper: Tensor, clock: Clock = NO_LIMIT
+) -> tuple[Bounds, Bounds]:
     """CROWN bounds of two networks on one shared input, and of first(x) - second(x).
 
     The difference is bounded as one function of x, so that linear parts which both networks share cancel;
@@ -62,7 +71,7 @@ def merged_bounds(first: nn.Sequential, second: nn.Sequential, lower: Tensor, up
     Raises: as `preactivation_bounds`.
     """
     both = _Recorded([first, second], lower, upper)
-    bounds = _bounds(both, lower, upper)
+    bounds = _bounds(both, lower, upper, clock)
     split = both.activations[0]
     return [*bounds[:split], bounds[-1]], bounds[split:]
 
@@ -181,7 +190,19 @@ def _normalisation(layer: nn.BatchNorm1d | nn.BatchNorm2d, axes: int) -> _Scale:
     return _Scale(*(v.reshape(-1, *[1] * axes) for v in (scale, shift)))
 
 
-def _bounds(module: _Recorded, lower: Tensor, upper: Tensor) -> Bounds:
+class _Watched(TorchFunctionMode):
+    """Looks at the clock before every operation, also those of a library that knows none."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.clock.check()
+        return func(*args, **(kwargs or {}))
+
+
+def _bounds(module: _Recorded, lower: Tensor, upper: Tensor, clock: Clock) -> Bounds:
     lower, upper = lower.detach().double(), upper.detach().double()
     module.eval().requires_grad_(False)
     expected: list[Tensor] = []
@@ -190,14 +211,17 @@ def _bounds(module: _Recorded, lower: Tensor, upper: Tensor) -> Bounds:
     points = lower + (upper - lower) * share.reshape(lower.shape[1:])
     with torch.no_grad():
         expected.append(module.record(points, expected))
+    clock.check()
+    if clock.left < LOAD_SECONDS and "auto_LiRPA" not in sys.modules:
+        raise OutOfTime
     try:
         library = load_auto_lirpa()
     except ImportError as error:
         raise LirpaUnavailableError(str(error)) from error
     try:
         with torch.no_grad(), converting():
-            found = _crown(library, module, lower, upper, points, expected)
-    except LirpaUnavailableError:
+            found = _crown(library, module, lower, upper, points, expected, clock)
+    except (LirpaUnavailableError, OutOfTime):
         raise
     except Exception as error:  # the library raises whatever its operators happen to raise
         _log.debug("auto_LiRPA failed", exc_info=True)
@@ -209,7 +233,13 @@ def _bounds(module: _Recorded, lower: Tensor, upper: Tensor) -> Bounds:
 
 
 def _crown(
-    library: Any, module: _Recorded, lower: Tensor, upper: Tensor, points: Tensor, expected: list[Tensor]
+    library: Any,
+    module: _Recorded,
+    lower: Tensor,
+    upper: Tensor,
+    points: Tensor,
+    expected: list[Tensor],
+    clock: Clock,
 ) -> Bounds:
     box = library.PerturbationLpNorm(norm=float("inf"), x_L=lower, x_U=upper)
     options = {"conv_mode": "matrix", "sparse_intermediate_bounds": False}
@@ -219,9 +249,10 @@ def _crown(
     outputs = expected[-1][0].numel()
     # The library's own identity has the default dtype.
     identity = torch.eye(outputs, dtype=torch.float64, device=lower.device).expand(len(points), outputs, outputs)
-    output = bounded.compute_bounds(x=(x,), C=identity, method="CROWN")
-    crown = [(node.lower, node.upper) for node in nodes] + [tuple(output)]
-    output = bounded.compute_bounds(x=(x,), method="IBP")
+    with _Watched(clock):
+        output = bounded.compute_bounds(x=(x,), C=identity, method="CROWN")
+        crown = [(node.lower, node.upper) for node in nodes] + [tuple(output)]
+        output = bounded.compute_bounds(x=(x,), method="IBP")
     interval = [node.interval for node in nodes] + [tuple(output)]
     return [_checked(*bounds) for bounds in zip(crown, interval, expected, strict=True)]
 

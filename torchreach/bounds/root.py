@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
+import math
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from torchreach.bounds.zonotope import Bounds, interval_bounds, zonotope_bounds
-from torchreach.clock import NO_LIMIT, Clock
+from torchreach.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.networks.chain import chain
 from torchreach.networks.merge import MergedNetwork, MergedReLU
 from torchreach.networks.steps import Step
 from torchreach.tolerances import UNIT_ROUNDOFF
 
 log = logging.getLogger(__name__)
+
+# Of the time left, for each kind of bound.
+SHARE = 0.25
 
 
 def root_bounds(
@@ -27,6 +31,7 @@ def root_bounds(
     margin: float,
     worth: float,
     clock: Clock = NO_LIMIT,
+    memory: float = math.inf,
 ) -> tuple[Bounds, str]:
     """Certified (lower, upper) [S, N] per step, the output last, and the name of what gave them.
 
@@ -37,23 +42,45 @@ def root_bounds(
         margin: share of their magnitude by which auto_LiRPA's bounds are widened for rounding.
         worth: number of neurons, beyond the first layer (where zonotopes are exact), that zonotopes must leave
             open for auto_LiRPA to be worth its time.
+        clock: of what it has left, zonotopes and auto_LiRPA get a share each. Where zonotopes do not end in it,
+            intervals take over.
+        memory: bytes for zonotopes, and for auto_LiRPA, which is left out where they may not do.
     """
     if kind == "interval":
         return interval_bounds(steps, rows, slack), "interval"
-    if kind == "none":
+    if kind == "none":  # of the neurons: what is left open in the end needs bounds of the output
         infinite = [
             (b.new_full((len(rows), b.numel()), -torch.inf), b.new_full((len(rows), b.numel()), torch.inf))
-            for b in (step.bias for step in steps)
+            for b in (step.bias for step in steps[:-1])
         ]
-        return infinite, "none"
-    own = zonotope_bounds(steps, rows, slack, clock=clock)
+        return [*infinite, interval_bounds(steps, rows, slack)[-1]], "none"
+    own = _zonotopes(steps, rows, slack, _share(clock), memory)
     if kind == "zonotope" or (kind == "auto" and _open(own, steps) < worth):
         return own, "zonotope"
-    theirs = _lirpa(module, steps, rows, slack, margin)
+    theirs = _lirpa(module, steps, rows, slack, margin, _share(clock), memory)
     if theirs is None:
         return own, "zonotope"
     tightest = [(torch.maximum(a, c), torch.minimum(b, d)) for (a, b), (c, d) in zip(own, theirs, strict=True)]
     return tightest, "auto_LiRPA CROWN and zonotope"
+
+
+def _share(clock: Clock) -> Clock:
+    return clock.part(SHARE * clock.left if clock.limited else None)
+
+
+def _zonotopes(steps: tuple[Step, ...], rows: Tensor, slack: Tensor, clock: Clock, memory: float) -> Bounds:
+    """Zonotope bounds of as many stars at once as there is memory for."""
+    wide = [step.features for step in steps]
+    numbers = (rows.shape[1] + sum(wide[:-1])) * max(wide)
+    size = int(max(1, min(len(rows), memory // (rows.element_size() * numbers))))
+    parts = [
+        zonotope_bounds(steps, *part, clock=clock, memory=memory)
+        for part in zip(rows.split(size), slack.split(size), strict=True)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    ends = [list(zip(*bounds, strict=True)) for bounds in zip(*parts, strict=True)]
+    return [(torch.cat(low), torch.cat(high)) for low, high in ends]
 
 
 def _open(bounds: Bounds, steps: tuple[Step, ...]) -> int:
@@ -62,19 +89,34 @@ def _open(bounds: Bounds, steps: tuple[Step, ...]) -> int:
     return int(sum((((low < 0) & (high > 0)).any(0) & relu).sum() for low, high, relu in pairs[1:]))
 
 
-def _lirpa(module: nn.Module, steps: tuple[Step, ...], rows: Tensor, slack: Tensor, margin: float) -> Bounds | None:
+def _lirpa(
+    module: nn.Module,
+    steps: tuple[Step, ...],
+    rows: Tensor,
+    slack: Tensor,
+    margin: float,
+    clock: Clock,
+    memory: float,
+) -> Bounds | None:
     from torchreach.bounds import lirpa
 
+    hidden = max((step.features for step in steps[:-1]), default=0)
+    if lirpa.MATRICES * rows.element_size() * len(rows) * hidden * max(hidden, rows.shape[2]) > memory:
+        log.info("no memory for auto_LiRPA")
+        return None
     spread = rows[:, 1:].abs().sum(1) + slack
     shape = steps[0].in_shape
     lower = (rows[:, 0] - spread).reshape(-1, *shape)
     upper = (rows[:, 0] + spread).reshape(-1, *shape)
     try:
         if isinstance(module, MergedNetwork):
-            first, second = lirpa.merged_bounds(module.first, module.second, lower, upper)
+            first, second = lirpa.merged_bounds(module.first, module.second, lower, upper, clock)
             bounds = [*_side_by_side(module, first, second), first[-1]]
         else:
-            bounds = lirpa.preactivation_bounds(chain(module, shape), lower, upper)
+            bounds = lirpa.preactivation_bounds(chain(module, shape), lower, upper, clock)
+    except OutOfTime:
+        log.info("no time for auto_LiRPA")
+        return None
     except lirpa.LirpaUnavailableError as error:
         _say_once(f"neurons are bounded by zonotopes only, so exact reach splits less early: {error}")
         return None

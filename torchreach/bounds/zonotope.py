@@ -10,6 +10,8 @@ Axis letters: S stars, G generators, N features.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,17 +22,25 @@ from torchreach.tolerances import UNIT_ROUNDOFF
 Bounds = list[tuple[Tensor, Tensor]]
 # Products between two looks at the clock.
 WORK = 1 << 28
+# Copies of the generators that are in memory at once.
+BUFFERS = 3
 
 
 def zonotope_bounds(
-    steps: tuple[Step, ...], rows: Tensor, slack: Tensor, start: int = 0, clock: Clock = NO_LIMIT
+    steps: tuple[Step, ...],
+    rows: Tensor,
+    slack: Tensor,
+    start: int = 0,
+    clock: Clock = NO_LIMIT,
+    memory: float = math.inf,
 ) -> Bounds:
     """Certified (lower, upper) [S, N] of every step's output from step `start` on, the network's output last.
 
     Args:
         rows: [S, 1 + M, N] as an affine map over [-1, 1]^M: the input of step `start`.
         slack: [S, N] error bound of the rows, which is carried as an interval.
-        clock: once it is over, the remaining steps are bounded by intervals.
+        clock, memory: once it is over, or the generators would take more bytes than this, the remaining steps
+            are bounded by intervals.
     """
     result: Bounds = []
     last = len(steps) - 1
@@ -49,7 +59,9 @@ def zonotope_bounds(
         lower, upper = rows[:, 0] - spread - error, rows[:, 0] + spread + error
         result.append((lower, upper))
         if step.relu is not None and index < last:
-            if clock.over:
+            unstable = int(((lower < 0) & (upper > 0) & step.relu).any(0).sum())
+            numbers = len(rows) * (rows.shape[1] + unstable) * max(step.features, steps[index + 1].features)
+            if clock.over or BUFFERS * rows.element_size() * numbers > memory:
                 return result + _intervals(steps[index + 1 :], *_relu(lower, upper, step.relu))
             rows, slack = relu_band(rows, slack, lower, upper, step.relu)
     return result
@@ -61,11 +73,11 @@ def _mapped(step: Step, rows: Tensor, clock: Clock) -> Tensor:
     size = max(1, WORK // max(1, step.terms * step.features))
     if len(flat) <= size:
         return step.map_rows(rows)
-    out = rows.new_empty(len(flat), step.features)
-    for part, into in zip(flat.split(size), out.split(size), strict=True):
+    parts = []
+    for part in flat.split(size):
         clock.check()
-        into.copy_(step.linear(part))
-    out = out.unflatten(0, rows.shape[:2])
+        parts.append(step.linear(part))
+    out = torch.cat(parts).unflatten(0, rows.shape[:2])
     out[:, 0] += step.bias
     return out
 

@@ -21,6 +21,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from torchreach.clock import NO_LIMIT, Clock
 from torchreach.networks.layers import MergedAffine
 from torchreach.networks.steps import Step
 
@@ -62,9 +63,9 @@ class _Update(MergedAffine):
 
 
 def reduce(
-    steps: tuple[Step, ...], signs: list[Tensor], bounds: list[Pair]
+    steps: tuple[Step, ...], signs: list[Tensor], bounds: list[Pair], clock: Clock = NO_LIMIT
 ) -> tuple[tuple[Step, ...], list[Tensor], list[Pair], list[int]] | None:
-    """The reduced network of `steps`, or None where it would be the larger one.
+    """The reduced network of `steps`, or None where it would be the larger one, or the clock is over.
 
     Args:
         signs: [S, N] per step, +1 or -1 where the sign of a neuron is known on input star s, else 0.
@@ -90,6 +91,8 @@ def reduce(
         return None
     result, new_signs, new_bounds = [], [], []
     for k, step in enumerate(steps):
+        if clock.over:
+            return None
         relu = None
         if step.relu is not None:
             relu = torch.arange(width[k], device=step.bias.device) < sizes[k]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torchreach.networks.steps import Step, steps
 from torchreach.options import Budget, Exact
 from torchreach.reach import activation
 from torchreach.reach.frontier import Frontier
+from torchreach.reach.memory import default_budget
 from torchreach.reach.programs import ProgramEngine
 from torchreach.reach.record import RangeRecord
 from torchreach.reach.tally import Tally
@@ -33,6 +34,8 @@ VERTEX_DIM = 8
 # Open neurons (beyond the first layer) from which auto_LiRPA saves an engine more time than it takes. Vertices
 # show a neuron's sign for less than any bound does.
 LIRPA_WORTH = {"vertices": math.inf, "programs": 64}
+# Numbers in the features of points that are replayed together.
+REPLAYED = 1 << 22
 # Relative gap between certified and attained up to which an enumeration is called exact.
 EXACT_GAP = defaultdict(lambda: 1e-2, {torch.float64: 1e-6, torch.float32: 1e-4})
 
@@ -92,6 +95,8 @@ def reach_within(
     method, budget, tolerances = method or Exact(), budget or Budget(), tolerances or Tolerances()
     if not isinstance(stars, StarBatch):
         raise ShapeError(f"reach needs a torchreach.StarBatch, got {type(stars).__name__}")
+    if budget.memory is None:
+        budget = replace(budget, memory=default_budget(stars.device))
     clock = clock.part(None)  # it began now
     with torch.no_grad():
         run = _Run.prepare(module, stars, method, tolerances, keep_stars, budget, clock)
@@ -139,10 +144,18 @@ class _Run:
         limited = clock.limited or budget.stars is not None
         worth = 1 if limited else LIRPA_WORTH[chosen]
         bounds, name = root_bounds(
-            module, network, rows, slack, method.root_bounds, tolerances.root_margin, worth, clock
+            module,
+            network,
+            rows,
+            slack,
+            method.root_bounds,
+            tolerances.root_margin,
+            worth,
+            clock,
+            budget.memory or math.inf,
         )
         signs = [(low >= 0).long() - (high <= 0).long() for low, high in bounds]
-        smaller = reduce(network, signs, bounds)
+        smaller = reduce(network, signs, bounds, clock)
         walked, signs, waypoints, left_out = smaller or (network, signs, bounds, [0] * len(network))
         tally = Tally(network, left_out)
         maker = VertexEngine if chosen == "vertices" else ProgramEngine
@@ -184,10 +197,8 @@ class _Run:
         points = self.stars.point(self.record.point.transpose(0, 1).flatten(1, 2))  # [S, 2 N, *shape]
         # to nearest: a point between two bounds of this dtype stays between them
         points = points.to(dtype)
-        value, error = replay(self.steps, points.flatten(0, 1))
-        value, error = value.reshape(size, 2, outputs, outputs), error.reshape(size, 2, outputs, outputs)
-        value, error = value.diagonal(dim1=2, dim2=3), error.diagonal(dim1=2, dim2=3)  # [S, 2, N]
         points = points.reshape(size, 2, outputs, *self.stars.shape)
+        value, error = self._replayed(points)
         # A witness rounded to the caller's dtype may leave a constrained or mapped star: claim no more than holds.
         met_lower = torch.maximum(value[:, 0] + error[:, 0], lower)
         met_upper = torch.minimum(value[:, 1] - error[:, 1], upper)
@@ -213,6 +224,17 @@ class _Run:
             ),
             reasons=tuple(map(self._reason, exact.tolist(), self.left.tolist())),
         )
+
+    def _replayed(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and certified error [S, 2, N] of each output at the points [S, 2, N, *shape] that are its own."""
+        flat, own = points.flatten(0, 2), torch.arange(points.shape[2], device=points.device).repeat(2 * len(points))
+        size = max(1, REPLAYED // max(step.features for step in self.steps))
+        parts = [
+            [each.gather(1, index[:, None])[:, 0] for each in replay(self.steps, part)]
+            for part, index in zip(flat.split(size), own.split(size), strict=True)
+        ]
+        value, error = (torch.cat(each).reshape(points.shape[:3]) for each in zip(*parts, strict=True))
+        return value, error
 
     def _reason(self, exact: bool, left: bool) -> Reason:
         if exact:

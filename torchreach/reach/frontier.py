@@ -22,7 +22,7 @@ from torchreach.bounds.zonotope import Bounds, relu_band, zonotope_bounds
 from torchreach.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.networks.steps import Step
 from torchreach.options import Budget
-from torchreach.reach.memory import Ledger, default_budget, size_of
+from torchreach.reach.memory import Ledger, size_of
 from torchreach.reach.processes import can_fork, run_in_processes
 from torchreach.reach.record import Kept, RangeRecord, Sink
 from torchreach.reach.tally import Tally
@@ -278,7 +278,7 @@ class Frontier:
         """
         self.clock = clock = clock.part(None)
         limits, sink = Limits(budget, clock), Sink(record, count, keep)
-        self.memory = default_budget(self.device) if budget.memory is None else budget.memory
+        self.memory = math.inf if budget.memory is None else budget.memory
         reported = 0.0
         self.spread = self.workers > 1 and can_fork(self.device)
         left = torch.zeros_like(count, dtype=torch.bool)
