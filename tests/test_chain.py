@@ -215,7 +215,7 @@ class _MixesBatch(InPlace):
             r"layer 2 \('1.1', Sigmoid\): .*not",
         ),
         (nn.LeakyReLU(), "LeakyReLU is not among them"),
-        (_Branch(), "node 'add': it combines two values"),
+        (_Branch(), "node 'add': add combines two values"),
         (_Residual(), "sum"),
         (_TwoInputs(), "node 'y': the network must have one input"),
         (_TwoOutputs(), "node 'output': the network must have one output"),

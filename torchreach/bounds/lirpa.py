@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torchreach.bounds._lirpa_compat import converting, load_auto_lirpa
 from torchreach.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.errors import ShapeError
-from torchreach.networks.builder import as_parameter, linear_layer, refresh_pruned
 from torchreach.networks.layers import ElementwiseAffine, Reshape
+from torchreach.networks.weights import as_parameter, linear_layer, refresh_pruned
 
 _log = logging.getLogger(__name__)
 

@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from torchreach.bounds.zonotope import box_rows, relu_band
 from torchreach.errors import UnsupportedLayerError
 from torchreach.networks.arithmetic import Arithmetic
-from torchreach.networks.builder import linear_layer
 from torchreach.networks.layers import RESHAPING, ElementwiseAffine
 from torchreach.networks.quantizer import Quantizer
 from torchreach.networks.steps import Step
+from torchreach.networks.weights import linear_layer
 from torchreach.tolerances import UNIT_ROUNDOFF
 
 SINGLE = 2.0**-24  # unit roundoff of float32

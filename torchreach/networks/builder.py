@@ -7,25 +7,28 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
+from math import prod
 from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
-from torch.nn.utils import prune
 
 from torchreach.errors import InvalidNetworkError, ShapeError, UncalibratedWarning, UnsupportedLayerError
 from torchreach.networks.arithmetic import Arithmetic
+from torchreach.networks.calls import altered, keeps
 from torchreach.networks.layers import (
     AFFINE,
     PASS_THROUGH,
     RESHAPING,
     ElementwiseAffine,
+    MaskedReLU,
     MergedAffine,
     Reshape,
     fan_in,
 )
 from torchreach.networks.quantizer import Quantizer
+from torchreach.networks.weights import FLOATS, check_values, is_packed, plain_layer, plain_tensor
 
 Shape = tuple[int, ...]
 
@@ -34,17 +37,19 @@ _OWN = (MergedAffine, ElementwiseAffine, Reshape)
 # What torch computes on quantised tensors as it is; pooling rounds to the same grid again.
 _ON_QUANTIZED = (nn.ReLU, nn.AvgPool1d, nn.AvgPool2d, *PASS_THROUGH, *RESHAPING)
 SUPPORTED = ", ".join(kind.__name__ for kind in (*AFFINE, nn.ReLU) if not issubclass(kind, _OWN))
+# What keeps the order of the scores: without it the question of equal labels is the same.
+_KEEP_ORDER = ("softmax", "logsoftmax", "sigmoid", "tanh")
 
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether `module` is one layer of a chain, with a rule of its own.
 
-    A subclass that overrides `forward` (quantisation-aware layers, for instance) computes something else
+    A subclass that overrides what its layer does (quantisation-aware layers, for instance) computes something else
     than the layer whose rule it would get, so it is no leaf.
     """
-    if isinstance(module, MergedAffine) or getattr(module, "splits_at_zero", False):
-        return True
-    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in LEAVES)
+    if isinstance(module, MergedAffine | MaskedReLU):
+        return type(module).__module__.startswith("torchreach.")
+    return any(isinstance(module, kind) and keeps(module, kind) for kind in LEAVES)
 
 
 def check_finite(module: nn.Module, prefix: str = "", skip: tuple[str, ...] = ()) -> None:
@@ -57,38 +62,11 @@ def check_finite(module: nn.Module, prefix: str = "", skip: tuple[str, ...] = ()
             continue
         if is_packed(value):
             value = value.dequantize()
-        if isinstance(value, UninitializedParameter | UninitializedBuffer):
-            raise InvalidNetworkError(f"parameter {name!r} is not initialised: run the lazy module once first")
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        check_values(value, name)
+        # Other layouts and dtypes are looked at where a layer uses them.
+        if value.layout == torch.strided and value.dtype in FLOATS and not bool(torch.isfinite(value).all()):
             kind = "NaN" if bool(torch.isnan(value).any()) else "infinite"
             raise InvalidNetworkError(f"weights must be finite: parameter {name!r} contains {kind} values")
-
-
-def is_packed(value: Tensor) -> bool:
-    """Whether `value` is a tensor subclass of torchao, which stands for `value.dequantize()`."""
-    return type(value).__module__.startswith("torchao.")
-
-
-def refresh_pruned(layer: nn.Module) -> None:
-    """Pruning computes `weight` in a hook before each pass; without this it is that of the last pass."""
-    with torch.no_grad():
-        for part in layer.modules():
-            for hook in part._forward_pre_hooks.values():
-                if isinstance(hook, prune.BasePruningMethod):
-                    hook(part, None)
-
-
-def linear_layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """`nn.Linear` around the given tensors: parameters are shared, other tensors do not train."""
-    layer = nn.Linear(1, 1, bias=bias is not None, device="meta")  # torch warns when it makes a layer without inputs
-    layer.out_features, layer.in_features = weight.shape
-    layer.weight = as_parameter(weight)
-    layer.bias = None if bias is None else as_parameter(bias)  # type: ignore[assignment]
-    return layer
-
-
-def as_parameter(value: Tensor) -> nn.Parameter:
-    return value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach(), requires_grad=False)
 
 
 class ChainBuilder:
@@ -96,7 +74,7 @@ class ChainBuilder:
 
     def __init__(self, shape: Shape | None) -> None:
         self.layers: list[nn.Module] = []
-        self.shape = shape
+        self.input_shape = self.shape = shape
         self.position = 0  # of the layer being added, counted over all layers met, dropped ones too
         # Of deployed networks. `codes`: the grid of the value, while it is a quantised tensor; `raw`: while it is a
         # plain tensor of integer codes, which arithmetic would misread.
@@ -104,17 +82,20 @@ class ChainBuilder:
         self.codes: Quantizer | None = None
         self.raw = False
         self.uncalibrated: list[str] = []
+        self.traced = False  # whether some layers were read off a traced graph
 
     def refuse(self, name: str, kind: str, reason: str = "") -> NoReturn:
         reason = reason or (
             f"torchreach supports ReLU networks built of {SUPPORTED} and arithmetic with constants; "
-            f"{kind} is not among them"
+            f"{kind} is not among them" + _hint(kind)
         )
         raise UnsupportedLayerError(f"layer {self.position} ({name!r}, {kind}): {reason}")
 
     def append(self, layer: nn.Module, name: str) -> None:
         """Adds one leaf layer, in evaluation mode and checked; identities and dropout are left out."""
         self._check(layer, name)
+        layer = plain_layer(layer, name, partial(self.refuse, name, type(layer).__name__))
+        self._check_numbers(layer, name)
         if not isinstance(layer, PASS_THROUGH):
             if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
                 # A shallow copy shares parameters and buffers, but has its own mode: later training of the
@@ -128,6 +109,7 @@ class ChainBuilder:
 
     def arithmetic(self, operation: str, operand: Tensor, name: str) -> None:
         """x (operation) operand, for an operand that must not reach into the batch axis."""
+        operand = plain_tensor(operand, name, partial(self.refuse, name, operation))
         while operand.ndim and operand.shape[0] == 1:
             operand = operand.detach()[0]  # a view: still the caller's storage
         if operand.ndim > 1 and self.shape is None:
@@ -143,7 +125,7 @@ class ChainBuilder:
                 operation,
                 f"a constant of shape {tuple(operand.shape)} does not broadcast to features {self.shape}",
             )
-        if operation == "div" and not bool((operand != 0).all()):
+        if operation == "div" and not bool((1 / operand.detach().double()).isfinite().all()):
             raise InvalidNetworkError(f"layer {self.position} ({name!r}, div): division by zero")
         self.append(Arithmetic(operation, operand), name)
 
@@ -177,36 +159,77 @@ class ChainBuilder:
         if self.raw and not isinstance(layer, (*PASS_THROUGH, *RESHAPING)):
             self.refuse(name, kind, "it is given integer codes, which must be dequantised first")
         for part in layer.modules():  # the layer itself and, in merged layers, those it is made of
-            if part._forward_hooks:
-                self.refuse(name, kind, "a forward hook may change what the layer computes; remove it")
-            for hook in part._forward_pre_hooks.values():
-                if not isinstance(hook, prune.BasePruningMethod):
-                    self.refuse(name, kind, "a forward pre-hook may change what the layer computes; remove it")
-        refresh_pruned(layer)
+            if reason := altered(part):
+                self.refuse(name, kind, reason)
         if isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.padding_mode != "zeros":
             self.refuse(name, kind, f"padding_mode must be 'zeros', got {layer.padding_mode!r}")
-        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and layer.running_var is None:
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and None in (layer.running_mean, layer.running_var):
             self.refuse(name, kind, "it has no running statistics, so its output depends on the whole batch")
         if isinstance(layer, nn.Flatten) and (layer.start_dim < 1 or 0 <= layer.end_dim < layer.start_dim):
             self.refuse(name, kind, f"start_dim must be at least 1 (axis 0 is the batch), got {layer.start_dim}")
         if isinstance(layer, nn.Unflatten) and not (isinstance(layer.dim, int) and layer.dim >= 1):
             self.refuse(name, kind, f"dim must be at least 1 (axis 0 is the batch), got {layer.dim!r}")
 
+    def _check_numbers(self, layer: nn.Module, name: str) -> None:
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            assert layer.running_var is not None
+            if not bool((layer.running_var + layer.eps > 0).all()):
+                raise InvalidNetworkError(
+                    f"layer {self.position} ({name!r}, {type(layer).__name__}): running_var + eps must be positive"
+                )
+
     def _advance(self, layer: nn.Module, name: str) -> None:
         if self.shape is None:
             return
+        place = f"layer {self.position} ({name!r}, {type(layer).__name__})"
+        if isinstance(layer, nn.Conv1d | nn.Conv2d) and not _is_picture(layer, self.shape):
+            # torch reads one axis less as a single picture without a batch axis: rows would be its channels.
+            raise ShapeError(f"{place} takes inputs of shape {_wanted(layer)}, got {self.shape}{self._cure(layer)}")
         value = next(iter((*layer.parameters(), *layer.buffers())), torch.zeros(()))
         dtype = value.dtype if value.is_floating_point() else torch.get_default_dtype()
         zero = torch.zeros(1, *self.shape, dtype=dtype, device=value.device)
         try:
             with torch.no_grad():
                 self.shape = tuple(layer(zero).shape[1:])
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, IndexError) as error:
             reason = str(error).splitlines()[0]
             raise ShapeError(
-                f"layer {self.position} ({name!r}, {type(layer).__name__}) does not accept inputs of shape "
-                f"{self.shape}: {reason}"
+                f"{place} does not accept inputs of shape {self.shape}: {reason}{self._cure(layer)}"
             ) from None
+
+    def _cure(self, layer: nn.Module) -> str:
+        """What to do about inputs that the first layer with a shape of its own does not accept."""
+        shape = self.shape
+        if shape is None or shape != self.input_shape:
+            return ""
+        if isinstance(layer, nn.Linear) and shape != (layer.weight.shape[1],) and prod(shape) == layer.weight.shape[1]:
+            return f"; give the inputs its shape, stars.reshape(({layer.weight.shape[1]},)), or start with nn.Flatten()"
+        if not isinstance(layer, nn.Conv1d | nn.Conv2d):
+            return ""
+        if len(shape) == 1:
+            return f"; give the inputs such a shape, stars.reshape({_wanted(layer)}) with the picture's own sizes"
+        if len(shape) < layer.weight.ndim - 1:
+            sizes = _wanted(layer)[1:-1]
+            return f"; the first axis counts stars: one picture [{sizes}] needs another, picture[None] ([1, {sizes}])"
+        return ""
+
+
+def _is_picture(layer: nn.Conv1d | nn.Conv2d, shape: Shape) -> bool:
+    return len(shape) == layer.weight.ndim - 1 and shape[0] == layer.weight.shape[1] * layer.groups
+
+
+def _wanted(layer: nn.Conv1d | nn.Conv2d) -> str:
+    return f"({layer.weight.shape[1] * layer.groups}, {'L' if layer.weight.ndim == 3 else 'H, W'})"
+
+
+def _hint(kind: str) -> str:
+    word = kind.replace("_", "").replace(".", " ").split()[-1].lower()
+    if word not in _KEEP_ORDER:
+        return ""
+    return (
+        ". As the last layer of a classifier, leave it out of both networks (network[:-1], for instance) and compare "
+        "the scores before it; it keeps their order, so equivalent(..., top1=True) answers the same without it"
+    )
 
 
 def pooled(layer: nn.AvgPool1d | nn.AvgPool2d) -> int:

@@ -9,21 +9,28 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import fx, nn
 
+from torchreach.errors import ShapeError
 from torchreach.networks.builder import ChainBuilder, Shape, check_finite, is_leaf
-from torchreach.networks.fake_quantized import add_fake_quantized, is_quantization_part, observers
+from torchreach.networks.calls import altered, is_wrapper, keeps, unwrapped
+from torchreach.networks.fake_quantized import add_fake_quantized, is_observed, is_quantization_part, observers
 from torchreach.networks.graph import GraphReader
 from torchreach.networks.int8_modules import add_int8_module
-from torchreach.networks.packed_weights import plain_layer
-from torchreach.networks.quantized import WeightOnly
+from torchreach.networks.quantized import WeightOnly, standalone_copy
 from torchreach.networks.quantizer import Quantizer
+from torchreach.networks.weights import evaluation_mode
 
 _log = logging.getLogger(__name__)
+
+# Layers that compute something else in training mode.
+_MODAL = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+
+# Sizes of the batches on which a traced module must agree with its layers, and how well, relative to the largest value.
+BATCHES = (1, 2, 7)
+AGREE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 
 # One analysis reads its networks several times; what is wrong with one of them is said once.
 _WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -35,10 +42,13 @@ def chain(module: nn.Module, input_shape: Shape | None = None) -> nn.Sequential:
     A deployed (statically quantised) network is described in float64, see `torchreach.networks.quantizer`: then
     the outputs agree up to what torch's kernels round differently, and the layers are snapshots.
 
-    The leaves are layers of `torchreach.networks.layers.AFFINE`, `nn.ReLU`, layers marked `splits_at_zero`, and
-    `Quantizer` in deployed networks. They are the module's own layers, and layers made for functional calls hold
-    its own parameters: training the module changes the chain. (Weights that the forward pass itself computes
-    from parameters, such as `weight * mask`, are taken as they are now.) The module is left as it was.
+    The leaves are layers of `torchreach.networks.layers.AFFINE`, `nn.ReLU`, merged ReLU layers, and `Quantizer` in
+    deployed networks. They are the module's own layers, and layers made for functional calls hold its own
+    parameters: training the module changes the chain. (Weights that are computed from parameters, by the forward pass,
+    a hook of `torch.nn.utils` or a parametrisation, are taken as they are now.) The module is left as it was.
+
+    What a call of a module computes is read, not what its class says: hooks, an instance's own `forward` and classes
+    that override part of a layer are refused by name, or traced.
 
     Evaluation semantics throughout, whatever mode the module is in: dropout is left out, batch norm uses its
     running statistics.
@@ -55,11 +65,14 @@ def chain(module: nn.Module, input_shape: Shape | None = None) -> nn.Sequential:
         ShapeError: a layer does not accept what `input_shape` leads to.
     """
     check_finite(module, skip=observers(module))
-    builder = ChainBuilder(None if input_shape is None else tuple(input_shape))
+    builder = ChainBuilder(_checked_shape(input_shape))
+    _refuse_stuck(builder, module)
     _add(builder, module, "")
     result = builder.finish(warn=module not in _WARNED)
     if builder.uncalibrated:
         _WARNED.add(module)
+    if builder.traced and not builder.deployed and builder.input_shape is not None:
+        _check_traced(builder, module, result)
     return result
 
 
@@ -71,22 +84,72 @@ def weight_only(module: nn.Module, input_shape: Shape | None = None) -> WeightOn
     return WeightOnly(*(layer for layer in chain(module, input_shape) if not isinstance(layer, Quantizer)))
 
 
+def _checked_shape(shape: Shape | None) -> Shape | None:
+    if shape is None:
+        return None
+    if isinstance(shape, int) or not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ShapeError(f"input_shape must be the sizes of one input without batch axis, (1, 28, 28), got {shape!r}")
+    return tuple(shape)
+
+
+def _refuse_stuck(builder: ChainBuilder, module: nn.Module) -> None:
+    """Refuses a module whose own `train` keeps dropout or batch norm in training mode when it is told to evaluate."""
+    own = (m for m in module.modules() if not isinstance(m, fx.GraphModule))
+    if all(type(m).train is nn.Module.train and "train" not in vars(m) for m in own):
+        return
+    for name, part in standalone_copy(module).eval().named_modules():
+        if part.training and isinstance(part, _MODAL):
+            builder.refuse(name, type(part).__name__, "a train() method keeps it in training mode after eval()")
+
+
+def _check_traced(builder: ChainBuilder, module: nn.Module, layers: nn.Sequential) -> None:
+    """Refuses a module that computes something else than `layers` at random inputs, alone or in a batch.
+
+    Tracing runs the user's code once; state, random numbers and what depends on the batch size escape it.
+    """
+    assert builder.input_shape is not None
+    values = (*module.parameters(), *module.buffers())
+    like = next((value for value in values if value.is_floating_point()), torch.zeros(()))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(max(BATCHES), *builder.input_shape, generator=generator, dtype=torch.float64)
+    x = x.to(like.device, like.dtype)
+    for size in BATCHES:
+        with torch.no_grad(), evaluation_mode(module):
+            try:
+                found = module(x[:size].clone())
+            except Exception as error:  # it may take batches of one size only
+                _log.debug("%s does not run on a batch of %d (%s)", type(module).__name__, size, error)
+                continue
+            wanted = layers(x[:size].clone())
+        off = found.shape != wanted.shape or float((found - wanted).abs().max()) if wanted.numel() else 0.0
+        if not off <= AGREE[like.dtype] * (1 + float(wanted.abs().max() if wanted.numel() else 0.0)):
+            builder.refuse(
+                "",
+                type(module).__name__,
+                "its layers, as they are read, compute something else than it does (on random inputs): a forward pass "
+                "must not depend on state, random numbers or the size of the batch",
+            )
+
+
 def _add(builder: ChainBuilder, module: nn.Module, name: str) -> None:
+    module, path = unwrapped(module)
+    name = ".".join(part for part in (name, path) if part)
     kind = type(module)
+    if not is_observed(module) and (reason := altered(module)):
+        builder.refuse(name, kind.__name__, reason)
     if kind.__module__.startswith("torch.ao.nn.") and add_int8_module(builder, module, name):
         return
     if add_fake_quantized(builder, module, name, _add):
         return
     if is_leaf(module):
-        builder.append(plain_layer(builder, module, name), name)
+        builder.append(module, name)
         return
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    if not all(getattr(hook, "__module__", "") == "torch.export._unlift" for hook in hooks):  # these check inputs
-        builder.refuse(name, kind.__name__, "a forward hook may change what the module computes; remove it")
-    if isinstance(module, nn.Sequential) and kind.forward is nn.Sequential.forward:
+    if isinstance(module, nn.Sequential) and keeps(module, nn.Sequential):
         for child_name, child in module._modules.items():
-            assert child is not None
-            _add(builder, child, f"{name}.{child_name}" if name else child_name)
+            path = f"{name}.{child_name}" if name else child_name
+            if child is None:
+                builder.refuse(path, "None", "every place of a Sequential must hold a layer")
+            _add(builder, child, path)
         return
     if kind.__module__.startswith("torch.") and not isinstance(module, fx.GraphModule):
         builder.refuse(name, kind.__name__)  # a library layer, not the user's code: tracing has nothing to find
@@ -94,6 +157,7 @@ def _add(builder: ChainBuilder, module: nn.Module, name: str) -> None:
 
 
 def _trace(builder: ChainBuilder, module: nn.Module, name: str) -> None:
+    builder.traced = True
     if isinstance(module, fx.GraphModule):  # exported ones refuse eval(), and there is nothing left to trace
         add_graph_module(builder, module, name)
         return
@@ -151,16 +215,6 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_leaf(m) or is_quantization_part(m) or super().is_leaf_module(m, module_qualified_name)
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """`module` in evaluation mode within the block; every submodule's own mode after it."""
-    modes = [(child, child.training) for child in module.modules()]
-    try:
-        module.eval()
-        yield
-    finally:
-        for child, mode in modes:
-            child.training = mode
+        return (
+            is_leaf(m) or is_quantization_part(m) or is_wrapper(m) or super().is_leaf_module(m, module_qualified_name)
+        )

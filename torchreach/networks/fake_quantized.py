@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchreach.networks.builder import ChainBuilder, check_finite, linear_layer
-from torchreach.networks.int8_modules import DYNAMIC, check_scale, convolution, quantize
+from torchreach.networks.builder import ChainBuilder, check_finite
+from torchreach.networks.int8_modules import check_scale, convolution, quantize
+from torchreach.networks.weights import DYNAMIC, linear_layer
 
 _HOOKS = ("torch.ao.quantization.quantize", "_observer_forward_hook")
 _STUBS = ("QuantStub", "DeQuantStub")
@@ -33,6 +34,11 @@ def is_quantization_part(module: nn.Module) -> bool:
     if type(module).__module__.startswith((*_QAT, "torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.")):
         return True
     return _is_stub(module) or _is(module, "FakeQuantizeBase") or _is(module, "ObserverBase")
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Whether quantisation tools hooked an observer of its output to `module`, and nothing else is hooked to it."""
+    return bool(module._forward_hooks) and all(_is_observer_hook(hook) for hook in module._forward_hooks.values())
 
 
 def observers(module: nn.Module) -> tuple[str, ...]:
@@ -47,7 +53,7 @@ def add_fake_quantized(
 
     add: adds any module.
     """
-    if module._forward_hooks and all(_is_observer_hook(hook) for hook in module._forward_hooks.values()):
+    if is_observed(module):
         inner = copy.copy(module)  # the module without its hook; parameters are shared
         inner._forward_hooks = OrderedDict()
         add(builder, inner, name)

@@ -22,11 +22,12 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
 from torchreach.errors import UnsupportedLayerError
-from torchreach.networks.builder import ChainBuilder, as_parameter, linear_layer
+from torchreach.networks.builder import ChainBuilder
 from torchreach.networks.fake_quantized import is_quantization_part, prepared_weight
 from torchreach.networks.layers import Reshape
 from torchreach.networks.operations import CONSTANT, IDENTITIES, operation
 from torchreach.networks.quantized_graph import CONSTANT_QUANTIZED, check_weight, quantized_operation
+from torchreach.networks.weights import as_parameter, linear_layer
 
 
 class _Value:
@@ -41,6 +42,7 @@ class _Shape:
 
 
 _BATCH = object()  # x.shape[0]
+_IN_PLACE = (nn.ReLU, nn.modules.dropout._DropoutNd)
 
 
 class GraphReader:
@@ -100,7 +102,7 @@ class GraphReader:
             return prepared_weight(self.builder, layer, args[0], self._name(path))
         self._take(node, args[0])
         self.add_module(self.builder, layer, self._name(path))
-        return self._done(in_place=getattr(layer, "inplace", False))
+        return self._done(in_place=isinstance(layer, _IN_PLACE) and layer.inplace)
 
     def _call(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         name = operation(node)
@@ -110,6 +112,9 @@ class GraphReader:
         if not values and not any(isinstance(a, _Shape) or a is _BATCH for a in found):
             if name.rstrip("_") not in CONSTANT | CONSTANT_QUANTIZED:
                 self._refuse(node, name)
+            stripped = name.rstrip("_")
+            if (stripped != name and stripped not in IDENTITIES) or kwargs.get("inplace") or "out" in kwargs:
+                self._refuse(node, name, "it changes a tensor of the network in place, so outputs depend on state")
             with torch.no_grad():
                 value = self._evaluate(node, args, kwargs)
             check_weight(self.builder, self._place(node), name, args, value)
@@ -117,7 +122,7 @@ class GraphReader:
         if not values or name in ("getattr", "size", "sym_size", "dim"):
             return self._shape_query(node, name, args, kwargs)
         if len(values) > 1:
-            self._refuse_graph(node, "it combines two values that both depend on the input")
+            self._refuse_graph(node, f"{name} combines two values that both depend on the input")
         self._take(node, values[0])
         handler = getattr(self, f"_op_{name.replace('.', '_').rstrip('_')}", None)
         if name.rstrip("_") in IDENTITIES:
@@ -130,8 +135,6 @@ class GraphReader:
         try:
             handler(node, *args, **kwargs)
         except TypeError as error:  # a call signature none of the handlers below knows
-            if "argument" not in str(error):
-                raise
             self._refuse(node, name, f"called in a way torchreach does not know ({error})")
         return self._done(in_place=name.endswith("_") or kwargs.get("inplace") is True)
 
@@ -191,9 +194,14 @@ class GraphReader:
     # Operations. Each takes the node and the arguments of the torch function it is named after.
 
     def _op_identity(self, node: fx.Node, x: Any, *args: Any, dtype: Any = None, **_: Any) -> None:
-        for wanted in (dtype, *args):
-            if isinstance(wanted, torch.dtype) and wanted not in (torch.float32, torch.float64):
-                self._refuse(node, "to", f"conversion to {wanted} rounds")
+        name = operation(node)
+        kinds = [a.dtype if isinstance(a, Tensor) else a for a in (dtype, *args)]
+        kinds += [torch.float32] if name == "float" else []
+        wide = any(value.dtype == torch.float64 for value in self.root.parameters())
+        for wanted in kinds:
+            rounds = wanted not in (torch.float32, torch.float64) or (wide and wanted == torch.float32)
+            if isinstance(wanted, torch.dtype) and rounds:
+                self._refuse(node, name, f"conversion to {wanted} rounds")
 
     def _op_relu(self, node: fx.Node, x: Any, inplace: bool = False) -> None:
         self.builder.append(nn.ReLU(), self._place(node))
@@ -371,12 +379,15 @@ class GraphReader:
         self.builder.arithmetic(operation, self._constant(node, operand), self._place(node))
 
     def _constant(self, node: fx.Node, value: Any) -> Tensor:
+        like = next(iter((*self.root.parameters(), *self.builder.sequential().parameters())), torch.zeros(()))
         if isinstance(value, Tensor):
-            return value
+            # torch converts whole numbers to the dtype of the other operand
+            whole = not value.is_floating_point() and not value.is_complex() and not value.is_quantized
+            return value.to(like.dtype) if whole else value
         if not isinstance(value, int | float) or not math.isfinite(value):
             self._refuse(node, operation(node), f"its operand must be a finite constant, got {value!r}")
-        like = next(iter((*self.root.parameters(), *self.builder.sequential().parameters())), torch.zeros(()))
-        return torch.tensor(float(value), dtype=like.dtype, device=like.device)
+        # Without an axis it does not widen what it is combined with; torch keeps Python's numbers in float64, too.
+        return torch.tensor(float(value), dtype=torch.float64, device=like.device)
 
     def _place(self, node: fx.Node) -> str:
         """Dotted path of the submodule `node` was traced from, where the tracer kept it, and the node."""

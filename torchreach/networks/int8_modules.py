@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from torchreach.errors import InvalidNetworkError
-from torchreach.networks.builder import ChainBuilder, check_finite, linear_layer
+from torchreach.networks.builder import ChainBuilder, check_finite
 from torchreach.networks.kernels import IntegerLayer
 from torchreach.networks.quantizer import Quantizer
+from torchreach.networks.weights import DYNAMIC, linear_layer
 
 # Codes of the dtypes that activations of static schemes have. (`reduce_range` narrows the calibrated scale only.)
 CODES: dict[torch.dtype, tuple[int, int]] = {torch.quint8: (0, 255), torch.qint8: (-128, 127)}
 PER_TENSOR = (torch.per_tensor_affine, torch.per_tensor_symmetric)
 PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_symmetric)
-DYNAMIC = "dynamic quantisation chooses its scale from the input; static quantisation is supported"
 
 
 def add_int8_module(builder: ChainBuilder, module: nn.Module, name: str) -> bool:

@@ -51,6 +51,12 @@ class MergedAffine(nn.Module):
         raise NotImplementedError
 
 
+class MaskedReLU(nn.Module):
+    """ReLU on the features where `mask` is true; the others pass untouched."""
+
+    mask: Tensor  # bool, of one input's flattened features
+
+
 PASS_THROUGH = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 RESHAPING = (nn.Flatten, nn.Unflatten, Reshape)
 AFFINE = (
@@ -81,7 +87,7 @@ def magnitude(layer: nn.Module, x: Tensor) -> Tensor:
 def fan_in(layer: nn.Module) -> int:
     """Upper bound on the number of terms summed into one output, for rounding-error bounds."""
     if isinstance(layer, nn.Linear):
-        return layer.in_features + 1
+        return layer.weight.shape[1] + 1  # in_features may be out of date
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
         return layer.weight[0].numel() + 1
     if isinstance(layer, nn.AvgPool1d | nn.AvgPool2d):
@@ -117,7 +123,9 @@ def _part(layer: nn.Module, x: Tensor, *, magnitude: bool) -> Tensor:
             layer.dilation,
             layer.groups,
         )
-    if isinstance(layer, nn.AvgPool1d | nn.AvgPool2d | nn.Flatten | nn.Unflatten | Reshape):
+    if isinstance(layer, nn.AvgPool1d | nn.AvgPool2d):
+        return _sized(layer(x), magnitude)  # a divisor_override may be negative
+    if isinstance(layer, nn.Flatten | nn.Unflatten | Reshape):
         return layer(x)
     if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
         assert layer.running_var is not None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from torchreach.errors import ShapeError, UnsupportedLayerError
 from torchreach.networks.chain import chain
-from torchreach.networks.layers import MergedAffine, linear, magnitude
+from torchreach.networks.layers import MaskedReLU, MergedAffine, linear, magnitude
 from torchreach.networks.propagate import propagate
 from torchreach.networks.quantizer import Quantizer
 
@@ -64,14 +64,11 @@ class MergedLinear(MergedAffine):
         return z1.reshape(-1, *shape1), z2.reshape(-1, *shape2)
 
 
-class MergedReLU(nn.Module):
+class MergedReLU(MaskedReLU):
     """ReLU on both halves of [z1; z2]; a half that already left its network passes untouched.
 
     Takes a tensor [B, n1 + n2] or a `StarBatch`, which it splits along z = 0 where that crosses a star.
     """
-
-    splits_at_zero = True
-    mask: Tensor
 
     def __init__(self, sizes: tuple[int, int], active: tuple[bool, bool] = (True, True)) -> None:
         super().__init__()

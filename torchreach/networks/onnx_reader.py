@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from torchreach.errors import FileFormatError, InvalidNetworkError, UnsupportedLayerError
 from torchreach.networks.arithmetic import Arithmetic
-from torchreach.networks.builder import ChainBuilder, check_finite, linear_layer
+from torchreach.networks.builder import ChainBuilder, check_finite
 from torchreach.networks.layers import Reshape
+from torchreach.networks.weights import linear_layer
 
 _ARITHMETIC = {"Add": ("add", "add"), "Sub": ("sub", "rsub"), "Mul": ("mul", "mul"), "Div": ("div", None)}
 _FOLDED = {

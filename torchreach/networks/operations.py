@@ -78,5 +78,12 @@ def operation(node: fx.Node) -> str:
         namespace, name = qualified.split("::")
         name = name if namespace == "aten" else f"{namespace}.{name}"
     else:
-        name = _FUNCTIONS.get(target) or f"function {getattr(target, '__name__', target)}"
+        name = _FUNCTIONS.get(target) or _full_name(target)
     return _SAME.get(name, name)
+
+
+def _full_name(target: Any) -> str:
+    """Of a function without a rule, for messages: "torch.cat", "torch.nn.functional.softmax"."""
+    name = getattr(target, "__name__", str(target))
+    module = getattr(target, "__module__", None) or ("torch" if getattr(torch, name, None) is target else "")
+    return f"function {module}.{name}" if module else f"function {name}"

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torchreach.errors import InvalidNetworkError
 from torchreach.networks.builder import ChainBuilder
 from torchreach.networks.int8_modules import (
-    DYNAMIC,
     check_scale,
     dequantize,
     int8_convolution,
@@ -30,6 +29,7 @@ from torchreach.networks.int8_modules import (
     quantize_dtype,
 )
 from torchreach.networks.quantizer import Quantizer
+from torchreach.networks.weights import DYNAMIC
 
 _DECOMPOSED = "quantized_decomposed"
 # Computed at once where all arguments are constants: weights.

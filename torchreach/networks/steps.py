@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchreach.errors import ShapeError, UnsupportedLayerError
 from torchreach.networks.chain import chain
 from torchreach.networks.kernels import IntegerSums, Unfolded
-from torchreach.networks.layers import RESHAPING, fan_in, linear, magnitude
+from torchreach.networks.layers import RESHAPING, MaskedReLU, fan_in, linear, magnitude
 from torchreach.networks.quantizer import Quantizer
 
 
@@ -82,7 +82,7 @@ def steps(
                 f"{layer.name or 'a layer'!r} rounds activations, which is no linear region's business: "
                 "use torchreach.discrepancy(original, deployed, stars), or torchreach.weight_only(network)"
             )
-        if isinstance(layer, nn.ReLU | Quantizer) or getattr(layer, "splits_at_zero", False):
+        if isinstance(layer, nn.ReLU | MaskedReLU | Quantizer):
             fused = _fused(blocks, layer) if quantized else None
             if fused is not None:
                 blocks[-2] = (blocks[-2][0], fused)
@@ -105,8 +105,8 @@ def steps(
             relu = None
             quantizer = copy.deepcopy(activation).to(device) if isinstance(activation, Quantizer) else None
             if activation is not None and quantizer is None:
-                mask = getattr(activation, "mask", torch.ones(value.numel(), dtype=torch.bool))
-                relu = mask.to(device)
+                everywhere = torch.ones(value.numel(), dtype=torch.bool)
+                relu = (activation.mask if isinstance(activation, MaskedReLU) else everywhere).to(device)
             result.append(
                 Step(
                     name="output" if activation is None else f"{'round' if quantizer else 'relu'} {index + 1}",

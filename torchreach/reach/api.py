@@ -14,6 +14,7 @@ from torchreach.bounds.root import root_bounds
 from torchreach.bounds.zonotope import Bounds
 from torchreach.clock import Clock, running
 from torchreach.errors import ShapeError
+from torchreach.networks.layers import MaskedReLU
 from torchreach.networks.propagate import propagate
 from torchreach.networks.reduced import reduce
 from torchreach.networks.steps import Step, steps
@@ -295,7 +296,7 @@ def replay(network: tuple[Step, ...], x: Tensor) -> tuple[Tensor, Tensor]:
 @propagate.register
 def _(stars: StarBatch, layer: nn.Module) -> StarBatch:
     """A star batch through one layer of a merged network: affine layers map it, ReLU layers split it."""
-    if not getattr(layer, "splits_at_zero", False):
+    if not isinstance(layer, MaskedReLU):
         return stars.affine_map(layer)
     result = reach(nn.Sequential(layer), stars, Exact(root_bounds="interval"))
     split = result.stars
