@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import nn
 
 import torchreach as tr
-from torchreach.console import live, print_discrepancy, print_verdict, progress_line
+from torchreach.console import live, print_discrepancy, print_reading, print_verdict, progress_line
 from torchreach.input_sets import InputSet
 from torchreach.outward import at_least, at_most
 from torchreach.page import html_page
@@ -275,6 +275,7 @@ def _texts(report):
     seen = io.StringIO()
     console = Console(file=seen, width=80)
     print_discrepancy(console, report.found, report.inputs.labels, tolerance=report.verdict.tolerance)
+    print_reading(console, report.found)
     print_verdict(console, report.verdict)
     page = _Page()
     page.feed(html_page(report, {}))

@@ -260,6 +260,7 @@ def compare(
     )
     show.print_line(setup.out, f"input set: {inputs.text}")
     show.print_discrepancy(setup.out, found, inputs.labels, tolerance=tolerance)
+    show.print_reading(setup.out, found)
     if report.verdict.state is State.EXCEEDED:
         star, output = report.verdict.witness
         x = found.witness[star, output][None]

@@ -71,7 +71,7 @@ def print_discrepancy(
     title: str = "",
     tolerance: float | None = None,
 ) -> None:
-    """A table per input star, or one for all where there are many, the worst first; then what it speaks of."""
+    """A table per input star, or one for all where there are many, the worst first."""
     if title:
         console.print(Text(title, style="bold"))
     if len(labels) > MOST_TABLES:
@@ -79,7 +79,6 @@ def print_discrepancy(
     else:
         for s, label in enumerate(labels):
             console.print(_star_table(found, s, label, tolerance))
-    print_reading(console, found)
 
 
 def print_reading(console: Console, found: Discrepancy) -> None:
@@ -112,7 +111,7 @@ def print_comparison(console: Console, before: Discrepancy, after: Discrepancy, 
         factor = at_most(new / old, 3) if old > 0 else "-"
         table.add_row(Text(labels[s]), at_most(old), at_most(new), factor, star_status(after, s))
     if len(labels) > MOST_ROWS:
-        table.caption = f"the {MOST_ROWS} largest of {len(labels)} stars; --output writes all"
+        table.caption = f"the worst {MOST_ROWS} of {len(labels)} stars; --output writes all"
     console.print(table)
     print_reading(console, after)
 
@@ -143,7 +142,7 @@ def _star_table(found: Discrepancy, s: int, label: str, tolerance: float | None)
         signed = span(float(found.range_lower[s, n]), float(found.range_upper[s, n]))
         table.add_row(str(n), span(float(found.lower[s, n]), float(found.upper[s, n])), signed)
     if found.lower.shape[1] > MOST_ROWS:
-        table.caption = f"the {MOST_ROWS} largest of {found.lower.shape[1]} outputs; --output writes all"
+        table.caption = f"the worst {MOST_ROWS} of {found.lower.shape[1]} outputs; --output writes all"
     return table
 
 
@@ -155,14 +154,21 @@ def _summary(found: Discrepancy, labels: tuple[str, ...], tolerance: float | Non
         table.add_row(Text(labels[s]), interval, str(worst[s]), star_status(found, s))
     if len(labels) > MOST_ROWS:
         open_ = sum(status is not Status.EXACT for status in found.status)
-        table.caption = f"the {MOST_ROWS} largest of {len(labels)} stars ({open_} BOUNDED); --output writes all"
+        table.caption = f"the worst {MOST_ROWS} of {len(labels)} stars, {open_} BOUNDED; --output writes all"
     return table
 
 
 def _table(*columns: str, title: str | None = None) -> Table:
     from rich import box
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     return table

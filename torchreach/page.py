@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from torchreach.outward import at_least, at_most, counted, span
+from torchreach.pictures import MOST_PANELS
 from torchreach.provenance import bounds, stars_hash
 from torchreach.report import versions
 from torchreach.results import Discrepancy
@@ -32,7 +35,7 @@ h1 small { color: #6b7785; font-weight: 400; font-size: 1rem; }
 .open { background: #fff6e5; border-color: #d9822b; }
 .verdict b { display: block; text-transform: uppercase; letter-spacing: .06em; font-size: .8rem; }
 .good b { color: #2a7f62; } .bad b { color: #c0392b; } .open b { color: #a35a10; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; } tr.beyond td { color: #c0392b; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid #e8ebef; white-space: nowrap; }
 th { color: #52606d; font-weight: 600; border-bottom: 2px solid #cfd6dd; }
@@ -52,7 +55,8 @@ footer { margin-top: 2.5rem; color: #6b7785; font-size: .85rem; }
   main { margin: 0; padding: 1rem .8rem 1.5rem; border: 0; border-radius: 0; } h1 { font-size: 1.2rem; }
   h1 small { display: block; } dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; }
   table { font-size: .8rem; } th, td { padding: .3rem .25rem; white-space: normal; }
-  td.wrap { min-width: 6rem; } figure img { width: 46rem; max-width: none; }
+  td.wrap { min-width: 6rem; } figure img { width: 34rem; max-width: none; }
+  figure img.wide { width: 46rem; }
   details details, details > p, details > .scroll { margin-left: 0; }
 }
 """
@@ -193,7 +197,13 @@ def _stars(report: Report) -> str:
             new = float(answer.max_upper[s])
             row += [at_most(new), escape(star_status(answer, s)), at_most(new / old, 3) if old > 0 else "–"]
         rows.append(row)
-    return _folded(head, rows, "star")
+    return _folded(head, rows, "star", _beyond(report, answer.max_lower))
+
+
+def _beyond(report: Report, lower: Tensor) -> int:
+    """How many of these exceed the tolerance or target by what they attain: the first rows."""
+    asked = report.verdict.tolerance
+    return 0 if asked is None else int((lower > asked).sum())
 
 
 def _order(report: Report) -> list[int]:
@@ -227,7 +237,7 @@ def _output_table(report: Report, role: str, s: int) -> str:
         ]
         rows.append(row + _pair(values, s, n))
     title = f"<p>{role} network</p>" if len(report.results) > 1 else ""
-    return title + _folded(head, rows, "output") + _witness(found, s, order[0])
+    return title + _folded(head, rows, "output", _beyond(report, found.lower[s])) + _witness(found, s, order[0])
 
 
 def _pair(values: Values | None, s: int, n: int) -> list[str]:
@@ -251,7 +261,7 @@ def _box(box: Mapping[str, Any]) -> str:
     low, high = box["lower"], box["upper"]
     kind = "box" if box["is_the_set"] else "smallest box around the set"
     if not isinstance(low, list) and not isinstance(high, list):
-        return f"{kind}: every input in [{low:.9g}, {high:.9g}]"
+        return f"{kind}: every input in [{low:.6g}, {high:.6g}]"
     size = len(low) if isinstance(low, list) else len(high)
     low, high = (end if isinstance(end, list) else [end] * size for end in (low, high))
     varying = [i for i in range(size) if low[i] < high[i]]
@@ -259,33 +269,13 @@ def _box(box: Mapping[str, Any]) -> str:
         width = max(high[i] - low[i] for i in varying)
         return f"{kind}: {len(varying)} of {size} inputs vary, in ranges up to {width:.6g} wide; bounds in report.json"
     fixed = f"; the other {size - len(varying)} are fixed" if len(varying) < size else ""
-    return f"{kind}: " + ", ".join(f"x[{i}] in [{low[i]:.9g}, {high[i]:.9g}]" for i in varying) + fixed
+    return f"{kind}: " + ", ".join(f"x[{i}] in [{low[i]:.6g}, {high[i]:.6g}]" for i in varying) + fixed
 
 
 def _work(report: Report) -> str:
-    rows, notes = [], []
-    for role, found in report.results.items():
-        stats = found.stats
-        pieces = regions(found)
-        rows.append(
-            [
-                role,
-                escape(stats.method),
-                escape(stats.root_bounds),
-                "not all" if pieces is None else counted(pieces, found.semantics.piece),
-                f"{stats.splits:,}",
-                f"{stats.branches:,}",
-                f"{stats.linear_programs:,}",
-                f"{stats.output_programs:,}",
-                f"{stats.seconds:.2f} s",
-            ]
-        )
-        if stats.fallback:
-            notes.append(f"<p>{role}: no branch and bound, {escape(stats.fallback)}.</p>")
-    head = [
-        *("against the original", "engine", "root bounds", "enumerated", "splits", "branches"),
-        *("linear programs", "of them for outputs", "time"),
-    ]
+    columns = [_effort(found) for found in report.results.values()]
+    rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    head = ["against the original", *report.results]
     layers = [
         [
             layer.name,
@@ -301,7 +291,26 @@ def _work(report: Report) -> str:
     if layers:
         top = ["layer", "neurons", "stars", "splits", "linear programs", "pairs settled by test"]
         detail = f"<details><summary>per layer, compressed network</summary>{_table(top, layers)}</details>"
+    notes = [
+        f"<p>{role}: no branch and bound, {escape(found.stats.fallback)}</p>"
+        for role, found in report.results.items()
+        if found.stats.fallback
+    ]
     return _table(head, rows) + "".join(notes) + detail
+
+
+def _effort(found: Discrepancy) -> dict[str, str]:
+    stats, pieces = found.stats, regions(found)
+    return {
+        "engine": escape(stats.method),
+        "root bounds": escape(stats.root_bounds),
+        "enumerated": "not all" if pieces is None else counted(pieces, found.semantics.piece),
+        "splits": f"{stats.splits:,}",
+        "branches": f"{stats.branches:,}",
+        "linear programs": f"{stats.linear_programs:,}",
+        "of them for outputs": f"{stats.output_programs:,}",
+        "time": f"{stats.seconds:.2f} s",
+    }
 
 
 def _identity(report: Report) -> str:
@@ -329,9 +338,13 @@ def _identity(report: Report) -> str:
 
 def _figure(report: Report, name: str, data: bytes) -> str:
     source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    number = len(report.inputs.labels)
+    kind = "" if number == 1 and name == "ranges.png" else "class=wide "
     caption = _CAPTIONS[name].format(other=_other(report) if report.repaired is None else "the other network")
+    if name == "ranges.png" and number > MOST_PANELS:
+        caption += f" The {MOST_PANELS} worst of {number} stars."
     return (
-        f'<h2>{"Ranges" if name == "ranges.png" else "Repair"}</h2><figure><div class="scroll"><img '
+        f'<h2>{"Ranges" if name == "ranges.png" else "Repair"}</h2><figure><div class="scroll"><img {kind}'
         f'alt="{escape(caption)}" src="{source}"></div><figcaption>{caption}</figcaption></figure>'
     )
 
@@ -340,24 +353,25 @@ def _list(rows: Mapping[str, str]) -> str:
     return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{text}</dd>" for name, text in rows.items()) + "</dl>"
 
 
-def _folded(head: list[str], rows: Sequence[list[str]], word: str) -> str:
-    """A table whose rows beyond `_OPEN` wait to be opened."""
+def _folded(head: list[str], rows: Sequence[list[str]], word: str, beyond: int) -> str:
+    """A table whose first `beyond` rows are marked, and whose rows after `_OPEN` wait to be opened."""
     rest = rows[_OPEN:_MOST]
     more = ""
     if rest:
-        more = f"<details><summary>{counted(len(rest), f'more {word}')}</summary>{_table(head, rest)}</details>"
-    return _table(head, rows[:_OPEN]) + more + _left_out(len(rows), word)
+        folded = _table(head, rest, beyond=beyond - _OPEN)
+        more = f"<details><summary>{counted(len(rest), f'more {word}')}</summary>{folded}</details>"
+    return _table(head, rows[:_OPEN], beyond=beyond) + more + _left_out(len(rows), word)
 
 
 def _left_out(number: int, word: str) -> str:
     return f"<p>{counted(number - _MOST, f'more {word}')} in report.csv.</p>" if number > _MOST else ""
 
 
-def _table(head: list[str], rows: Sequence[list[str]], wrap: tuple[int, ...] = ()) -> str:
+def _table(head: list[str], rows: Sequence[list[str]], wrap: tuple[int, ...] = (), beyond: int = 0) -> str:
     top = "".join(f'<th class="left">{cell}</th>' if i in wrap else f"<th>{cell}</th>" for i, cell in enumerate(head))
     lines = (
         "".join(f'<td class="wrap">{c}</td>' if i in wrap else f"<td>{c}</td>" for i, c in enumerate(row))
         for row in rows
     )
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    body = "".join(f"<tr{' class=beyond' * (i < beyond)}>{line}</tr>" for i, line in enumerate(lines))
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -41,14 +41,14 @@ def ranges_picture(report: Report) -> bytes:
     for i, s in enumerate(shown):
         _star_panel(figure.add_subplot(rows, columns, i + 1), report, s, results, asked if drawn else None)
     handles: list[Any] = [
-        Patch(color=color, alpha=0.8, label=f"{found.claim} range, {role} network")
+        Patch(color=color, label=f"{found.claim} range, {role} network")
         for (role, found), color in zip(report.results.items(), colors, strict=True)
     ]
     if asked is not None:
         word = "tolerance" if report.repaired is None else "target"
         text = f"{word} ± {asked:.5g}" + ("" if drawn else ", beyond the scale")
         handles.append(Line2D([], [], color=LIMIT, lw=1, ls="--", label=text))
-    figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(handles=handles, loc="outside upper center", ncols=1 + columns, frameon=False)
     return _png(figure)
 
 
@@ -70,9 +70,8 @@ def _star_panel(
         low, high = found.range_lower[s].cpu().double(), found.range_upper[s].cpu().double()
         known = low.isfinite() & high.isfinite()  # a spent budget may leave an end open
         low, high = torch.where(known, low, 0.0), torch.where(known, high, 0.0)
-        axes.bar(at, high - low, width, bottom=low, color=color, alpha=0.8, lw=0)
-        # a range thinner than the pen still shows
-        axes.hlines((low + high) / 2, at - width / 2, at + width / 2, color, lw=1.2)
+        # the edge shows a range that is thinner than the pen
+        axes.bar(at, high - low, width, bottom=low, color=color, edgecolor=color, lw=1.2)
         notes.append(at_most(float(found.upper[s].max()), 3))
     axes.use_sticky_edges = False  # bars that end away from zero need air beyond them
     if tolerance is not None:
