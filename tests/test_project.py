@@ -24,6 +24,7 @@ ANALYSES = {
     "training",
     "students",
     "deployed",
+    "executed",
     "deployed_student",
     "kernels",
     "star_search",

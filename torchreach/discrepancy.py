@@ -14,8 +14,10 @@ from dataclasses import replace
 
 from torch import nn
 
+from torchreach.clock import Clock, running
 from torchreach.deployed import deployed_discrepancy, rounds
 from torchreach.errors import OptionError
+from torchreach.executed import as_executed, formats, widened
 from torchreach.kernels import CHOICES
 from torchreach.networks.quantized import is_weight_only
 from torchreach.options import Budget, Exact, Search
@@ -40,6 +42,7 @@ def discrepancy(
     tolerances: Tolerances | None = None,
     progress: ProgressCallback | None = None,
     kernels: str = "here",
+    arithmetic: str | None = None,
 ) -> Discrepancy:
     """Certified interval around max |y1 - y2| per output and input star, with witnesses.
 
@@ -59,15 +62,20 @@ def discrepancy(
         kernels: of a deployed network, whose integer arithmetic is covered: what "here" executes it on this machine,
             "exact" sums, "saturating" pairs of products (x86 without VNNI), or the union of "any" of these. Where no
             pair can leave int16 over the set these are all one, and `kernels` of the result says so.
+        arithmetic: "real" reads networks as real-valued functions of their weights; "executed" as their format
+            (float16, bfloat16, float32, float64) executes them, inputs and each layer's result rounded to it; None
+            does so only for networks in half precision. A float32 original of a half network is then real-valued.
 
     Guarantee: for every real input x of star s, |y1_n(x) - y2_n(x)| <= upper[s, n]; at witness[s, n] it is
-    at least lower[s, n]. Both speak of the networks as real-valued functions of their weights; where a network
-    rounds its activations, of it as int8 kernels execute it, for inputs in float32 (see `deployed`). `semantics` of
-    the result says which: "float", "weight-only" (weights on a grid, activations real), or "deployed int8". A
-    deployed network has a method of its own, so `method` and `progress` do not apply.
+    at least lower[s, n]. `semantics` of the result says which reading of the networks both speak of: "float",
+    "weight-only" (weights on a grid, activations real), "as executed in float16" and the like, where `lower` is what
+    this machine's kernels gave and `upper` holds for every kernel that keeps sums in float32 (docs/certificates.md), or
+    "deployed int8": where a network rounds its activations, as int8 kernels execute it, for inputs in float32 (see
+    `deployed`). A deployed network has a method of its own, so `method` and `progress` do not apply.
 
-    Raises: as `merge` and `reach`; OptionError: an unknown method or kind of kernels, a negative tolerance, or a
-        gap that is not positive. KernelMismatchError: see `torchreach.kernels`.
+    Raises: as `merge` and `reach`; OptionError: an unknown method, kind of kernels or arithmetic, a negative tolerance,
+        or a gap that is not positive. InvalidNetworkError: a layer that may overflow its format as executed.
+        KernelMismatchError: this machine's kernels left the certified range, see `torchreach.kernels`.
 
     Warns: UncoveredKernelsWarning: int8 kernels that add up in a way that is not known.
     """
@@ -77,32 +85,45 @@ def discrepancy(
         raise OptionError(f"kernels must be one of {', '.join(CHOICES)}, got {kernels!r}")
     if gap is not None and not gap > 0:
         raise OptionError(f"gap must be positive or None, got {gap!r}")
+    budget, tolerances = budget or Budget(), tolerances or Tolerances()
     shape = None if len(stars.shape) == 1 else stars.shape
+    kinds = formats(original, compressed, arithmetic)
     if rounds(original, shape) or rounds(compressed, shape):
-        gap = (tolerances or Tolerances()).gap if gap is None else gap
-        return deployed_discrepancy(original, compressed, stars, budget or Budget(), gap, kernels)
-    original, compressed = _one_dtype(original, compressed)
+        if arithmetic == "real":
+            raise OptionError(
+                "arithmetic='real' requires networks that do not round activations: compare "
+                "torchreach.weight_only(network)"
+            )
+        gap = tolerances.gap if gap is None else gap
+        found = deployed_discrepancy(original, compressed, stars, budget, gap, kernels)
+        return found if rounds(original, shape) else widened(found, original, stars, kinds[0])
     if tolerance is not None:
         question = Question("largest", gap or min(1e-6, max(1e-9, 1e-3 * tolerance)), tolerance)
     else:
         question = Question("signed") if gap is None else Question("outputs", gap)
-    found = compare(
-        original,
-        compressed,
-        stars,
-        chosen(method),
-        question,
-        budget=budget or Budget(),
-        tolerances=tolerances or Tolerances(),
-        progress=progress,
-    )
-    return replace(found, semantics=Semantics.WEIGHT_ONLY if is_weight_only(compressed) else Semantics.FLOAT)
+    networks = one_dtype(original, compressed)
+
+    def real(stars: StarBatch, question: Question, clock: Clock | None = None) -> Discrepancy:
+        limits = budget if clock is None or not clock.limited else replace(budget, seconds=max(clock.left, 1e-3))
+        return compare(
+            *networks, stars, chosen(method), question, budget=limits, tolerances=tolerances, progress=progress
+        )
+
+    if kinds == (None, None):
+        found = real(stars, question)
+        return replace(found, semantics=Semantics.WEIGHT_ONLY if is_weight_only(compressed) else Semantics.FLOAT)
+    with running(budget.seconds) as clock:
+        return as_executed(
+            original, compressed, stars, kinds, question, lambda part, asked: real(part, asked, clock), clock
+        )
 
 
-def _one_dtype(*networks: nn.Module) -> tuple[nn.Module, ...]:
-    """The networks, as float64 copies where their dtypes differ: a float network and a twin with exact weights."""
+def one_dtype(*networks: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The two networks, as float64 copies where their dtypes differ: a float network and a twin with exact weights."""
     dtypes = {value.dtype for network in networks for value in network.parameters()}
-    return networks if len(dtypes) < 2 else tuple(copy.deepcopy(network).double() for network in networks)
+    if len(dtypes) > 1:
+        networks = tuple(copy.deepcopy(network).double() for network in networks)
+    return networks[0], networks[1]
 
 
 def chosen(method: Exact | Search | str | None) -> Exact | Search | None:

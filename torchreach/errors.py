@@ -40,7 +40,7 @@ class UncalibratedWarning(UserWarning):
 
 
 class KernelMismatchError(TorchreachError):
-    """A deployed network as given computes something at a witness that its kernels were predicted not to compute."""
+    """A network as given computes something at an input of the set that its kernels were predicted not to compute."""
 
 
 class UncoveredKernelsWarning(UserWarning):

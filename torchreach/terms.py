@@ -57,6 +57,7 @@ class Semantics(_Worded):
         "networks as executed in bfloat16: inputs and the result of each layer rounded to it, sums in float32",
     )
     FLOAT32 = ("as executed in float32", "networks as executed in float32, the rounding of their sums included")
+    FLOAT64 = ("as executed in float64", "networks as executed in float64, the rounding of their sums included")
 
     @property
     def piece(self) -> str:

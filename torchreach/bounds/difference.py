@@ -135,7 +135,8 @@ class Pair:
 
     def backward(self, k: int, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Coefficients alpha, beta [..., N_in] and the constant [...] of p . z + q . d of layer k."""
-        return p @ self.W[k] + q @ self.D[k], q @ self.V[k], p @ self.b[k] + q @ self.db[k]
+        db = self.db[k].reshape(-1, self.db[k].shape[-1], 1)  # one for all boxes, or [B, N_out]
+        return p @ self.W[k] + q @ self.D[k], q @ self.V[k], p @ self.b[k] + (q @ db)[..., 0]
 
     def terms(self, k: int) -> int:
         """Number of terms that gammas of layer k count."""
@@ -232,7 +233,7 @@ class Backward:
     """Backward pass over B boxes whose hidden layers become known one after the other.
 
     lower, upper: [B, N_in]. `hexagons` grows by `add`; only then can a later layer be bounded. `free`: the neurons of
-    each that are undecided in some box.
+    each that are undecided in some box. off: [B, N_in] how far the second network's input may be from the first's.
     """
 
     pair: Pair
@@ -242,13 +243,15 @@ class Backward:
     errors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     graphs: dict[int, Graph] = field(default_factory=dict)
     free: list[Tensor] = field(default_factory=list)
+    off: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.middle = self.lower + (self.upper - self.lower) / 2
         self.radius = torch.maximum(self.upper - self.middle, self.middle - self.lower)
         size = torch.maximum(self.lower.abs(), self.upper.abs())
         # Twice: the middle and radius are rounded too, and two sums are taken where a layer takes one.
-        errors, noise = self.pair.error(0, size, torch.zeros_like(size)), self.pair.noise(0)
+        off = torch.zeros_like(size) if self.off is None else self.off
+        errors, noise = self.pair.error(0, size, off), self.pair.noise(0)
         self.errors.append(tuple(2 * error - part for error, part in zip(errors, noise, strict=True)))  # type: ignore
 
     def add(self, hexagon: Hexagon) -> None:
@@ -275,8 +278,9 @@ class Backward:
             p, q, raised = rule(k - 1, alpha, beta)
             total = total + constant + raised
         error = error + self._error(0, p, q)
-        x, _, constant = self.pair.backward(0, p, q)
+        x, apart, constant = self.pair.backward(0, p, q)
         total = total + constant + (x @ self.middle[:, :, None])[..., 0] + (x.abs() @ self.radius[:, :, None])[..., 0]
+        total = total if self.off is None else total + (apart.abs() @ self.off[:, :, None])[..., 0]
         # An overflow says nothing.
         return torch.nan_to_num(total + error, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf), x
 

@@ -153,6 +153,7 @@ class _Reader:
             return False
         bias = _tensor(constant).reshape(-1)
         product.bias = nn.Parameter(-bias if operation == "Sub" else bias)
+        product.bias_apart = True  # type: ignore[assignment]  # two operations, each of which rounds in half precision
         return True
 
     def _elementwise(self, node: onnx.NodeProto, name: str, values: list, attributes: dict[str, Any]) -> None:

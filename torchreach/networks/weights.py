@@ -31,6 +31,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d)
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 _PACKED = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Int4Tensor", "Int4TilePackedTo4dTensor", "Float8Tensor")
+_KIND = "_torchao_kind"
 _ON_ACTIVATIONS = ("act_quant_kwargs", "activation_quantization", "act_quant_scale", "act_pre_scale")
 
 Refuse = Callable[[str], NoReturn]
@@ -69,7 +70,14 @@ def plain_layer(layer: nn.Module, name: str, refuse: Refuse) -> nn.Module:
             result._parameters[key] = None if value is None else as_parameter(value)
         else:
             result._buffers[key] = value
+    if is_packed(used.get("weight")):
+        result.__dict__[_KIND] = type(used["weight"]).__name__
     return result
+
+
+def torchao_kind(layer: nn.Module) -> str | None:
+    """The class of torchao's weight that `plain_layer` replaced in this layer, None where it replaced none."""
+    return vars(layer).get(_KIND)
 
 
 def plain_tensor(value: Any, name: str, refuse: Refuse) -> Tensor:
