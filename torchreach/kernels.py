@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -38,13 +37,14 @@ SINGLE = 2.0**-24
 class Executed:
     """A network's steps with the ways in which they may be executed.
 
-    own: of each int8 layer by name, how the packed layer adds up here; None: in no way that is known.
+    own: of each int8 layer by name, how the packed layer may add up here; (): in no way that is known. None of them
+    where `choice` does not ask for it.
     saturable: names of layers in which a pair may leave int16 over one of the sets that were looked at.
     """
 
     steps: tuple[Step, ...]
     choice: str
-    own: dict[str, Pairing | None]
+    own: dict[str, tuple[Pairing, ...]]
     saturable: set[str] = field(default_factory=set)
 
     def look_at(self, steps: tuple[Step, ...], lower: Tensor, upper: Tensor) -> None:
@@ -63,18 +63,13 @@ class Executed:
 def executed(network: tuple[Step, ...], choice: str) -> Executed:
     """`network` as the kernels of `choice`, one of `CHOICES`, execute it."""
     sums = [step.sums for step in network if step.sums is not None]
-    own = {part.name: identified(part.at) for part in sums}
-    same: dict[str, list[Callable[[IntegerSums], Pairing]]] = {
-        "here": [lambda part: own[part.name] or Pairing.UNKNOWN],
-        "exact": [lambda _: Pairing.EXACT],
-        "saturating": [lambda _, pairing=pairing: pairing for pairing in ENGINES],
-    }
-    same["any"] = [way for name in ("here", "exact", "saturating") for way in same[name]]
-    ways: list[tuple[Pairing, ...]] = []
-    for way in same[choice]:
-        pairings = tuple(way(part) for part in sums)
-        if not any(_alike(sums, pairings, other) for other in ways):
-            ways.append(pairings)
+    own = {part.name: identified(part.at) for part in sums} if choice in ("here", "any") else {}
+    uniform = {"here": (), "exact": (Pairing.EXACT,), "saturating": ENGINES, "any": (Pairing.EXACT, *ENGINES)}[choice]
+    ways = [tuple(own[part.name] or (Pairing.UNKNOWN,) for part in sums)] if own else []
+    for pairing in uniform:
+        way = ((pairing,),) * len(sums)
+        if not any(_alike(sums, way, other) for other in ways):
+            ways.append(way)
     by_layer = iter(zip(*ways, strict=True))
     return Executed(
         tuple(
@@ -86,10 +81,11 @@ def executed(network: tuple[Step, ...], choice: str) -> Executed:
     )
 
 
-def _alike(sums: list[IntegerSums], one: tuple[Pairing, ...], other: tuple[Pairing, ...]) -> bool:
+def _alike(sums: list[IntegerSums], one: tuple, other: tuple) -> bool:
     """Whether two ways form the same pairs, as far as they can saturate."""
     return all(
-        a is b or torch.equal(part.at.saturable[a], part.at.saturable[b])
+        a == b
+        or (not part.at.padded and all(torch.equal(part.at.saturable[p], part.at.saturable[q]) for p in a for q in b))
         for part, a, b in zip(sums, one, other, strict=True)
     )
 
@@ -113,13 +109,13 @@ def coverage(*networks: Executed) -> tuple[Kernels, tuple[str, ...]]:
 
     Warns: UncoveredKernelsWarning of layers that add up on this machine in no way that is known.
     """
-    if not any(network.own for network in networks):
+    if not any(step.sums is not None for network in networks for step in network.steps):
         return Kernels.NONE, ()
-    own = [(name, network.own[name]) for network in networks for name in network.own if name in network.saturable]
-    if not own:
+    if not any(network.saturable for network in networks):
         return Kernels.ANY, ()
     choice = networks[0].choice
-    uncovered = tuple(name for name, pairing in own if pairing is None) if choice in ("here", "any") else ()
+    own = [(name, network.own[name]) for network in networks for name in network.own if name in network.saturable]
+    uncovered = tuple(name for name, pairings in own if not pairings)
     if uncovered:
         listed = ", ".join(map(repr, uncovered[:NAMES])) + (", ..." if len(uncovered) > NAMES else "")
         warnings.warn(
@@ -130,7 +126,7 @@ def coverage(*networks: Executed) -> tuple[Kernels, tuple[str, ...]]:
             stacklevel=4,
         )
     if choice == "here":
-        exact = all(pairing is Pairing.EXACT for _, pairing in own)
+        exact = all(pairings == (Pairing.EXACT,) for _, pairings in own)
         return (Kernels.EXACT if exact else Kernels.SATURATING), uncovered
     return {"exact": Kernels.EXACT, "saturating": Kernels.SATURATING, "any": Kernels.ANY}[choice], uncovered
 
@@ -144,7 +140,7 @@ def check_replay(module: nn.Module, network: Executed, x: Tensor) -> None:
 
     Raises: KernelMismatchError.
     """
-    if network.choice in ("exact", "saturating") or None in network.own.values():
+    if network.choice in ("exact", "saturating") or () in network.own.values():
         return
     try:
         y = _run(module, x)

@@ -186,13 +186,16 @@ def _integers(
         return None
     channels = weight.shape[0]
     if weight.qscheme() in PER_TENSOR:
-        scale = torch.full((channels,), weight.q_scale(), dtype=torch.float64)
+        scale, zero = (
+            torch.tensor(v, dtype=torch.float64).expand(channels) for v in (weight.q_scale(), weight.q_zero_point())
+        )
     else:
-        scale = weight.q_per_channel_scales().double()
+        scale, zero = weight.q_per_channel_scales().double(), weight.q_per_channel_zero_points().double()
     return IntegerLayer(
         name,
         weight.int_repr().to(torch.int64),
         scale,
+        zero,
         None if bias is None else bias.detach().double(),
         float(before.scale),
         int(before.zero_point),

@@ -23,7 +23,7 @@ Axis letters: B points, G groups, N output channels of a group, P output positio
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import cycle
@@ -59,7 +59,7 @@ ENGINES = (Pairing.FBGEMM, Pairing.ONEDNN)
 class IntegerLayer:
     """What a kernel reads of an int8 layer: the one whose sums a Quantizer rounds.
 
-    weight: [N_out, *rest] int64 codes, zero points not taken off. weight_scale: [N_out] float64.
+    weight: [N_out, *rest] int64 codes, zero points `weight_zero` [N_out] not taken off. weight_scale: [N_out] float64.
     scale, zero_point, highest: of the codes 0..highest that it is given. geometry: its stride, padding, dilation and
     groups, where it is a convolution. packed: torch's own packed parameters, which know the engine.
     """
@@ -67,6 +67,7 @@ class IntegerLayer:
     name: str
     weight: Tensor
     weight_scale: Tensor
+    weight_zero: Tensor
     bias: Tensor | None
     scale: float
     zero_point: int
@@ -96,15 +97,15 @@ class IntegerLayer:
         places = torch.cat(first) if first else torch.zeros(0, dtype=torch.long)
         return torch.stack((places, places + 1), 1)
 
-    def execute(self, codes: Tensor, scale: float, out_scale: float, out_zero: int) -> Tensor:
-        """Output codes of the packed layer on input codes [B, ...] with zero point 0 and the given scales.
+    def execute(self, codes: Tensor, scale: float, zero_point: int, out_scale: float, out_zero: int) -> Tensor:
+        """Output codes of the packed layer on input codes [B, ...], on other grids than the network's.
 
         qnnpack computes its multipliers when the input's scale changes, and only then: each run has a scale of its
         own, and the network's next one has another.
         """
         own = next(factor for factor in _FACTORS if factor * scale != self.scale)
         scale, out_scale = own * scale, own * out_scale
-        x = torch._make_per_tensor_quantized_tensor(codes.to("cpu", torch.uint8), scale, 0)  # type: ignore
+        x = torch._make_per_tensor_quantized_tensor(codes.to("cpu", torch.uint8), scale, zero_point)  # type: ignore
         kind = "linear" if self.geometry is None else f"conv{self.weight.ndim - 2}d"
         return getattr(torch.ops.quantized, kind)(x, self.packed, out_scale, out_zero).int_repr().to(torch.int64)
 
@@ -176,16 +177,41 @@ class Unfolded:
         found = ((up > HIGHEST) | (down > -LOWEST)).nonzero()
         return torch.cat((found[:, :2], pairs[found[:, 2]]), 1)
 
+    def numbered(self, rows: Tensor) -> Tensor:
+        """A number of its own for each of `candidates`."""
+        size = self.weight.shape[2] + 1
+        return ((rows[:, 0] * self.weight.shape[1] + rows[:, 1]) * size + rows[:, 2]) * size + rows[:, 3]
+
+    @cached_property
+    def padded(self) -> bool:
+        """Whether pairs of padded taps saturate, where these hold the zero point's code."""
+        layer = self.layer
+        one, two = self.weights(self.saturable[Pairing.FBGEMM])
+        both = layer.zero_point * (one + two)
+        return bool((self.index == self.inputs).any()) and bool(((both > HIGHEST) | (both < LOWEST)).any())
+
     @cached_property
     def saturable(self) -> dict[Pairing, Tensor]:
-        """`candidates` of each pairing."""
-        return {pairing: self.candidates(pairing) for pairing in Pairing}
+        """`candidates` of each pairing, once it is asked for."""
+        return _Kept(self.candidates)
 
     def weights(self, found: Tensor) -> tuple[Tensor, Tensor]:
         """Weights of both products of `candidates`."""
         group, row, one, two = found.T
         padded = F.pad(self.weight, (0, 1))
         return padded[group, row, one], padded[group, row, two]
+
+
+class _Kept(dict):
+    """Values of a function, computed once each."""
+
+    def __init__(self, rule: Callable[[Pairing], Tensor]) -> None:
+        super().__init__()
+        self.rule = rule
+
+    def __missing__(self, key: Pairing) -> Tensor:
+        self[key] = self.rule(key)
+        return self[key]
 
 
 def _geometry(layer: IntegerLayer) -> list[tuple[int, int]]:
@@ -203,12 +229,13 @@ def _geometry(layer: IntegerLayer) -> list[tuple[int, int]]:
 class IntegerSums:
     """Sums of an int8 layer under one pairing or several, as a correction of exact ones.
 
-    pairings: one for each way that the network may be executed; a way is the same one in all of its layers.
+    pairings: of each way that the network may be executed, those that are possible here; a way is the same one in all
+    of its layers.
     rest, free: the values of all inputs and which of them are given, where others are fixed.
     """
 
     at: Unfolded
-    pairings: tuple[Pairing, ...] = (Pairing.EXACT,)
+    pairings: tuple[tuple[Pairing, ...], ...] = ((Pairing.EXACT,),)
     rest: Tensor | None = None
     free: Tensor | None = None
 
@@ -239,12 +266,18 @@ class IntegerSums:
 
         The two ends are equal where the codes are known and the pairing is. None: nothing saturates.
         """
-        pairing = self.pairings[way]
-        found = self.at.saturable[pairing]
-        if not len(found):
+        possible = [pairing for pairing in self.pairings[way] if len(self.at.saturable[pairing])]
+        if not possible:
             return None
-        lost = self._loss(pairing, found, *self.codes(low, high))
-        return None if lost is None else (lost[0] * self.unit, lost[1] * self.unit)
+        codes = self.codes(low, high)
+        lost = [self._loss(pairing, *codes) for pairing in possible]
+        ends = [part for part in lost if part is not None]
+        if not ends:
+            return None
+        below, above = (torch.stack(part) for part in zip(*ends, strict=True))
+        if len(ends) < len(self.pairings[way]):  # one of them takes nothing off
+            below, above = below.clamp(max=0), above.clamp(min=0)
+        return below.amin(0) * self.unit, above.amax(0) * self.unit
 
     @cached_property
     def unit(self) -> Tensor:
@@ -257,17 +290,14 @@ class IntegerSums:
     def saturates(self, low: Tensor, high: Tensor) -> bool:
         """Whether any pair of any engine can leave int16 for some inputs in [low, high] [M]."""
         first, last = self.codes(low[None], high[None])
-        return any(
-            len(found) > 0 and self._loss(pairing, found, first, last) is not None
-            for pairing, found in self.at.saturable.items()
-            if pairing in ENGINES
-        )
+        return any(self._loss(pairing, first, last) is not None for pairing in ENGINES)
 
-    def _loss(self, pairing: Pairing, found: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _loss(self, pairing: Pairing, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor] | None:
         """Range [B, N_out], in units of the sum, for codes from `first` to `last` [B, N_in]; None: it is zero."""
-        at, batch = self.at, len(first)
-        padding = at.layer.zero_point if pairing is Pairing.FBGEMM else 0
-        first, last = (F.pad(part, (0, 1), value=padding) for part in (first, last))
+        at, batch, found = self.at, len(first), self.at.saturable[pairing]
+        zero = at.layer.zero_point
+        first = F.pad(first, (0, 1), value=zero if pairing is Pairing.FBGEMM else 0)
+        last = F.pad(last, (0, 1), value=0 if pairing is Pairing.ONEDNN else zero)
         least, most = first.amin(0), last.amax(0)
         below = first.new_zeros(batch, at.weight.shape[:2].numel() * at.index.shape[1])
         above, changed = below.clone(), False
@@ -309,70 +339,94 @@ def _lost(pairing: Pairing, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return high.clamp(LOWEST, HIGHEST) - high, low.clamp(LOWEST, HIGHEST) - low
 
 
-def identified(at: Unfolded) -> Pairing | None:
-    """The pairing by which the packed layer adds up; UNKNOWN where what was run fits several; None: it fits none.
+def identified(at: Unfolded) -> tuple[Pairing, ...]:
+    """The pairings by which the packed layer may add up: as a rule one; none where none fits what it does.
 
     Two codes are at their highest, where a pair of them leaves int16; others make up for their products, each alone
     in its pair. The layer's own operation says whether the pair saturates. Deterministic; a few runs of the layer.
     """
     found = {pairing: at.saturable[pairing] for pairing in (Pairing.EXACT, *ENGINES)}
     if not any(map(len, found.values())):
-        return Pairing.EXACT
+        return (Pairing.EXACT,)
     if at.layer.packed is None:
-        return None
-    every, which = torch.cat([found[pairing] for pairing in ENGINES]).unique(dim=0, return_inverse=True)
-    has = {pairing: torch.zeros(len(every), dtype=torch.bool, device=every.device) for pairing in found}
-    for pairing, part in zip(ENGINES, which.split([len(found[pairing]) for pairing in ENGINES]), strict=True):
-        has[pairing][part] = True
-    one, two = at.weights(every)
-    order = (one + two).abs().argsort(descending=True, stable=True)
+        return ()
+    numbers = {pairing: at.numbered(rows) for pairing, rows in found.items()}
     fitting = list(found)
-    for kind in ([True, True], [True, False], [False, True]):
-        alike = torch.stack([has[pairing] == k for pairing, k in zip(ENGINES, kind, strict=True)]).all(0)
-        for row in order[alike[order]][:TRIED].tolist():
-            seen = _saturated(at, every[row])
+    shared = torch.isin(numbers[Pairing.FBGEMM], numbers[Pairing.ONEDNN])
+    alone = ~torch.isin(numbers[Pairing.ONEDNN], numbers[Pairing.FBGEMM])
+    for pairing, among in ((Pairing.FBGEMM, shared), (Pairing.FBGEMM, ~shared), (Pairing.ONEDNN, alone)):
+        rows = found[pairing][among]
+        one, two = at.weights(rows)
+        for row in rows[(one + two).abs().argsort(descending=True, stable=True)[:TRIED]]:
+            seen = _saturated(at, row)
             if seen is not None:
-                fitting = [pairing for pairing in fitting if bool(has[pairing][row]) == seen]
-    if not fitting:
-        return None
-    same = all(torch.equal(has[fitting[0]], has[pairing]) for pairing in fitting)
-    return fitting[0] if same else Pairing.UNKNOWN
+                fitting = [p for p in fitting if int((numbers[p] == at.numbered(row[None])).any()) == seen]
+    if set(ENGINES) <= set(fitting):
+        padded = _padding_as(at)
+        fitting = [p for p in fitting if p in padded]
+    same = all(torch.equal(numbers[fitting[0]], numbers[p]) for p in fitting[1:])
+    return tuple(fitting if Pairing.FBGEMM in fitting and at.padded else fitting[:1]) if same else tuple(fitting)
 
 
-def _saturated(at: Unfolded, row: Tensor) -> bool | None:
-    """Whether the pair of `candidates` row [4] saturates in the packed layer; None where 8 bits cannot show it."""
+def _saturated(at: Unfolded, row: Tensor) -> int | None:
+    """Whether the pair of `candidates` row [4] saturates in the packed layer, as `_nearest`: 0 no, 1 yes."""
     layer, (group, channel, *pair) = at.layer, row.tolist()
-    inside = (at.index[group] < at.inputs).sum(1)
-    position = int(inside.argmax())
-    index, weight = at.index[group, position], at.weight[group, channel]
+    position = int((at.index[group] < at.inputs).sum(1).argmax())
+    index, raw = at.index[group, position], at.weight[group, channel]
     if bool((index[pair] >= at.inputs).any()):
         return None
-    codes = torch.zeros_like(weight)
+    weight = raw - layer.weight_zero[group * len(at.weight[0]) + channel]
+    codes = torch.zeros_like(raw)
     codes[pair] = layer.highest
+    product = float(codes @ raw)
+    lost = product - min(max(product, LOWEST), HIGHEST)
     total = float(codes @ weight)
-    rises = total > 0
-    lost = abs(total) - (HIGHEST if rises else -LOWEST)
     # Every third product, so that no two of them are neighbours; nor neighbours of the pair.
-    others = torch.arange(len(weight), device=weight.device)
+    others = torch.arange(len(raw), device=raw.device)
     apart = (others % 3 == 0) & ((others[:, None] - others[pair]).abs() > 1).all(1) & (index < at.inputs)
-    for other in others[apart & ((weight < 0) if rises else (weight > 0))].tolist():
-        share = min(layer.highest, int(abs(total) // abs(float(weight[other]))))
-        codes[other] = share
-        total += share * float(weight[other])
-    # Exact and saturated sums, and zero, within the 8 bits of the output.
-    ends = (total, total - lost if rises else total + lost, 0.0)
+    for other in others[apart & (weight * total < 0)].tolist():
+        codes[other] = min(layer.highest, abs(total) // abs(float(weight[other])))
+        total += float(codes[other] * weight[other])
+        if abs(total) < abs(float(weight[other])):
+            break
+    x = codes.new_zeros(at.inputs)
+    x[index[index < at.inputs]] = codes[index < at.inputs]
+    place = int(at.features(row[0], row[1])[position])
+    return _nearest(at, x, 0, place, (total, total - lost))
+
+
+def _padding_as(at: Unfolded) -> tuple[Pairing, ...]:
+    """Of two pairings that differ in what padded taps hold, those that fit the packed layer."""
+    if not at.padded:
+        return tuple(Pairing)
+    highest = replace(at, layer=replace(at.layer, zero_point=at.layer.highest))
+    zero = at.weight.new_zeros(1, at.inputs)
+    sums = [IntegerSums(highest, ((pairing,),)) for pairing in ENGINES]
+    lost = [part.loss(0, zero, zero) for part in sums]
+    totals = [
+        0.0 * part.unit if both is None else (both[0] / part.unit)[0] for part, both in zip(sums, lost, strict=True)
+    ]
+    place = int((totals[0] - totals[1]).abs().argmax())
+    ends = (float(totals[0][place]), float(totals[1][place]))
+    found = _nearest(at, zero[0] + at.layer.highest, at.layer.highest, place, ends)
+    return tuple(Pairing) if found is None else (Pairing.EXACT, *ENGINES[found : found + 1])
+
+
+def _nearest(at: Unfolded, codes: Tensor, zero_point: int, place: int, totals: tuple[float, float]) -> int | None:
+    """Which of two sums the packed layer computes at an output, 2: neither; None where 8 bits cannot tell."""
+    ends = (*totals, 0.0)
     step = max((max(ends) - min(ends)) / 250, 2.0)
-    if lost < 4 * step:
+    if abs(totals[0] - totals[1]) < 4 * step:
         return None
-    unit = float(layer.weight_scale[group * at.weight.shape[1] + channel])
+    layer = at.layer
+    channel = place % len(layer.weight) if layer.geometry is None else place // at.index.shape[1]
+    unit = float(layer.weight_scale[channel])
     bias = 0.0 if layer.bias is None else float(layer.bias.abs().max())
     scale = max(1.0, 100 * bias / unit)  # so large that the bias is nothing beside it
     zero = round(-min(ends) / step)
-    x = codes.new_zeros(at.inputs)
-    x[index[index < at.inputs]] = codes[index < at.inputs]
-    out = layer.execute(x.reshape(1, *at.shape), scale, scale * unit * step, zero)
-    code = int(out.flatten()[at.features(row[0], row[1])[position]])
-    return abs(code - (zero + total / step)) > 2
+    out = layer.execute(codes.reshape(1, *at.shape), scale, zero_point, scale * unit * step, zero)
+    off = [abs(int(out.flatten()[place]) - zero - total / step) for total in totals]
+    return 2 if min(off) > 1.5 else off.index(min(off))
 
 
 def rounds_bias(at: Unfolded) -> bool:
@@ -384,6 +438,6 @@ def rounds_bias(at: Unfolded) -> bool:
     bias, unit = abs(float(layer.bias[channel])), float(layer.weight_scale[channel])
     group, row = divmod(channel, at.weight.shape[1])
     place = at.features(*torch.tensor([group, row], device=at.index.device))[0]
-    x = torch.zeros(1, *at.shape)
-    out = layer.execute(x, bias / unit / 0.3, bias / 100, 128)  # 0.3 units are rounded to none
+    # 0.3 units are rounded to none
+    out = layer.execute(torch.zeros(1, *at.shape), bias / unit / 0.3, 0, bias / 100, 128)
     return abs(int(out.flatten()[place]) - 128) < 50
