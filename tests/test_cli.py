@@ -284,17 +284,58 @@ def test_output_that_is_a_file_is_refused_before_any_work(files, tmp_path):
 
 def test_installed_program_exits_with_the_status(files):
     """The real entry point in its own process: 0, 1 and 2, without a traceback."""
-    code = "from torchreach.cli import main; main()"
-    networks = ("compare", str(files / "a.onnx"), str(files / "b.onnx"))
     for args, status in (
         (("--version",), 0),
-        ((*networks, "--box", BOX, "--tolerance", "0"), 1),
-        ((*networks, "--box", "0,1"), 2),
+        (("compare", files / "a.onnx", files / "b.onnx", "--box", BOX, "--tolerance", "0"), 1),
+        (("compare", files / "a.onnx", files / "none.onnx", "--box", BOX), 2),
     ):
-        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
+        command = [sys.executable, "-m", "torchreach", *map(str, args)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == status
         assert "Traceback" not in done.stderr
         assert (done.stderr == "") == (status != 2)
+
+
+TYPED = """
+import sys
+from torchreach.cli import app
+for args in {commands}:
+    status = app(args, standalone_mode=False)
+    print(status, "torch" in sys.modules, "numpy" in sys.modules)
+"""
+
+
+def test_help_and_what_is_typed_wrongly_are_answered_without_torch(files):
+    """Counted in modules, not in seconds: importing torch takes longer than anyone waits for an error."""
+    a, b = str(files / "a.onnx"), str(files / "b.onnx")
+    right = ["compare", a, b, "--box", BOX]
+    wrong = [
+        ["compare", a, str(files / "none.onnx"), "--box", BOX],
+        ["compare", a, str(files / "x.npy"), "--box", BOX],
+        ["compare", a, b],
+        ["compare", a, b, "--box", "0,1;2"],
+        ["compare", a, b, "--box", "gone.json"],
+        ["compare", a, b, "--center", "gone.npy", "--eps", "1"],
+        ["compare", a, b, "--vnnlib", "gone.vnnlib"],
+        [*right, "--tolerence", "1"],
+        [*right, "--tolerance", "-1"],
+        [*right, "--gap", "0"],
+        [*right, "--seconds", "-1"],
+        [*right, "--memory", "much"],
+        [*right, "--method", "magic"],
+        [*right, "--device", "tpu"],
+        [*right, "--output", a],
+        ["repair", *right[1:], "--save", "better.txt"],
+        ["repair", *right[1:], "--alpha", "0"],
+        ["demo", "--data", "letters"],
+        ["compere"],
+    ]
+    helped = [["--help"], ["--version"], ["compare", "--help"], ["repair", "--help"], ["demo", "--help"], []]
+    code = TYPED.format(commands=[*helped, *wrong])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.endswith("False")]
+    assert lines == ["0 False False"] * len(helped) + ["2 False False"] * len(wrong), done.stderr
+    assert len(done.stderr.splitlines()) == len(wrong)
 
 
 REPAIR = ("--iterations", 4, "--epochs", 20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
+import torchreach
+
 PACKAGE = Path(__file__).resolve().parents[1] / "torchreach"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in FILES}
 
-BASE = {"clock", "errors", "masks", "tolerances", "options", "outward", "results", "terms"}
+BASE = {"clock", "errors", "files", "masks", "tolerances", "options", "outward", "results", "terms"}
 ANALYSES = {
     "discrepancy",
     "discrepancy_loss",
@@ -32,7 +35,7 @@ ANALYSES = {
     "portfolio",
     "equivalence",
 }
-REPORTS = {"input_sets", "report", "page", "pictures", "provenance", "verdict"}
+REPORTS = {"arguments", "input_sets", "report", "page", "pictures", "provenance", "verdict"}
 FOLDERS = {"networks", "lp", "sets", "bounds", "search", "reach"}
 # What each group may import, itself aside. Any other top-level file belongs to the command line, which may
 # import everything and which nothing else imports.
@@ -51,7 +54,7 @@ MAY_IMPORT = {
 }
 HEAVY = (
     *("cvxpy", "cvxpylayers", "highspy", "auto_LiRPA", "torchao", "onnx", "matplotlib", "sklearn", "torchvision"),
-    *("typer", "rich"),
+    *("typer", "rich", "torch", "numpy"),
 )
 MAX_LINES = 450
 
@@ -142,6 +145,34 @@ def test_import_is_light():
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split() == []
+
+
+def test_exports_are_what_type_checkers_see():
+    """The imports below `if TYPE_CHECKING`, the table of places and `__all__` name the same things."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    (checked,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.name: node.module for node in checked.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert seen == torchreach._PLACES
+    assert sorted(seen) == torchreach.__all__
+    assert all(getattr(torchreach, name).__name__ == name for name in torchreach.__all__)
+    assert set(torchreach.__all__) <= set(dir(torchreach))
+    with pytest.raises(AttributeError, match="module 'torchreach' has no attribute 'discrepency'"):
+        _ = torchreach.discrepency
+
+
+@pytest.mark.parametrize("name", ["discrepancy", "reach", "repair"])
+def test_a_function_keeps_its_name_although_a_module_has_it_too(name, monkeypatch):
+    """The import system binds a module it has loaded in its package, where the function must stay."""
+    assert f"torchreach.{name}" in {f"torchreach.{module.removesuffix('/__init__')}" for module in MODULES}
+    function = getattr(torchreach, name)
+    module = importlib.import_module(f"torchreach.{name}")
+    again = importlib.util.module_from_spec(module.__spec__)
+    monkeypatch.setitem(sys.modules, f"torchreach.{name}", again)
+    setattr(torchreach, name, again)  # what `import torchreach.reach` does
+    assert getattr(torchreach, name) is function
+    assert callable(function)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())

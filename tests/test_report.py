@@ -26,7 +26,7 @@ from torchreach.input_sets import InputSet
 from torchreach.outward import at_least, at_most
 from torchreach.page import html_page
 from torchreach.provenance import Machine, bounds, file_hashes, stars_hash
-from torchreach.report import NetworkInfo, Report, check_folder, render, report_dict, write_files
+from torchreach.report import NetworkInfo, Report, render, report_dict
 from torchreach.results import Progress, RepairResult, RepairStep
 from torchreach.terms import Kernels, Reason, Semantics, Status
 from torchreach.verdict import State, compare_verdict, regions, repair_verdict, star_status, worst_first
@@ -239,23 +239,6 @@ def test_page_is_whole_and_needs_nothing_else(repaired):
 def test_pictures_are_the_same_twice(repaired):
     one, two = render(repaired), render(repaired)
     assert one == two
-
-
-def test_files_appear_all_or_none(tmp_path):
-    with pytest.raises(TypeError):
-        write_files(tmp_path / "out", {"a": b"whole", "b": "not bytes"})  # pyright: ignore
-    assert list(tmp_path.iterdir()) == []
-    write_files(tmp_path / "deep" / "out", {"a": b"1", "b": b"2"})
-    write_files(tmp_path / "deep" / "out", {"a": b"3"})
-    assert (tmp_path / "deep" / "out" / "a").read_bytes() == b"3"
-    assert (tmp_path / "deep" / "out" / "b").read_bytes() == b"2"
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
-
-
-def test_folder_that_is_a_file_is_refused(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(tr.TorchreachError, match=r"--output must name a folder, but .*file is a file"):
-        check_folder(tmp_path / "file" / "out")
 
 
 # -- what happened, from typed fields ------------------------------------------------------------------------

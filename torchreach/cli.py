@@ -1,7 +1,8 @@
 """Command line: `torchreach demo`, `torchreach compare A B`, `torchreach repair A B`.
 
 Exit status 0: within tolerance (or the target is met, or none was asked for); 1: not; 2: bad input, with one
-line on stderr.
+line on stderr; 130: Ctrl-C came before an answer. Nothing here imports torch before the work begins, so that help
+and errors of typing come at once.
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from torch import nn
 from typer.core import TyperGroup
 
 import torchreach
@@ -40,6 +39,7 @@ class _Group(TyperGroup):
             print(f"torchreach: error: {' '.join(message.split())}", file=sys.stderr)
             status = 2
         except typer.Abort:
+            print("torchreach: interrupted", file=sys.stderr)
             status = 130
         finally:
             warnings.showwarning = shown
@@ -64,8 +64,8 @@ Compressed = Annotated[
     Path,
     typer.Argument(
         metavar="B",
-        help="The compressed network: an .onnx or .pt2 file. In compare also a .pth state dict of an eager-mode int8 "
-        "network; A must then be a .pt2 file with layers of the same names.",
+        help="The compressed network: an .onnx or .pt2 file, or a .pth state dict of an eager-mode int8 network; A "
+        "must then be a .pt2 file with layers of the same names.",
     ),
 ]
 Box = Annotated[
@@ -111,6 +111,15 @@ Clip = Annotated[
     typer.Option(
         help="With --center: valid range of an input value, for example 0,1. Default: none.",
         metavar="LO,HI",
+        rich_help_panel=_SET,
+    ),
+]
+Shape = Annotated[
+    str | None,
+    typer.Option(
+        help="Shape of one input without its batch axis, for example 1,28,28, where the networks take pictures and "
+        "their files do not say it. The numbers of a set are in the order of the flattened input.",
+        metavar="SIZES",
         rich_help_panel=_SET,
     ),
 ]
@@ -172,7 +181,7 @@ def _version(asked: bool) -> None:
     help="How far can a compressed neural network be from the original, for every input of a region?\n\n"
     "torchreach answers with a certificate, not a sample: an upper bound on |y1 - y2| that no input exceeds, and an "
     "input that comes close to it. Start with [bold]torchreach demo[/bold].",
-    epilog="Exit status: 0 within tolerance, 1 not, 2 bad input.",
+    epilog="Exit status: 0 yes, 1 no, 2 bad input, 130 interrupted.",
 )
 def _root(
     version: Annotated[
@@ -182,7 +191,9 @@ def _root(
     """The program without a command."""
 
 
-@app.command(epilog="Exit status: 0 within tolerance or none given, 1 exceeded or undecided, 2 bad input.")
+@app.command(
+    epilog="Exit status: 0 within tolerance or none given, 1 exceeded or undecided, 2 bad input, 130 interrupted."
+)
 def compare(
     ctx: typer.Context,
     original: Original,
@@ -193,11 +204,20 @@ def compare(
     eps: Eps = None,
     mask: Mask = None,
     clip: Clip = None,
+    shape: Shape = None,
     tolerance: Annotated[
         float | None,
         typer.Option(
-            help="Largest |y1 - y2| allowed for any output, in units of the output. Default: none, the interval is "
-            "reported and the exit status is 0.",
+            help="Largest |y1 - y2| allowed for any output, in units of the output; the work ends as soon as that is "
+            "decided. Default: none, the interval is reported and the exit status is 0.",
+            rich_help_panel=_ANSWER,
+        ),
+    ] = None,
+    gap: Annotated[
+        float | None,
+        typer.Option(
+            help="End as soon as the upper bound is within this of what is attained, in units of the output. "
+            "Default: as close as numbers allow.",
             rich_help_panel=_ANSWER,
         ),
     ] = None,
@@ -213,17 +233,15 @@ def compare(
 
     Example: torchreach compare net.onnx small.onnx --box "0,1; 0,1" --tolerance 0.05
     """
-    from torchreach import commands, input_sets
+    from torchreach.arguments import CompareSetup, SetOptions, Setup, check_networks
 
-    setup = commands.Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj)
+    check_networks(original, compressed)
+    sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
+    asked = CompareSetup(tolerance, gap)
+    setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj)
+    from torchreach import commands
 
-    def read(network: nn.Sequential, kind: torch.dtype) -> input_sets.InputSet:
-        return input_sets.read_input_set(
-            network, kind, box=box, vnnlib=vnnlib, center=center, eps=eps, mask=mask, clip=clip
-        )
-
-    if not commands.compare(setup, (original, compressed), read, tolerance):
-        raise typer.Exit(1)
+    raise typer.Exit(commands.compare(setup, (original, compressed), sets, asked))
 
 
 Target = Annotated[
@@ -252,7 +270,7 @@ Iterations = Annotated[int, typer.Option(help="Most retrainings.", rich_help_pan
 Rate = Annotated[float, typer.Option(help="Learning rate of Adam at first; it adapts.", rich_help_panel=_REPAIR)]
 
 
-@app.command(epilog="Exit status: 0 target met, 1 not met, 2 bad input.")
+@app.command(epilog="Exit status: 0 target met, 1 not met, 2 bad input, 130 interrupted.")
 def repair(
     ctx: typer.Context,
     original: Original,
@@ -263,6 +281,7 @@ def repair(
     eps: Eps = None,
     mask: Mask = None,
     clip: Clip = None,
+    shape: Shape = None,
     target: Target = None,
     target_max: TargetMax = None,
     alpha: Alpha = 2.0,
@@ -273,7 +292,7 @@ def repair(
     save: Annotated[
         Path | None,
         typer.Option(
-            help="File for the repaired network, .onnx or .pt2. Default: it is not kept.",
+            help="File for the repaired network, .onnx or .pt2; .pth where B is one. Default: it is not kept.",
             metavar="FILE",
             rich_help_panel=_ANSWER,
         ),
@@ -292,24 +311,22 @@ def repair(
 
     Example: torchreach repair net.onnx small.onnx --box "0,1; 0,1" --target 0.5 --save better.onnx
     """
-    from torchreach import commands, input_sets
+    from torchreach.arguments import RepairSetup, SetOptions, Setup, check_networks, check_repair
 
-    setup = commands.Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj)
-    options = commands.RepairSetup(target, target_max, alpha, iterations, epochs, rate, seed)
+    check_networks(original, compressed)
+    sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
+    options = RepairSetup(target, target_max, alpha, iterations, epochs, rate, seed)
+    setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj)
+    check_repair(method, compressed, save)
+    from torchreach import commands
 
-    def read(network: nn.Sequential, kind: torch.dtype) -> input_sets.InputSet:
-        return input_sets.read_input_set(
-            network, kind, box=box, vnnlib=vnnlib, center=center, eps=eps, mask=mask, clip=clip
-        )
-
-    if not commands.repair(setup, (original, compressed), read, options, save):
-        raise typer.Exit(1)
+    raise typer.Exit(commands.repair(setup, (original, compressed), sets, options, save))
 
 
 _DATA, _COMPRESSION = "Data and training", "Compression"
 
 
-@app.command(epilog="Exit status: 0 target met, 1 not met, 2 bad input.")
+@app.command(epilog="Exit status: 0 target met, 1 not met, 2 bad input, 130 interrupted.")
 def demo(
     ctx: typer.Context,
     data: Annotated[
@@ -366,16 +383,18 @@ def demo(
 
     Takes well under two minutes on two cores, needs no files and no network.
     """
+    from torchreach.arguments import DemoSetup, RepairSetup, Setup, check_repair
+
+    options = RepairSetup(target, target_max, alpha, iterations, 50, rate, seed)
+    digits = DemoSetup(data, root, images, pixels, eps, epochs, bits, prune)
+    setup = Setup.make(device, "float64", method, seconds, stars, memory, output, ctx.obj)
+    check_repair(method)
     from torchreach import commands
     from torchreach.demo import one_thread
 
-    setup = commands.Setup.make(device, "float64", method, seconds, stars, memory, output, ctx.obj)
-    options = commands.RepairSetup(target, target_max, alpha, iterations, 50, rate, seed)
-    digits = commands.DemoSetup(data, root, images, pixels, eps, epochs, bits, prune)
     with one_thread():
-        ok = commands.demo(setup, options, digits)
-    if not ok:
-        raise typer.Exit(1)
+        status = commands.demo(setup, options, digits)
+    raise typer.Exit(status)
 
 
 main = app

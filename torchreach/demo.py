@@ -20,7 +20,6 @@ from torchreach.errors import FileFormatError, OptionError
 from torchreach.input_sets import InputSet
 from torchreach.sets.star import StarBatch
 
-DATA = ("digits", "mnist")
 HIDDEN = (64, 32)
 BATCH = 64
 RATE = 2e-3
@@ -50,15 +49,10 @@ def one_thread() -> Iterator[None]:
 
 
 def load_data(name: str, root: Path | None, seed: int) -> Digits:
-    """The pictures. Raises OptionError for another name, FileFormatError where MNIST cannot be had."""
-    if name not in DATA:
-        raise OptionError(f"--data must be one of {', '.join(DATA)}, got {name!r}")
+    """The pictures of "digits", or of "mnist" below `root`. Raises FileFormatError where MNIST cannot be had."""
     if name == "mnist":
-        if root is None:
-            raise OptionError("--data mnist needs --root, the folder to download it to")
+        assert root is not None
         return _mnist(root)
-    if root is not None:
-        raise OptionError("--root belongs to --data mnist, got --data digits")
     from sklearn.datasets import load_digits
 
     pictures, labels = load_digits(return_X_y=True)
@@ -128,8 +122,6 @@ def input_set(data: Digits, images: int, pixels: int, eps: float) -> InputSet:
     for option, value, most in (("--images", images, len(data.test_x)), ("--pixels", pixels, count)):
         if not 1 <= value <= most:
             raise OptionError(f"{option} must lie between 1 and {most}, got {value}")
-    if not 0 < eps <= 1:
-        raise OptionError(f"--eps must lie in (0, 1], got {eps}")
     rank = torch.zeros_like(data.test_y)  # how many pictures of the same digit come before
     for digit in range(10):
         same = data.test_y == digit

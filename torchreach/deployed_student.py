@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from torchreach.clock import NO_LIMIT, Clock
 from torchreach.errors import InvalidNetworkError
 from torchreach.networks.convert import converted, int8_layers
 from torchreach.networks.layers import RESHAPING
@@ -99,10 +100,10 @@ class DeployedStudent:
         self._convert()
         return True
 
-    def retrain(self, x: Tensor, y: Tensor, data: Data | None, rate: float) -> float:
+    def retrain(self, x: Tensor, y: Tensor, data: Data | None, rate: float, clock: Clock = NO_LIMIT) -> float:
         free = list(self.free.values())
         last = self._roundings()[-1].train()
-        loss = fit(free, self._output, (x.to(free[0]), y), data, self.training, rate, self.generator)
+        loss = fit(free, self._output, (x.to(free[0]), y), data, self.training, rate, self.generator, clock=clock)
         last.eval()
         if self.is_finite():
             self._calibrate(x, data)

@@ -7,6 +7,7 @@ or .csv file holding the same numbers as an [X, 2] array.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -15,12 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchreach.errors import FileFormatError, InvalidSetError, OptionError, ShapeError
+from torchreach.arguments import SetOptions, check_pairs, parse_pairs
+from torchreach.errors import FileFormatError, InvalidSetError, ShapeError
 from torchreach.sets.star import StarBatch
 from torchreach.sets.vnnlib import read_box
 from torchreach.tolerances import round_down, round_up
-
-BOX_FILES = (".json", ".npy", ".csv")
 
 
 @dataclass(frozen=True)
@@ -46,43 +46,35 @@ class InputSet:
 
 
 def read_input_set(
+    options: SetOptions,
     network: nn.Sequential,
     dtype: torch.dtype,
-    *,
-    box: str | None = None,
-    vnnlib: Path | None = None,
-    center: Path | None = None,
-    eps: float | None = None,
-    mask: Path | None = None,
-    clip: str | None = None,
+    file_shape: Callable[[], tuple[int, ...] | None] = lambda: None,
 ) -> InputSet:
-    """The one input set that the options name, checked against the network's number of inputs.
+    """The input set that the options name, in the shape of one input of the network.
 
-    Raises: OptionError, FileFormatError, InvalidSetError, ShapeError; each names the option.
+    The shape is that of `options`; else [inputs] where the network starts with a linear layer; else what
+    `file_shape` says, which is asked for only then.
+
+    Raises: FileFormatError, InvalidSetError, OptionError, ShapeError; each names the option.
     """
-    given = [f"--{n}" for n, v in (("box", box), ("vnnlib", vnnlib), ("center", center)) if v is not None]
-    if len(given) != 1:
-        got = " and ".join(given) if given else "none"
-        raise OptionError(f"exactly one input set is required (--box, --vnnlib or --center with --eps), got {got}")
-    if center is None and (eps is not None or mask is not None or clip is not None):
-        raise OptionError(f"--eps, --mask and --clip belong to --center, got {given[0]}")
     inputs = input_size(network)
-    if center is not None:
-        if eps is None:
-            raise OptionError("--center needs --eps, the radius around it")
-        return _around(center, eps, mask, clip, inputs, dtype)
-    if vnnlib is not None:
-        corners = read_box(vnnlib)
-        _check_size("--vnnlib", corners[0].shape[1], inputs)
-        stars = _boxes(*corners, dtype)
-        text = f"{len(stars)} box{'es' * (len(stars) != 1)} of {vnnlib}"
+    shape = options.sizes or ((inputs,) if inputs is not None else file_shape())
+    if options.sizes is not None and inputs not in (None, prod(options.sizes)):
+        raise ShapeError(
+            f"--shape {options.shape} must hold {inputs} values, as the networks take, got {prod(options.sizes)}"
+        )
+    if options.center is not None:
+        return _around(options, shape, dtype)
+    if options.vnnlib is not None:
+        lower, upper = (_shaped("--vnnlib", corner, shape) for corner in read_box(options.vnnlib))
+        stars = _boxes(lower, upper, dtype)
+        text = f"{len(stars)} box{'es' * (len(stars) != 1)} of {options.vnnlib}"
         return InputSet("vnnlib", text, stars, _numbered("box", len(stars)))
-    assert box is not None
-    lower, upper = parse_box(box).unbind(1)
-    _check_size("--box", len(lower), inputs)
-    stars = _boxes(lower[None], upper[None], dtype)
-    text = f"box {box}" if len(box) <= 80 else f"box of {len(lower)} inputs"
-    return InputSet("box", text, stars, ("box",))
+    assert options.box is not None
+    lower, upper = (_shaped("--box", side[None], shape) for side in _read_pairs(options).unbind(1))
+    text = f"box {options.box}" if len(options.box) <= 80 else f"box of {lower.numel()} inputs"
+    return InputSet("box", text, _boxes(lower, upper, dtype), ("box",))
 
 
 def input_size(network: nn.Sequential) -> int | None:
@@ -95,48 +87,32 @@ def input_size(network: nn.Sequential) -> int | None:
     return None
 
 
-def parse_box(text: str) -> Tensor:
-    """[X, 2] float64 lower and upper bounds, from the grammar above."""
-    path = Path(text)
-    if path.suffix.lower() in BOX_FILES:
-        values = _read_array("--box", path)
-    else:
-        rows = [row.strip() for row in text.strip().strip(";").split(";")]
-        values = torch.empty(len(rows), 2, dtype=torch.float64)
-        for i, row in enumerate(rows):
-            try:
-                low, high = (float(part) for part in row.split(","))
-            except ValueError:
-                raise OptionError(
-                    f"--box must be 'lower,upper' pairs separated by ';', one per input, or a file ending in "
-                    f"{', '.join(BOX_FILES)}; pair {i} is {row!r}"
-                ) from None
-            values[i] = torch.tensor([low, high], dtype=torch.float64)
+def _read_pairs(options: SetOptions) -> Tensor:
+    """[X, 2] float64 lower and upper bounds, of --box."""
+    assert options.box is not None
+    if options.box_file is None:
+        return torch.tensor(parse_pairs(options.box), dtype=torch.float64)
+    values = _read_array("--box", options.box_file)
     if values.ndim != 2 or values.shape[1] != 2:
-        raise ShapeError(f"--box must have shape [inputs, 2], got {list(values.shape)} in {text}")
-    _check_finite("--box", values)
-    low, high = values.unbind(1)
-    if (low > high).any():
-        i = int((low > high).nonzero()[0])
-        raise InvalidSetError(f"--box: lower must not exceed upper, got {low[i]:g} > {high[i]:g} for input {i}")
+        raise ShapeError(f"--box must have shape [inputs, 2], got {list(values.shape)} in {options.box}")
+    check_pairs(values.tolist())
     return values
 
 
-def _around(
-    path: Path, eps: float, mask: Path | None, clip: str | None, inputs: int | None, dtype: torch.dtype
-) -> InputSet:
-    if not 0 <= eps < float("inf"):
-        raise OptionError(f"--eps must be a finite number >= 0, got {eps}")
-    centers = _as_inputs("--center", _read_array("--center", path), inputs)
+def _around(options: SetOptions, shape: tuple[int, ...] | None, dtype: torch.dtype) -> InputSet:
+    path, eps, mask, span = options.center, options.eps, options.mask, options.span
+    assert path is not None
+    assert eps is not None
+    centers = _as_inputs("--center", _read_array("--center", path), shape)
     _check_finite(f"--center {path}", centers)
-    span = None if clip is None else _parse_clip(clip)
     if span is not None and ((centers < span[0]) | (centers > span[1])).any():
         raise InvalidSetError(
-            f"--center {path} must lie within --clip {clip}, got values from {centers.min():g} to {centers.max():g}"
+            f"--center {path} must lie within --clip {options.clip}, got values from {centers.min():g} to "
+            f"{centers.max():g}"
         )
     moved = None
     if mask is not None:
-        moved = _as_inputs("--mask", _read_array("--mask", mask), inputs)
+        moved = _as_inputs("--mask", _read_array("--mask", mask), shape)
         if moved.shape[1:] != centers.shape[1:] or len(moved) not in (1, len(centers)):
             raise ShapeError(
                 f"--mask must have the shape of one input, {list(centers.shape[1:])}, got {list(moved.shape[1:])}"
@@ -152,7 +128,8 @@ def _around(
     stars = _boxes(lower, upper, dtype)
     count = prod(stars.shape) if moved is None else int(moved.flatten(1).sum(1).max())
     text = f"{len(stars)} input{'s' * (len(stars) != 1)} of {path}, {count} of {prod(stars.shape)} values ± {eps:g}"
-    return InputSet("center", text + (f", clipped to [{clip}]" if clip else ""), stars, _numbered("input", len(stars)))
+    text += f", clipped to [{options.clip}]" if options.clip else ""
+    return InputSet("center", text, stars, _numbered("input", len(stars)))
 
 
 def _boxes(lower: Tensor, upper: Tensor, dtype: torch.dtype) -> StarBatch:
@@ -165,46 +142,53 @@ def _boxes(lower: Tensor, upper: Tensor, dtype: torch.dtype) -> StarBatch:
     )
 
 
-def _as_inputs(option: str, array: Tensor, inputs: int | None) -> Tensor:
-    """[S, X] inputs of a flat network; [S, C, H, W] where the network takes pictures."""
-    shape = list(array.shape)
-    if inputs is None:
+def _as_inputs(option: str, array: Tensor, shape: tuple[int, ...] | None) -> Tensor:
+    """[S, *shape] inputs; where the shape is not known, pictures [S, C, H, W] or one picture [C, H, W]."""
+    got = list(array.shape)
+    if shape is None:
         if array.ndim not in (3, 4):
-            raise ShapeError(f"{option} must have shape [C, H, W] or [inputs, C, H, W], got {shape}")
+            raise ShapeError(
+                f"{option} must have shape [C, H, W] or [inputs, C, H, W], got {got}; or say what one input of the "
+                "networks is with --shape, for example --shape 1,28,28"
+            )
         return array if array.ndim == 4 else array[None]
-    if array.numel() == inputs:
-        return array.reshape(1, inputs)
-    if array.ndim > 1 and prod(shape[1:]) == inputs:
-        return array.reshape(-1, inputs)
-    raise ShapeError(f"{option} must hold {inputs} values per input, as the networks do, got shape {shape}")
+    if array.numel() == prod(shape):
+        return array.reshape(1, *shape)
+    if array.ndim > 1 and prod(got[1:]) == prod(shape):
+        return array.reshape(-1, *shape)
+    raise ShapeError(
+        f"{option} must hold {prod(shape)} values per input, as the networks{_of(shape)} do, got shape {got}"
+    )
 
 
-def _parse_clip(text: str) -> tuple[float, float]:
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        raise OptionError(f"--clip must be 'lo,hi', got {text!r}") from None
-    if not low <= high:
-        raise OptionError(f"--clip must be 'lo,hi' with lo <= hi, got {text!r}")
-    return low, high
+def _shaped(option: str, flat: Tensor, shape: tuple[int, ...] | None) -> Tensor:
+    """Numbers [S, X], in the order of the flattened input, in the network's shape [S, *shape]."""
+    if shape is None:
+        raise ShapeError(
+            f"{option} gives {flat.shape[1]} numbers in a row, but the networks start with another layer than a linear "
+            "one and their files do not say the shape of an input: give it with --shape, for example --shape 1,28,28"
+        )
+    if flat.shape[1] != prod(shape):
+        raise ShapeError(
+            f"{option} must give bounds for {prod(shape)} inputs, as the networks{_of(shape)} do, got {flat.shape[1]}"
+        )
+    return flat.reshape(-1, *shape)
+
+
+def _of(shape: tuple[int, ...]) -> str:
+    return f" of input shape {list(shape)}" if len(shape) > 1 else ""
 
 
 def _read_array(option: str, path: Path) -> Tensor:
-    if not path.is_file():
-        raise FileFormatError(f"{option}: no such file: {path}")
     try:
         match path.suffix.lower():
             case ".npy":
                 array = np.load(path, allow_pickle=False)
             case ".json":
                 array = np.asarray(json.loads(path.read_text(encoding="utf-8")), dtype=float)
-            case ".csv":
+            case _:
                 array = np.loadtxt(path, delimiter=",", ndmin=2)
-            case other:
-                raise FileFormatError(f"{option}: {path} must end in {', '.join(BOX_FILES)}, got {other!r}")
         return torch.from_numpy(np.array(array, dtype=np.float64))
-    except FileFormatError:
-        raise
     except (OSError, ValueError, TypeError, EOFError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FileFormatError(f"{option}: {path} is not a readable array of numbers: {reason}") from None
@@ -215,13 +199,6 @@ def _check_finite(what: str, values: Tensor) -> None:
     if len(bad):
         at = bad[0].tolist()
         raise InvalidSetError(f"{what} must be finite, got {values[tuple(at)]} at index {at}")
-
-
-def _check_size(option: str, got: int, wanted: int | None) -> None:
-    if wanted is None:
-        raise OptionError(f"{option} describes flat inputs, but the networks take pictures: use --center with --eps")
-    if got != wanted:
-        raise ShapeError(f"{option} must give bounds for {wanted} inputs, as the networks do, got {got}")
 
 
 def _numbered(word: str, count: int) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from torchreach.checks import check_choice, check_count, check_positive
+from torchreach.clock import running
 from torchreach.deployed_student import DeployedStudent
 from torchreach.discrepancy import discrepancy
 from torchreach.errors import OptionError, ShapeError
@@ -103,6 +104,8 @@ def repair(
             evaluation reaches the target only if its certified bounds do.
         progress: called with each `RepairStep`, the evaluation of the given network first.
 
+    Ctrl-C ends it: the result is the best network so far, with its certificate.
+
     Raises: OptionError; InvalidNetworkError if no parameter trains; as `discrepancy`.
     """
     goal = Target.of(target)
@@ -123,39 +126,43 @@ def repair(
     witnesses: list[Tensor] = []
     closest, index, rate = torch.inf, 0, 1.0
 
-    for iteration in range(iterations + 1):
-        began = time.monotonic()
-        error, calibrated = None, False
-        if iteration:
-            draw = int(torch.randint(2**31, (), generator=seeds))
-            x = torch.cat((stars.sample(training.samples, draw), *witnesses), 1).flatten(0, 1)
-            calibrated = iteration == 1 and student.calibrate(x, data)
-            if not calibrated:
-                y1, y2 = run(reference, x), run(student.network, x)
-                error = student.retrain(x, _targets(y1, y2, history[index].discrepancy, step, alpha), data, rate)
-            if not student.is_finite():
-                log.warning("repair: training diverged in iteration %d; halving the learning rate", iteration)
+    with running(None) as clock:  # Ctrl-C ends the loop; an evaluation it meets ends as by a spent budget
+        for iteration in range(iterations + 1):
+            began = time.monotonic()
+            error, calibrated = None, False
+            if iteration:
+                draw = int(torch.randint(2**31, (), generator=seeds))
+                x = torch.cat((stars.sample(training.samples, draw), *witnesses), 1).flatten(0, 1)
+                calibrated = iteration == 1 and student.calibrate(x, data)
+                if not calibrated:
+                    y1, y2 = run(reference, x), run(student.network, x)
+                    y = _targets(y1, y2, history[index].discrepancy, step, alpha)
+                    error = student.retrain(x, y, data, rate, clock)
+                    if clock.over:  # half trained: not worth an evaluation
+                        break
+                if not student.is_finite():
+                    log.warning("repair: training diverged in iteration %d; halving the learning rate", iteration)
+                    student.go_back()
+                    rate /= 2
+                    continue
+            found = discrepancy(original, student.network, stars, method, budget=budget, tolerances=tolerances)
+            goal = goal if iteration else goal.anchored(found)
+            with evaluation_mode(student.network):
+                accuracy = None if evaluate is None else float(evaluate(student.network))
+            record = RepairStep(iteration, found, accuracy, error, goal.holds(found), time.monotonic() - began)
+            history.append(record)
+            witnesses.append(found.witness)
+            if progress is not None:
+                progress(record)
+            excess = goal.excess(found)
+            if not iteration or record.satisfied or excess < closest:
+                closest, index = excess, len(history) - 1
+                student.keep()
+            else:
                 student.go_back()
-                rate /= 2
-                continue
-        found = discrepancy(original, student.network, stars, method, budget=budget, tolerances=tolerances)
-        goal = goal if iteration else goal.anchored(found)
-        with evaluation_mode(student.network):
-            accuracy = None if evaluate is None else float(evaluate(student.network))
-        record = RepairStep(iteration, found, accuracy, error, goal.holds(found), time.monotonic() - began)
-        history.append(record)
-        witnesses.append(found.witness)
-        if progress is not None:
-            progress(record)
-        excess = goal.excess(found)
-        if not iteration or record.satisfied or excess < closest:
-            closest, index = excess, len(history) - 1
-            student.keep()
-        else:
-            student.go_back()
-            rate = rate if calibrated else rate / 2
-        if record.satisfied:
-            break
+                rate = rate if calibrated else rate / 2
+            if record.satisfied or clock.over:
+                break
 
     return RepairResult(student.finished(compressed), tuple(history), history[index].satisfied, index)
 

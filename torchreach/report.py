@@ -1,7 +1,7 @@
 """Results as plain dictionaries, and their files. Reports read results and compute nothing.
 
 `report.json` has one key, "timings", for everything that differs between two runs of one seed; the rest is
-equal. Written files appear all at once or not at all.
+equal.
 """
 
 from __future__ import annotations
@@ -9,21 +9,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import platform
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from math import isfinite
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchreach.errors import OptionError
 from torchreach.input_sets import InputSet
 from torchreach.provenance import Machine, bounds, stars_hash
 from torchreach.results import Discrepancy, RepairResult, RepairStep
@@ -289,31 +284,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, list) else value
-
-
-def check_folder(folder: Path) -> None:
-    """Raises OptionError where `write_files` could not write, before any work is done."""
-    parent = folder
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise OptionError(f"--output must name a folder, but {parent} is a file")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OptionError(f"--output {folder}: the folder {parent} is not writable")
-
-
-def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write `files` into `folder`, made if missing: first all of them beside it, then moved into place."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        for name, content in files.items():
-            (draft / name).write_bytes(content)
-        folder.mkdir(exist_ok=True)
-        for name in files:
-            os.replace(draft / name, folder / name)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _layer_name(layer: nn.Module) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from torchreach.clock import NO_LIMIT, Clock
 from torchreach.discrepancy_loss import DiscrepancyLoss
 from torchreach.errors import InvalidNetworkError
 from torchreach.networks.quantized import Constraints, standalone_copy
@@ -30,8 +31,11 @@ class Student(Protocol):
         """Fits what is set from data alone, no training, once; whether there was anything to fit."""
         ...
 
-    def retrain(self, x: Tensor, y: Tensor, data: Data | None, rate: float) -> float:
-        """Fits y [B, N] at x [B, *shape], deploys the outcome, returns the mean squared error of the last epoch."""
+    def retrain(self, x: Tensor, y: Tensor, data: Data | None, rate: float, clock: Clock = NO_LIMIT) -> float:
+        """Fits y [B, N] at x [B, *shape], deploys the outcome, returns the mean squared error of the last epoch.
+
+        Where `clock` ends it, the outcome is half trained.
+        """
         ...
 
     def is_finite(self) -> bool:
@@ -105,13 +109,14 @@ class WeightStudent:
     def is_finite(self) -> bool:
         return all(bool(value.isfinite().all()) for value in self.free.values())
 
-    def retrain(self, x: Tensor, y: Tensor, data: Data | None, rate: float) -> float:
+    def retrain(self, x: Tensor, y: Tensor, data: Data | None, rate: float, clock: Clock = NO_LIMIT) -> float:
         self.network.eval()
         points, training, objective = (x, y), self.training, None
         if self.boxes is not None:
             points, objective = self.boxes, self._certified
             training = replace(training, batch_size=min(training.batch_size, BOXES))
-        loss = fit(list(self.free.values()), self._output, points, data, training, rate, self.generator, objective)
+        free = list(self.free.values())
+        loss = fit(free, self._output, points, data, training, rate, self.generator, objective, clock)
         with torch.no_grad():
             named = dict(self.network.named_parameters())
             for name, value in self.free.items():

@@ -87,6 +87,18 @@ def read_program(path: Path) -> tuple[fx.GraphModule, Shape | None]:
     return module, None if shape is None else tuple(int(n) for n in shape[1:])
 
 
+def input_shape(path: Path) -> Shape | None:
+    """Shape of one input, no batch axis, as an .onnx or .pt2 file says it; None where it does not.
+
+    Raises: as `load`.
+    """
+    if path.suffix.lower() == ".pt2":
+        return read_program(path)[1]
+    from torchreach.networks.onnx_reader import read_input_shape
+
+    return read_input_shape(path)
+
+
 def _load_program(path: Path) -> torch.export.ExportedProgram:
     with contextlib.suppress(ImportError):  # registers the operations of quantised graphs
         importlib.import_module("torch.ao.quantization.fx._decomposed")

@@ -38,16 +38,26 @@ _FOLDED = {
 
 def read_onnx(path: Path) -> nn.Sequential:
     """The network in `path`; every weight as stored. Raises as `load`."""
+    model = _read(path)
+    reader = _Reader(model.graph, path)
+    for node in model.graph.node:
+        reader.add(node)
+    return reader.finish()
+
+
+def read_input_shape(path: Path) -> tuple[int, ...]:
+    """Shape of one input of the network in `path`. Raises as `load`."""
+    return _Reader(_read(path).graph, path).features
+
+
+def _read(path: Path) -> onnx.ModelProto:
     try:
         model = onnx.load(str(path))
     except Exception as error:  # protobuf, missing external data, validation
         raise FileFormatError(f"{path} is not a readable ONNX file: {_first_line(error)}") from None
     if not model.graph.node or not model.graph.input or not model.graph.output:
         raise FileFormatError(f"{path} is not a readable ONNX file: it holds no complete graph")
-    reader = _Reader(model.graph, path)
-    for node in model.graph.node:
-        reader.add(node)
-    return reader.finish()
+    return model
 
 
 def _first_line(error: Exception) -> str:

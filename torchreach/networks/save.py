@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from torchreach.errors import OptionError, UnsupportedLayerError
+from torchreach.errors import UnsupportedLayerError
+from torchreach.files import check_target, whole
 
 _ONNX_OPSET, _ONNX_IR = 17, 8  # read by every runtime in use
-
-
-def check_target(path: Path) -> None:
-    """Raises OptionError where `save` could not write `path`, before any work is done."""
-    if path.suffix.lower() not in (".onnx", ".pt2"):
-        raise OptionError(f"a network is saved as .onnx or .pt2, got {path.suffix or 'no ending'!r} in {path}")
-    if path.is_dir():
-        raise OptionError(f"cannot save a network as {path}: it is a folder")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise OptionError(f"cannot save a network in {path.parent}: no such folder, or it is not writable")
 
 
 def save(network: nn.Sequential, path: str | Path, input_shape: tuple[int, ...]) -> None:
@@ -35,8 +24,7 @@ def save(network: nn.Sequential, path: str | Path, input_shape: tuple[int, ...])
     """
     path = Path(path)
     check_target(path)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-        draft = Path(folder) / path.name
+    with whole(path) as draft:
         if path.suffix.lower() == ".onnx":
             draft.write_bytes(onnx_bytes(network, input_shape))
         else:
@@ -45,7 +33,6 @@ def save(network: nn.Sequential, path: str | Path, input_shape: tuple[int, ...])
             batch = torch.export.Dim("batch")
             program = torch.export.export(network.eval(), (example,), dynamic_shapes=({0: batch},))
             torch.export.save(program, draft)
-        os.replace(draft, path)
 
 
 def onnx_bytes(network: nn.Sequential, input_shape: tuple[int, ...]) -> bytes:
