@@ -32,6 +32,7 @@ ANALYSES = {
     "kernels",
     "star_search",
     "star_support",
+    "storage",
     "portfolio",
     "equivalence",
 }

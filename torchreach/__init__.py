@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     )
     from torchreach.sets.star import StarBatch
     from torchreach.star_support import StarSupport
+    from torchreach.storage import load_result, save_result
     from torchreach.tolerances import Tolerances
 
 __version__ = "0.1.0"
@@ -84,12 +85,14 @@ __all__ = [
     "equivalent",
     "load",
     "load_int8",
+    "load_result",
     "merge",
     "mixed_integer_discrepancy",
     "prune_weights",
     "quantize_weights",
     "reach",
     "repair",
+    "save_result",
     "weight_only",
 ]
 
@@ -115,6 +118,7 @@ _PLACES = {
         "RepairStep Semantics Status",
         "sets.star": "StarBatch",
         "star_support": "StarSupport",
+        "storage": "load_result save_result",
         "tolerances": "Tolerances",
     }.items()
     for name in names.split()
