@@ -40,9 +40,7 @@ def save_result(result: Result, path: str | Path) -> None:
     Raises: OptionError for anything else; OSError where `path` cannot be written.
     """
     if not isinstance(result, Result):
-        raise OptionError(
-            f"save_result needs a result of discrepancy, reach, equivalent or repair, got {_kind(result)}"
-        )
+        raise OptionError(f"a result of discrepancy, reach, equivalent or repair is required, got {_kind(result)}")
     content = {"format": _FORMAT, "version": _VERSION, "result": _encode(result)}
     with whole(Path(path)) as draft:
         torch.save(content, draft)
