@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import torchreach as tr
 from tests.data import require_data
 from tests.networks import DEVICES, executed_steps, random_network
-from torchreach import deployed
+from torchreach import deployed_star as deployed
 from torchreach.bounds import rounding
 from torchreach.networks.quantizer import Quantizer
 from torchreach.search import cells

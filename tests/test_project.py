@@ -27,6 +27,8 @@ ANALYSES = {
     "training",
     "students",
     "deployed",
+    "deployed_pair",
+    "deployed_star",
     "executed",
     "deployed_student",
     "kernels",

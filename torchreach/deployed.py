@@ -3,50 +3,40 @@
 Few cells of the input grid: enumeration, exact (`search.cells`). Many: the deployed network is relaxed to a ReLU
 network with bounded noise (`bounds.rounding.relax`), and the two are compared in difference coordinates, in one pass
 and then by branch and bound for as long as the budget allows (`bounds.difference`, `search.signs`). Both where both
-apply; the interval is their intersection.
+apply; the interval is their intersection (`deployed_star`).
 
 What is certified: y1 as the real-valued function of its weights; y2 as any kernel executes it that computes its sums
-within `bounds.rounding.kernel_error`, for inputs in float32. One star at a time: each has a grid of its own.
+within `bounds.rounding.kernel_error`, for inputs in float32. What is attained: by the networks as given, y2 as the
+module computes it on this machine. One star at a time: each has a grid of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import chain as chain_of
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from torchreach.bounds.difference import Pair, difference_bounds
-from torchreach.bounds.rounding import SINGLE, InputGrid, blank, relax, varying, with_inputs
-from torchreach.bounds.zonotope import box_rows, zonotope_bounds
-from torchreach.clock import Clock
-from torchreach.errors import ShapeError, UnsupportedLayerError
-from torchreach.kernels import check_replay, coverage, executed
+from torchreach.bounds.rounding import InputGrid
+from torchreach.clock import NO_LIMIT, Clock
+from torchreach.deployed_pair import Compared, one_network, quantised
+from torchreach.deployed_star import COPIES, DeployedStar, cells_of
+from torchreach.errors import OptionError, ShapeError
+from torchreach.kernels import check_replay, coverage, executed, runner
 from torchreach.networks.chain import chain
 from torchreach.networks.quantizer import Quantizer
-from torchreach.networks.steps import Step, steps
-from torchreach.options import Budget
-from torchreach.reach.api import VERTEX_DIM, reach
-from torchreach.results import Discrepancy, ReachStats, Semantics, Status
-from torchreach.search.cells import LIMIT, Cells, attained, representable, search_cells
-from torchreach.search.result import Question, SearchResult
-from torchreach.search.rounded_witness import climb
-from torchreach.search.signs import search_signs
+from torchreach.networks.steps import steps
+from torchreach.options import Budget, Exact, Search
+from torchreach.reach.memory import default_budget
+from torchreach.results import Discrepancy, Progress, ProgressCallback, ReachStats, Semantics, Status
+from torchreach.search.cells import LIMIT
+from torchreach.search.result import Question
 from torchreach.sets.star import StarBatch
 from torchreach.tolerances import COMPUTE_DTYPE, round_down, round_up
 
-# Numbers in all cells' boxes of one star.
-MEMORY = 2**23
-# States of a search without a budget of seconds.
-STATES = 8
-# Boxes looked at without a budget of seconds, and cells of one that is enumerated.
-BOXES, LEAF = 64, 2**12
-SAMPLES = 1024  # random inputs besides those that are searched for
-# Gap up to which an interval is called exact, relative to the largest end of any output's range: a deployed network
-# knows its input only in float32.
-EXACT_GAP, TINY = 1e-4, 1e-9
+POINTS = 512  # of a star that is no box, besides its centre
+REPORT_SECONDS = 0.25
+START = 0.3  # share of the time in which all stars are begun
 
 
 def rounds(network: nn.Module, input_shape: tuple[int, ...] | None) -> bool:
@@ -59,290 +49,197 @@ def deployed_discrepancy(
     original: nn.Module,
     compressed: nn.Module,
     stars: StarBatch,
-    budget: Budget,
-    tolerance: float,
+    question: Question,
+    *,
+    method: Exact | Search | None = None,
+    budget: Budget | None = None,
+    progress: ProgressCallback | None = None,
     kernels: str = "here",
+    clock: Clock = NO_LIMIT,
 ) -> Discrepancy:
     """Certified interval around max |y1 - y2| per output and star, where one network or both round activations.
 
-    budget: its seconds are shared by the stars; the rest of it does not apply. tolerance: an end of a range is
-    finished when it is known this well (absolute). kernels: one of `torchreach.kernels.CHOICES`.
+    method: None uses all there is; `Exact()` enumerates cells of the input grid alone; `Search()` relaxes and divides.
+    budget: its `stars` limits the cells, and the branches, of each star; its seconds are the clock's, which the stars
+    share: all are begun (intervals, and an ascent) before one is finished. progress: called a few times a second.
+    kernels: one of `torchreach.kernels.CHOICES`.
 
-    Raises: ShapeError: sizes that do not fit. UnsupportedLayerError, InvalidNetworkError as `chain`.
-    KernelMismatchError: a witness at which the module as given computes something else.
+    Guarantee: `upper` holds for every input of the star. `lower` is attained at `witness` by the networks as given, and
+    is at least what they attain at the centre.
+
+    Two modules of one description and one structure, which agree bit for bit wherever they were run, count as one
+    network executed by one set of kernels: their difference is zero.
+
+    Raises: ShapeError: sizes that do not fit. UnsupportedLayerError, InvalidNetworkError as `chain`. OptionError: a
+        method that a deployed network does not have. KernelMismatchError: a witness at which the module as given
+        computes something else.
     """
-    clock = Clock(budget.seconds)
+    budget = budget or Budget()
+    modules = [original, compressed]
     both = [
         executed(steps(network, stars.shape, dtype=COMPUTE_DTYPE, device=stars.device, quantized=True), kernels)
-        for network in (original, compressed)
+        for network in modules
     ]
-    modules = (original, compressed)
     first, second = (network.steps for network in both)
     if first[-1].features != second[-1].features:
         raise ShapeError(
             f"networks must have equally many outputs: the original has {first[-1].features}, "
             f"the compressed {second[-1].features}"
         )
-    same = original is compressed  # one module gives one answer, whatever rounds it
-    swapped = _quantised(first) and not _quantised(second)
+    swapped = quantised(first) and not quantised(second)
     if swapped:  # the rounded one second; rows of y1 - y2 and y2 - y1 change places at the end
-        original, first, second = compressed, second, first
-    low, high, is_box = stars.bounding_box()
-    found = []
-    for s in range(len(stars)):
-        share = clock.part(budget.seconds and clock.left / (len(stars) - s))
-        own1, own2, index = varying(first, second, low[s], high[s])
-        for network, own in zip(reversed(both) if swapped else both, (own1, own2), strict=True):
-            network.look_at(own, low[s][index], high[s][index])
-        task = _Task(original, own1, own2, low[s], index, low[s][index], high[s][index], tolerance, share, stars.shape)
-        if not bool(is_box[s]):
-            task.points = stars.select([s]).sample(512)[0].flatten(1)[:, index].to(COMPUTE_DTYPE)
-        if same:
-            task.upper, task.lower, task.complete = torch.zeros_like(task.upper), torch.zeros_like(task.lower), True
-        else:
-            task.run()
-        found.append(task)
-    lower, upper = (torch.stack([getattr(task, name) for task in found]) for name in ("lower", "upper"))
-    witness = torch.stack([task.whole(task.witness) for task in found])
-    if swapped:
-        lower, upper, witness = (part.flip(1) for part in (lower, upper, witness))
-    result = _result(stars, found, lower, upper, witness, clock.elapsed)
-    for module, network in zip(modules, both, strict=True):
-        check_replay(module, network, result.witness.flatten(0, 1))
+        modules.reverse()
+        both.reverse()
+    runs = [runner(module) if network.here else None for module, network in zip(modules, both, strict=True)]
+    networks = Compared(modules[0], both[0], both[1], (runs[0], runs[1]), tuple(stars.shape), stars.dtype)
+    run = _Comparison(stars, networks, question, method, budget, progress, clock, swapped)
+    run.check()
+    if one_network(modules[0], modules[1], networks, stars):
+        for star in run.stars:
+            star.upper, star.lower, star.complete = torch.zeros_like(star.upper), torch.zeros_like(star.upper), True
+    else:
+        run.work()
+    for star in run.stars:
+        star.look_at_kernels()
+    result = run.result()
+    for module_run, network in zip(runs, both, strict=True):
+        if module_run is not None:
+            check_replay(module_run, network, result.witness.flatten(0, 1))
     covered, uncovered = coverage(*both)
     return replace(result, kernels=covered, uncovered=uncovered)
 
 
-def _quantised(network: tuple[Step, ...]) -> bool:
-    return any(step.quantizer is not None for step in network)
+class _Comparison:
+    """All stars of one call."""
 
+    def __init__(
+        self,
+        batch: StarBatch,
+        networks: Compared,
+        question: Question,
+        method: Exact | Search | None,
+        budget: Budget,
+        progress: ProgressCallback | None,
+        clock: Clock,
+        swapped: bool,
+    ) -> None:
+        self.batch, self.networks, self.method, self.swapped = batch, networks, method, swapped
+        self.progress, self.clock, self.reported = progress, clock.part(None), 0.0
+        memory = budget.memory or default_budget(batch.device)
+        low, high, box = batch.bounding_box()
+        widest = max(step.features for step in (*networks.first, *networks.second))
+        size = max(int(memory / 8 / COPIES / max(widest, low.shape[1])), 1)
+        upper = torch.cat([
+            networks.intervals(*part) for part in zip(low.split(size), high.split(size), strict=True)
+        ])  # fmt: skip
+        self.stars = [
+            DeployedStar(
+                networks,
+                low[s],
+                high[s],
+                question,
+                upper=upper[s],
+                points=None if bool(box[s]) else self._points(s),
+                budget=budget,
+                memory=memory,
+                clock=self.clock,
+                seed=method.seed if isinstance(method, Search) else 0,
+                report=self._report,
+            )
+            for s in range(len(batch))
+        ]
 
-@dataclass
-class _Task:
-    """One box of M inputs that vary: what is certified and attained of y1 - y2 (row 0) and y2 - y1 (row 1) so far."""
+    def _points(self, s: int) -> Tensor:
+        """Inputs [B, N_in] of star s."""
+        star = self.batch.select([s])
+        points, centre = star.sample(POINTS), star.center[:, None]
+        if bool(star.contains(centre).all()):
+            points = torch.cat((centre, points), 1)
+        return points[0].flatten(1).to(COMPUTE_DTYPE)
 
-    original: nn.Module
-    first: tuple[Step, ...]  # on M inputs, as are `second`, `low` and `high`
-    second: tuple[Step, ...]
-    fixed: Tensor  # [N_in] the other inputs
-    index: Tensor  # [M] which inputs vary
-    low: Tensor
-    high: Tensor
-    tolerance: float
-    clock: Clock
-    shape: tuple[int, ...]
-    points: Tensor | None = None  # [B, N_in] inputs to attain at, where not all of the box belongs to the set
-    complete: bool = False
-    cells: int = 0
-
-    def __post_init__(self) -> None:
-        n = self.first[-1].features
-        self.upper = self.low.new_full((2, n), torch.inf)
-        self.lower = -self.upper
-        self.witness = ((self.low + self.high) / 2).expand(2, n, -1).clone()
-
-    def run(self) -> None:
-        grid = None if _quantised(self.first) else InputGrid.of(self.second[0])
-        cells = None if grid is None else Cells(self.first, self.second, grid, self.low, self.high)
-        few = len(self.low) <= VERTEX_DIM
-        countable = cells is not None and cells.total * (1 + len(self.low)) <= MEMORY and cells.total <= LIMIT
-        if cells is not None and countable:
-            if not few:
-                cells.root = self._range_of_first(cells)
-            ranges = self._ranges if few else None
-            *_, result = search_cells(cells, ranges, Question("signed", self.tolerance), clock=self.clock)
-            self.cells, self.complete, self.upper = result.cells, result.complete, result.upper
-            if self.points is None:
-                self.lower, self.witness = result.lower, result.witness
-        if few and self.complete:
-            if self.points is not None:
-                self._offer(cells, self.points)
+    def check(self) -> None:
+        """Raises OptionError."""
+        if not isinstance(self.method, Exact):
             return
-        self._offer(cells, self.points if self.points is not None else self._candidates())
-        searching = not (few and len(self.low))
-        for upper in self._relaxed(self.low, self.high, grid, search=searching):
-            self.upper = torch.minimum(self.upper, upper)
-        if not searching:
-            self._branch(grid)
-
-    def _candidates(self) -> Tensor:
-        """Inputs [B, M] of the box: searched for, and random."""
-        share = torch.rand(SAMPLES, len(self.low), generator=torch.Generator().manual_seed(0), dtype=COMPUTE_DTYPE)
-        sampled = self.low + (self.high - self.low) * share.to(self.low.device)
-        return torch.cat((climb(self.first, self.second, self.low, self.high), sampled))
-
-    def _branch(self, grid: InputGrid | None) -> None:
-        """Best first: the box is divided at thresholds of its inputs; parts with few cells are enumerated."""
-        open_ = [(self.low, self.high, grid, self.upper)]
-        finished = torch.full_like(self.upper, -torch.inf)
-        boxes = 0
-        while open_:
-            excess = [float((upper - self.lower).max()) for *_, upper in open_]
-            worst = max(range(len(open_)), key=excess.__getitem__)
-            over = self.clock.over or (not self.clock.limited and boxes >= BOXES)
-            if over or excess[worst] <= self.tolerance:
-                break
-            low, high, part, above = open_.pop(worst)
-            boxes += 1
-            cells = None if part is None else Cells(self.first, self.second, part, low, high)
-            if cells is not None and cells.total <= LEAF:
-                *_, result = search_cells(cells, self._ranges, Question("signed", self.tolerance), clock=self.clock)
-                finished = torch.maximum(finished, torch.minimum(result.upper, above))
-                self.cells += result.cells
-                if self.points is None:
-                    self._take(result.lower, result.witness)
-            else:
-                for half in self._divided(low, high, part):
-                    (upper,) = self._relaxed(*half, search=False)
-                    open_.append((*half, torch.minimum(upper, above)))
-            top = torch.stack((finished, *(upper for *_, upper in open_))).amax(0)
-            self.upper = torch.minimum(self.upper, torch.maximum(top, self.lower))
-        self.complete = not open_
-
-    def _divided(
-        self, low: Tensor, high: Tensor, grid: InputGrid | None
-    ) -> list[tuple[Tensor, Tensor, InputGrid | None]]:
-        """Two boxes that cover the box: apart at the middle threshold of an input with several codes, else halves."""
-        step = self.second[0 if grid is None else 1]
-        weight = step.magnitude(torch.eye(len(low), dtype=low.dtype, device=low.device)).sum(1)
+        if self.method != Exact():
+            raise OptionError(
+                f"{self.method} does not apply to networks that round activations: Exact() enumerates the cells of "
+                "the input grid, Search() relaxes and divides, None does both"
+            )
+        grid = None if quantised(self.networks.first) else InputGrid.of(self.networks.second[0])
         if grid is None:
-            at = int((weight * (high - low)).argmax())
-            middle = (low[at] + high[at]) / 2
-            return [(low, _set(high, at, middle), None), (_set(low, at, middle), high, None)]
-        first, last = grid.codes(low, high)
-        at = int((weight * (last - first)).argmax())
-        code = ((first + last) / 2).floor()
-        result: list[tuple[Tensor, Tensor, InputGrid | None]] = []
-        for start, end in ((first, _set(last, at, code[at])), (_set(first, at, code[at] + 1), last)):
-            cells = (grid.cell(start), grid.cell(end))
-            bottom = torch.minimum(cells[0][0], cells[1][0])[at].clamp(low[at], high[at])
-            top = torch.maximum(cells[0][1], cells[1][1])[at].clamp(low[at], high[at])
-            result.append((_set(low, at, bottom), _set(high, at, top), replace(grid, first=start, last=end)))
-        return result
+            raise OptionError(
+                "method 'exact' needs one network that rounds activations, its inputs first: its cells are "
+                "enumerated; here ask for method 'search' or 'auto'"
+            )
+        for s, star in enumerate(self.stars):
+            count = cells_of(grid, *star.box)
+            if count > LIMIT:
+                raise OptionError(
+                    f"method 'exact' enumerates at most {LIMIT} cells of the input grid, and star {s} has {count:.3g}; "
+                    "here ask for method 'search' or 'auto', or for a smaller set"
+                )
 
-    def _ranges(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        boxes = StarBatch.from_box(*(self.whole(end).reshape(-1, *self.shape) for end in (low, high)))
-        found = reach(self.original, boxes, keep_stars=False)
-        argmin, argmax = (part.flatten(2)[:, :, self.index] for part in (found.argmin, found.argmax))
-        return found.lower, found.upper, argmin, argmax
+    def work(self) -> None:
+        """Begins all stars, then finishes one after the other."""
+        begin = self.clock.part(START * self.clock.left)
+        for s, star in enumerate(self.stars):
+            if s == 0 or not begin.over:
+                star.start(begin.part(begin.left / (len(self.stars) - s)))
+        for s, star in enumerate(self.stars):
+            star.clock = self.clock.part(self.clock.left / (len(self.stars) - s))
+            exact, search = isinstance(self.method, Exact), isinstance(self.method, Search)
+            split = self.method.split if isinstance(self.method, Search) else "auto"
+            star.run(cells=not search, relaxation=not exact, split=split)
+            self._report()
+        self._report(last=True)
 
-    def whole(self, x: Tensor) -> Tensor:
-        """Inputs [..., N_in] with the varying ones x [..., M] filled in."""
-        return self.fixed.expand(*x.shape[:-1], -1).index_copy(-1, self.index, x)
+    def _ends(self, name: str) -> Tensor:
+        """[S, 2, N, ...] of all stars, row 0 of original - compressed."""
+        value = torch.stack([getattr(star, name) for star in self.stars])
+        return value.flip(1) if self.swapped else value
 
-    def _range_of_first(self, cells: Cells) -> tuple[Tensor, Tensor]:
-        """y1's own range [N_out] over the box: its difference from a network that is zero."""
-        pair = Pair.of(cells.first, blank(cells.first))
-        up = self._search(pair, cells.lower, cells.upper, share=0.5)
-        upper = torch.stack((cells.root[1], -cells.root[0]))
-        for state in up:
-            upper = torch.minimum(upper, state.upper)
-        return -upper[1], upper[0]
+    def _report(self, *, last: bool = False) -> None:
+        now = self.clock.elapsed
+        if self.progress is None or (now - self.reported < REPORT_SECONDS and not last):
+            return
+        self.reported = now
+        done = sum(star.answered for star in self.stars)
+        lower, upper = self._ends("lower"), self._ends("upper")
+        self.progress(
+            Progress(done, len(self.stars) - done, -upper[:, 1], upper[:, 0], -lower[:, 1], lower[:, 0], seconds=now)
+        )
 
-    def _relaxed(self, low: Tensor, high: Tensor, grid: InputGrid | None, *, search: bool) -> Iterator[Tensor]:
-        """Bounds [2, N_out] over a box [M] from the relaxation: of a single pass, then tighter ones of a search."""
-        second = relax(self.second, low, high, InputGrid.of(self.second[0]) if grid is None else grid)
-        first = relax(self.first, low, high, InputGrid.of(self.first[0])) if _quantised(self.first) else None
-        own = 0 if first is None else first.extra
-        size = torch.maximum(low.abs(), high.abs())
-        ones = size.new_ones(own + second.extra)
-        steps1 = self.first if first is None else first.steps
-        steps1 = with_inputs(steps1, len(size) + own, second.extra, torch.cat((size, ones[:own])))
-        steps2 = with_inputs(second.steps, len(size), own, torch.cat((size, ones[own:])))
-        low, high = torch.cat((low, -ones)), torch.cat((high, ones))
-        try:
-            pair = Pair.of(steps1, steps2)
-        except (ShapeError, UnsupportedLayerError):
-            # Different architectures: each network by itself.
-            rows = box_rows(low[None], high[None])
-            ranges = [zonotope_bounds(network, *rows)[-1] for network in (steps1, steps2)]
-            bottom, top = (torch.cat(part) for part in zip(*ranges, strict=True))
-            bounds: Iterator[Tensor] = iter((top - bottom.flip(0),))
-        else:
-            output = difference_bounds(pair, low[None], high[None])[-1]
-            bottom, top = torch.cat((output.l1, output.l2)), torch.cat((output.u1, output.u2))
-            single = torch.cat((output.du, -output.dl))
-            bounds = iter((single,))
-            if search:
-                bounds = chain_of(bounds, (state.upper for state in self._search(pair, low, high)))
-        infinite = low.new_tensor(torch.inf)
-        ends = [(-infinite, infinite) if r is None else (r.lowest, r.highest) for r in (first, second)]
-        lowest, highest = (torch.stack(part)[:, None] for part in zip(*ends, strict=True))
-        # The ends of a clamp are products in float32 too.
-        rounded = torch.cat((lowest, highest), 1).abs()
-        loss = (4 * SINGLE * torch.where(rounded.isfinite(), rounded, 0.0)).sum()
-        for upper in bounds:
-            yield _clamped(upper, bottom, top, lowest, highest) + loss
+    def result(self) -> Discrepancy:
+        lower, upper, witness = (self._ends(name) for name in ("lower", "upper", "witness"))
+        dtype, shape = self.batch.dtype, self.batch.shape
+        upper = torch.maximum(upper, lower)
+        side = lower[:, 0] >= lower[:, 1]
+        chosen = torch.where(side[..., None], witness[:, 0], witness[:, 1])
+        return Discrepancy(
+            lower=round_down(lower.amax(1).clamp(min=0), dtype),
+            upper=round_up(upper.amax(1), dtype),
+            range_lower=round_down(-upper[:, 1], dtype),
+            range_upper=round_up(upper[:, 0], dtype),
+            witness=chosen.reshape(*chosen.shape[:2], *shape).to(dtype),
+            regions=torch.tensor([star.cells for star in self.stars], device=self.batch.device),
+            status=tuple(Status.EXACT if star.closed else Status.BOUNDED for star in self.stars),
+            stats=ReachStats(
+                layers=(),
+                method=self._name(),
+                root_bounds="zonotope",
+                seconds=self.clock.elapsed,
+                branches=sum(star.branches for star in self.stars),
+                fallback=next((star.fallback for star in self.stars if star.fallback), ""),
+            ),
+            semantics=Semantics.DEPLOYED_INT8,
+            reasons=tuple(star.reason for star in self.stars),
+        )
 
-    def _search(self, pair: Pair, low: Tensor, high: Tensor, share: float = 1.0) -> Iterator[SearchResult]:
-        """States of a search until the deadline, or a few of them; `share` of the time that is left."""
-        if pair.depth == 1:
-            return  # linear: a single pass is exact
-        clock = self.clock.part(share * self.clock.left)
-        for count, state in enumerate(search_signs(pair, low, high, Question("signed", max(self.tolerance, 1e-6)))):
-            yield state
-            over = clock.over or (not clock.limited and count + 1 >= STATES)
-            if over or state.closed:
-                return
-
-    def _offer(self, cells: Cells | None, x: Tensor) -> None:
-        x = representable(x, self.low, self.high)
-        if cells is not None:
-            value = cells.attained(x)
-        else:
-            value = attained(self.first, self.second, x)
-        value, at = value.max(0)
-        self._take(value, x[at])
-
-    def _take(self, value: Tensor, x: Tensor) -> None:
-        """Values [2, N_out] attained at inputs x [2, N_out, M]."""
-        self.witness = torch.where((value > self.lower)[..., None], x, self.witness)
-        self.lower = torch.maximum(self.lower, value)
-
-
-def _set(values: Tensor, at: int, value: Tensor) -> Tensor:
-    changed = values.clone()
-    changed[at] = value
-    return changed
-
-
-def _clamped(upper: Tensor, low: Tensor, high: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
-    """Bounds [2, N_out] on y1 - y2 and y2 - y1 after the clamps, from those before them.
-
-    low, high: [2, N_out] ranges of both outputs before the clamps to [lowest, highest], [2, 1] each. With c the clamp,
-    c1(a) - c2(b) <= max(a - b, lowest1 - b, c1(a) - highest2), the last two only where the clamps can act; and it is
-    at most what the ranges of c1(a) and c2(b) say.
-    """
-    last, first = torch.minimum(high, highest), torch.maximum(low, lowest)
-    last, first = torch.maximum(last, lowest), torch.minimum(first, highest)
-    raised = torch.where(low < lowest, lowest - low.flip(0), -torch.inf)
-    cut = torch.where(high.flip(0) > highest.flip(0), last - highest.flip(0), -torch.inf)
-    return torch.minimum(torch.maximum(upper, torch.maximum(raised, cut)), last - first.flip(0))
-
-
-def _result(
-    stars: StarBatch, found: list[_Task], lower: Tensor, upper: Tensor, witness: Tensor, seconds: float
-) -> Discrepancy:
-    """lower, upper: [S, 2, N] of y1 - y2 and y2 - y1; witness: [S, 2, N, N_in]."""
-    dtype = stars.dtype
-    upper = torch.maximum(upper, lower)
-    scale = upper.abs().amax((1, 2), keepdim=True)
-    exact = ((upper - lower) <= EXACT_GAP * scale + TINY).flatten(1).all(1)
-    side = lower[:, 0] >= lower[:, 1]
-    chosen = torch.where(side[..., None], witness[:, 0], witness[:, 1])
-    return Discrepancy(
-        lower=round_down(lower.amax(1).clamp(min=0), dtype),
-        upper=round_up(upper.amax(1), dtype),
-        range_lower=round_down(-upper[:, 1], dtype),
-        range_upper=round_up(upper[:, 0], dtype),
-        witness=chosen.reshape(*chosen.shape[:2], *stars.shape).to(dtype),
-        regions=torch.tensor([task.cells for task in found], device=stars.device),
-        status=tuple(Status.EXACT if ok else Status.BOUNDED for ok in exact.tolist()),
-        stats=ReachStats(
-            layers=(),
-            method="cells" if all(task.complete for task in found) else "relaxation",
-            root_bounds="zonotope",
-            seconds=seconds,
-        ),
-        semantics=Semantics.DEPLOYED_INT8,
-    )
+    def _name(self) -> str:
+        """What the bounds come from."""
+        if all(star.complete for star in self.stars):
+            return "cells"
+        if any(star.relaxed for star in self.stars):
+            return "relaxation"
+        return "cells" if any(star.cells for star in self.stars) else "intervals"

@@ -71,7 +71,7 @@ def discrepancy(
     "weight-only" (weights on a grid, activations real), "as executed in float16" and the like, where `lower` is what
     this machine's kernels gave and `upper` holds for every kernel that keeps sums in float32 (docs/certificates.md), or
     "deployed int8": where a network rounds its activations, as int8 kernels execute it, for inputs in float32 (see
-    `deployed`). A deployed network has a method of its own, so `method` and `progress` do not apply.
+    `deployed`). For a deployed network "exact" enumerates the cells of its input grid, and "search" relaxes its rounding.
 
     Raises: as `merge` and `reach`; OptionError: an unknown method, kind of kernels or arithmetic, a negative tolerance,
         or a gap that is not positive. InvalidNetworkError: a layer that may overflow its format as executed.
@@ -88,19 +88,31 @@ def discrepancy(
     budget, tolerances = budget or Budget(), tolerances or Tolerances()
     shape = None if len(stars.shape) == 1 else stars.shape
     kinds = formats(original, compressed, arithmetic)
+    if tolerance is not None:
+        question = Question("largest", gap or min(1e-6, max(1e-9, 1e-3 * tolerance)), tolerance)
+    else:
+        question = Question("signed") if gap is None else Question("outputs", gap)
     if rounds(original, shape) or rounds(compressed, shape):
         if arithmetic == "real":
             raise OptionError(
                 "arithmetic='real' requires networks that do not round activations: compare "
                 "torchreach.weight_only(network)"
             )
-        gap = tolerances.gap if gap is None else gap
-        found = deployed_discrepancy(original, compressed, stars, budget, gap, kernels)
+        if tolerance is None and gap is None:
+            question = Question("signed", tolerances.gap)
+        with running(budget.seconds) as clock:
+            found = deployed_discrepancy(
+                original,
+                compressed,
+                stars,
+                question,
+                method=chosen(method),
+                budget=budget,
+                progress=progress,
+                kernels=kernels,
+                clock=clock,
+            )
         return found if rounds(original, shape) else widened(found, original, stars, kinds[0])
-    if tolerance is not None:
-        question = Question("largest", gap or min(1e-6, max(1e-9, 1e-3 * tolerance)), tolerance)
-    else:
-        question = Question("signed") if gap is None else Question("outputs", gap)
     networks = one_dtype(original, compressed)
 
     def real(stars: StarBatch, question: Question, clock: Clock | None = None) -> Discrepancy:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from torchreach.bounds.difference import identical
-from torchreach.clock import first_interrupt
+from torchreach.clock import first_interrupt, running
 from torchreach.deployed import deployed_discrepancy, rounds
 from torchreach.errors import OptionError, ShapeError, UnsupportedLayerError
 from torchreach.networks.layers import Reshape
@@ -92,10 +92,11 @@ def equivalent(
             return _Labels(original, compressed, stars, budget, interrupted).run()
     if not 0 <= epsilon < math.inf:
         raise OptionError(f"epsilon must be a number >= 0, got {epsilon!r}")
+    question = Question("largest", min(1e-6, max(1e-9, 1e-3 * epsilon)), epsilon)
     if deployed:
-        found = deployed_discrepancy(original, compressed, stars, budget, tolerances.gap)
+        with running(budget.seconds) as clock:
+            found = deployed_discrepancy(original, compressed, stars, question, budget=budget, clock=clock)
     else:
-        question = Question("largest", min(1e-6, max(1e-9, 1e-3 * epsilon)), epsilon)
         found = compare(
             original, compressed, stars, None, question, budget=budget, tolerances=tolerances, progress=None
         )

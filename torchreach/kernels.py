@@ -11,22 +11,31 @@ of products can leave int16 for any input of the set, all are one.
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from torchreach.bounds.rounding import InputGrid, outputs, relax
 from torchreach.errors import KernelMismatchError, UncoveredKernelsWarning, UnsupportedLayerError
 from torchreach.networks.chain import evaluation_mode
+from torchreach.networks.fake_quantized import observers
 from torchreach.networks.kernels import ENGINES, IntegerSums, Pairing, identified, rounds_bias
+from torchreach.networks.quantized import standalone_copy
+from torchreach.networks.quantizer import Quantizer
 from torchreach.networks.steps import Step
 from torchreach.results import Kernels
 from torchreach.tolerances import UNIT_ROUNDOFF
 
 log = logging.getLogger(__name__)
+
+# What a deployed module computes here at inputs [B, *shape], [B, N_out]; None where it cannot be run.
+Run = Callable[[Tensor], Tensor | None]
 
 CHOICES = ("here", "exact", "saturating", "any")
 NAMES = 5  # of layers that a message lists
@@ -47,11 +56,20 @@ class Executed:
     own: dict[str, tuple[Pairing, ...]]
     saturable: set[str] = field(default_factory=set)
 
-    def look_at(self, steps: tuple[Step, ...], lower: Tensor, upper: Tensor) -> None:
-        """Notes layers in which a pair may leave int16 over a box [M] of `steps`, these steps on M inputs."""
+    @property
+    def here(self) -> bool:
+        """Whether the steps cover what this machine's kernels do."""
+        return self.choice not in ("exact", "saturating") and () not in self.own.values()
+
+    def look_at(self, steps: tuple[Step, ...], lower: Tensor, upper: Tensor, *, closely: bool = True) -> None:
+        """Notes layers in which a pair may leave int16 over a box [M] of `steps`, these steps on M inputs.
+
+        closely: from what the codes can be there; else any code is taken to be possible, which costs nothing.
+        """
         sums = [step.sums for step in steps if step.sums is not None]
         possible = tuple(part.name for part in sums if any(len(part.at.saturable[p]) for p in ENGINES))
-        if set(possible) <= self.saturable:
+        if not closely or set(possible) <= self.saturable:
+            self.saturable.update(possible)
             return
         try:
             self.saturable.update(relax(steps, lower, upper, InputGrid.of(steps[0])).saturable)
@@ -132,28 +150,20 @@ def coverage(*networks: Executed) -> tuple[Kernels, tuple[str, ...]]:
 
 
 @torch.no_grad()
-def check_replay(module: nn.Module, network: Executed, x: Tensor) -> None:
+def check_replay(run: Run, network: Executed, x: Tensor) -> None:
     """Runs inputs x [B, *shape] once through the module as given; what comes out must be among the predicted outputs.
 
-    network: its steps on all inputs. Nothing is checked where these do not speak of this machine (another choice of
-    kernels, layers of unknown kernels), or where the module cannot be run.
+    network: its steps on all inputs, as they are executed `here`. Nothing is checked where the module cannot be run.
 
     Raises: KernelMismatchError.
     """
-    if network.choice in ("exact", "saturating") or () in network.own.values():
-        return
-    try:
-        y = _run(module, x)
-    except Exception as error:  # whatever the module's own code does
-        log.info("witnesses are not replayed: the module as given cannot be run (%s)", error)
+    y = run(x)
+    if y is None:
         return
     index, low, high = outputs(network.steps, x.flatten(1).float().to(network.steps[0].bias))
-    y = y.flatten(1).to(low)
-    # What comes after the last quantiser is one product in float32.
-    slack = 4 * SINGLE * torch.maximum(low.abs(), high.abs())
-    fits = ((y[index] >= low - slack) & (y[index] <= high + slack)).all(1)
-    known = torch.zeros(len(x), dtype=torch.bool, device=fits.device)
-    known[index[fits]] = True
+    y = y.to(low)
+    known = torch.zeros(len(x), dtype=torch.bool, device=low.device)
+    known[index[fits(y[index], low, high).all(1)]] = True
     if bool(known.all()):
         return
     b = int((~known).nonzero()[0])
@@ -165,15 +175,38 @@ def check_replay(module: nn.Module, network: Executed, x: Tensor) -> None:
     )
 
 
-def _run(module: nn.Module, x: Tensor) -> Tensor:
-    """Outputs of the module in evaluation mode, in its own dtype and on its own device."""
+def fits(y: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Whether outputs are among those predicted. What comes after the last quantiser is one product in float32."""
+    slack = 4 * SINGLE * torch.maximum(low.abs(), high.abs())
+    return (y >= low - slack) & (y <= high + slack)
+
+
+def runner(module: nn.Module) -> Run:
+    """What a deployed module computes here at inputs [B, *shape], as [B, N_out]; None where it cannot be run."""
+    if any(isinstance(part, Quantizer) for part in module.modules()):
+        module = copy.deepcopy(module).double()  # a description: what float32 would round off is no kernel's
+    elif any(hasattr(part, "observer_enabled") for part in module.modules()) or observers(module):
+        module = standalone_copy(module).apply(torch.ao.quantization.disable_observer)  # a run moves the observers
     value = next((v for v in (*module.parameters(), *module.buffers()) if v.is_floating_point()), torch.zeros(()))
-    x = x.float().to(value.device, value.dtype if not value.is_quantized else torch.float32)
-    with evaluation_mode(module):
+    failed: list[Exception] = []
+
+    def run(x: Tensor) -> Tensor | None:
+        if failed:
+            return None
+        x = x.to(value.device, torch.float64 if value.dtype == torch.float64 else torch.float32)
+        mode = nullcontext() if isinstance(module, fx.GraphModule) else evaluation_mode(module)
         try:
-            return module(x)
-        except Exception:  # exported with a fixed batch size
-            return torch.cat([module(row) for row in x.split(1)])
+            with mode:
+                try:
+                    return module(x).flatten(1)
+                except Exception:  # exported with a fixed batch size
+                    return torch.cat([module(row).flatten(1) for row in x.split(1)])
+        except Exception as error:  # whatever the module's own code does
+            failed.append(error)
+            log.info("witnesses are not replayed: the module as given cannot be run (%s)", error)
+            return None
+
+    return run
 
 
 def _show(values: Tensor) -> str:

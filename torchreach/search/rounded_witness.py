@@ -7,19 +7,23 @@ gradient; but for fixed g1, g2 each input has a best value at an end of one of i
 them. Half of the inputs, chosen at random, move there; the gradients are taken anew; every start keeps its best
 point. Nothing is certified here: the caller replays the points.
 
-Axis letters: B points, K candidates, N features.
+Axis letters: B points (a start of one objective each), K candidates, N features.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from torchreach.bounds.rounding import InputGrid
+from torchreach.clock import NO_LIMIT, Clock
 from torchreach.networks.steps import Step
 
 CODES = 4  # cells of an input that are looked at: the first and the last ones of its range
 INSIDE = 4.0  # multiples of the rounding allowance kept from thresholds
+NUMBERS = 2**23  # in one intermediate tensor
 
 
 def climb(
@@ -27,42 +31,59 @@ def climb(
     second: tuple[Step, ...],
     lower: Tensor,
     upper: Tensor,
+    order: Tensor,
     *,
     starts: int = 8,
     steps: int = 30,
     seed: int = 0,
-) -> Tensor:
-    """Inputs [B, N_in] of the box [N_in] at which y1 - y2 or y2 - y1 of some output is large; seeded."""
+    clock: Clock = NO_LIMIT,
+    numbers: int = NUMBERS,
+) -> Iterator[Tensor]:
+    """Inputs [B, N_in] of the box [N_in] at which objectives are large, batch after batch of objectives; seeded.
+
+    order: the objectives in the order in which they are climbed: n for y1 - y2 of output n, N_out + n for y2 - y1.
+    clock: ends it; but the first batch comes in any case, after one step. numbers: in one intermediate tensor.
+    """
     n, inputs = first[-1].features, len(lower)
     generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator, dtype=lower.dtype).to(lower.device)
-
-    eye = torch.eye(n, dtype=lower.dtype, device=lower.device)
-    sign = torch.cat((eye, -eye)).repeat_interleave(starts, 0)
     grids = [InputGrid.of(network[0]) for network in (first, second)]
     # of each network: what its input quantiser, if any, leaves
     inner = [network if grid is None else network[1:] for network, grid in zip((first, second), grids, strict=True)]
     candidates = _candidates(grids[1], lower, upper)  # [N, K]
-    x = lower + (upper - lower) * random(len(sign), inputs)
-    best, at = x.new_full((len(x),), -torch.inf), x
     rounded = [_round(grid, candidates) for grid in grids]
-    for step in range(steps + 1):
-        gain, value = torch.zeros_like(candidates).expand(len(x), -1, -1), torch.zeros_like(best)
-        for network, grid, side, images in zip(inner, grids, (1, -1), rounded, strict=True):
-            with torch.enable_grad():
-                leaf = _round(grid, x[:, :, None])[:, :, 0].requires_grad_()
-                out = side * (straight_through(network, leaf) * sign).sum(1)
-                (gradient,) = torch.autograd.grad(out.sum(), leaf)
-            value = value + out.detach()
-            gain = gain + gradient[:, :, None] * images
-        at = torch.where((value > best)[:, None], x, at)
-        best = torch.maximum(best, value)
-        response = candidates.expand(len(x), -1, -1).gather(2, gain.argmax(2, keepdim=True))[:, :, 0]
-        # all at once first: it is the answer where both networks are linear
-        x = torch.where(random(*x.shape) < (1.0 if step == 0 else 0.5), response, x)
-    return at
+    each = candidates.numel() + sum(step.features for step in (*first, *second))
+    starts = max(min(starts, numbers // each), 1)
+    for chosen in order.split(max(numbers // (each * starts), 1)):
+        objective = chosen.repeat_interleave(starts)
+        sign = 1.0 - 2.0 * (objective >= n).to(lower)
+        output = (objective % n)[:, None]
+        x = lower + (upper - lower) * _random(generator, lower, len(sign), inputs)
+        best, at = x.new_full((len(x),), -torch.inf), x
+        for step in range(steps + 1):
+            gain, value = torch.zeros_like(candidates).expand(len(x), -1, -1), torch.zeros_like(best)
+            for network, grid, side, images in zip(inner, grids, (1, -1), rounded, strict=True):
+                with torch.enable_grad():
+                    leaf = _round(grid, x[:, :, None])[:, :, 0].requires_grad_()
+                    out = side * sign * straight_through(network, leaf).gather(1, output)[:, 0]
+                    (gradient,) = torch.autograd.grad(out.sum(), leaf)
+                value = value + out.detach()
+                gain = gain + gradient[:, :, None] * images
+            at = torch.where((value > best)[:, None], x, at)
+            best = torch.maximum(best, value)
+            if step and clock.over:
+                break
+            response = candidates.expand(len(x), -1, -1).gather(2, gain.argmax(2, keepdim=True))[:, :, 0]
+            # all at once first: it is the answer where both networks are linear
+            share = 1.0 if step == 0 else 0.5
+            x = torch.where(_random(generator, lower, *x.shape) < share, response, x)
+        yield at
+        if clock.over:
+            return
+
+
+def _random(generator: torch.Generator, like: Tensor, *shape: int) -> Tensor:
+    """The same on every device."""
+    return torch.rand(*shape, generator=generator, dtype=like.dtype).to(like.device)
 
 
 def _candidates(grid: InputGrid | None, lower: Tensor, upper: Tensor) -> Tensor:
