@@ -123,8 +123,9 @@ def one_network(original: nn.Module, compressed: nn.Module, networks: Compared, 
 
 
 def _same_rounding(s: Step, t: Step) -> bool:
-    if s.quantizer is None or t.quantizer is None:
-        masks = (s.relu is None, t.relu is None)
-        return s.quantizer is t.quantizer and masks[0] == masks[1] and (masks[0] or torch.equal(s.relu, t.relu))
-    ends = [(q.lowest, q.highest, q.arithmetic) for q in (s.quantizer, t.quantizer)]
-    return s.quantizer.same_grid(t.quantizer) and ends[0] == ends[1]
+    if s.quantizer is not None and t.quantizer is not None:
+        ends = [(q.lowest, q.highest, q.arithmetic) for q in (s.quantizer, t.quantizer)]
+        return s.quantizer.same_grid(t.quantizer) and ends[0] == ends[1]
+    if s.relu is not None and t.relu is not None:
+        return torch.equal(s.relu, t.relu) and s.quantizer is t.quantizer
+    return s.relu is t.relu and s.quantizer is t.quantizer

@@ -30,7 +30,7 @@ from torchreach.deployed_pair import Compared, quantised
 from torchreach.errors import UnsupportedLayerError
 from torchreach.networks.steps import Step
 from torchreach.options import Budget
-from torchreach.reach.api import VERTEX_DIM, reach
+from torchreach.reach.api import VERTEX_DIM, reach_within
 from torchreach.results import Reason
 from torchreach.search.cells import LIMIT, NUMBERS, Cells, representable, search_cells
 from torchreach.search.result import Question, SearchResult
@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 # Numbers in all cells' boxes of one star.
 MEMORY = 2**23
+FEW = 2**20  # numbers in one intermediate tensor of points
 COPIES = 16  # of what is kept of a cell, or of an intermediate tensor, at once
 # States of a search without a budget of seconds.
 STATES = 8
@@ -87,6 +88,7 @@ class DeployedStar:
         self.question = replace(question, threshold=float(threshold))
         self.budget, self.memory, self.clock, self.seed, self.report = budget, memory, clock, seed, report
         self.numbers = int(max(min(NUMBERS, memory / 8 / COPIES), 1))
+        self.few = min(self.numbers, FEW)  # of what is looked at between two looks at the clock
         self.box = low, high
         self.upper, self.lower = upper, torch.full_like(upper, -torch.inf)
         self.witness = ((low + high) / 2).expand(*upper.shape, -1).clone()
@@ -307,8 +309,8 @@ class DeployedStar:
 
     def _ranges(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         boxes = StarBatch.from_box(*(self._whole(end).reshape(-1, *self.networks.shape) for end in (low, high)))
-        left = max(self.clock.left, 1e-3) if self.clock.limited else None
-        found = reach(self.networks.original, boxes, keep_stars=False, budget=Budget(left, memory=self.memory))
+        budget = Budget(memory=self.memory)
+        found = reach_within(self.clock, self.networks.original, boxes, keep_stars=False, budget=budget)
         argmin, argmax = (part.flatten(2)[:, :, self.varied[2]] for part in (found.argmin, found.argmax))
         return found.lower, found.upper, argmin, argmax
 
@@ -374,9 +376,7 @@ class DeployedStar:
     def _climb(self, steps: int, clock: Clock) -> None:
         first, second, _ = self.varied
         order = self.upper.flatten().argsort(descending=True, stable=True)
-        for x in climb(
-            first, second, *self._ends(), order, steps=steps, seed=self.seed, clock=clock, numbers=self.numbers
-        ):
+        for x in climb(first, second, *self._ends(), order, steps=steps, seed=self.seed, clock=clock, numbers=self.few):
             self._offer(x)
             self.report()
             if self._exceeded:
@@ -384,7 +384,7 @@ class DeployedStar:
 
     def _offer_samples(self) -> None:
         low, high = self._ends()
-        count = max(min(SAMPLES, self.numbers // max(len(low), 1)), 1)
+        count = max(min(SAMPLES, self.few // max(len(low), 1)), 1)
         share = torch.rand(count, len(low), generator=torch.Generator().manual_seed(self.seed), dtype=low.dtype)
         self._offer(low + (high - low) * share.to(low.device))
 
@@ -408,10 +408,12 @@ class DeployedStar:
         if whole is None:
             x = representable(x, *self._ends(), self.networks.dtype)
         widest = max(step.features for step in (*first, *second))
-        for part in torch.arange(len(x), device=x.device).split(max(self.numbers // (4 * widest), 1)):
+        for part in torch.arange(len(x), device=x.device).split(max(self.few // (4 * widest), 1)):
             inputs = self._whole(x[part]) if whole is None else whole[part]
             value, at = self.networks.attained(first, second, x[part], inputs).max(0)
             self._take(value, inputs[at])
+            if self.clock.over:
+                return
 
     def _take(self, value: Tensor, x: Tensor) -> None:
         """Values [2, N_out] attained at inputs x [2, N_out, N_in]."""

@@ -77,7 +77,7 @@ class RelaxedDifference:
         except (ShapeError, UnsupportedLayerError):
             # Different architectures: each network by itself.
             rows = box_rows(low[None], high[None])
-            ranges = [zonotope_bounds(network, *rows)[-1] for network in (steps1, steps2)]
+            ranges = [zonotope_bounds(network, *rows, clock=clock)[-1] for network in (steps1, steps2)]
             bottom, top = (torch.cat(part) for part in zip(*ranges, strict=True))
             pair, root, upper = None, (), top - bottom.flip(0)
         else:

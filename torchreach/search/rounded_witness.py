@@ -23,7 +23,7 @@ from torchreach.networks.steps import Step
 
 CODES = 4  # cells of an input that are looked at: the first and the last ones of its range
 INSIDE = 4.0  # multiples of the rounding allowance kept from thresholds
-NUMBERS = 2**23  # in one intermediate tensor
+NUMBERS = 2**20  # in one intermediate tensor: some ten milliseconds of work
 
 
 def climb(
