@@ -91,7 +91,7 @@ def deployed_discrepancy(
         modules.reverse()
         both.reverse()
     runs = [runner(module) if network.here else None for module, network in zip(modules, both, strict=True)]
-    networks = Compared(modules[0], both[0], both[1], (runs[0], runs[1]), tuple(stars.shape), stars.dtype)
+    networks = Compared(modules[0], (both[0], both[1]), (runs[0], runs[1]), tuple(stars.shape), stars.dtype)
     run = _Comparison(stars, networks, question, method, budget, progress, clock, swapped)
     run.check()
     if one_network(modules[0], modules[1], networks, stars):

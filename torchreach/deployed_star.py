@@ -92,7 +92,7 @@ class DeployedStar:
         self.box = low, high
         self.upper, self.lower = upper, torch.full_like(upper, -torch.inf)
         self.witness = ((low + high) / 2).expand(*upper.shape, -1).clone()
-        self.complete = self.spent = self.relaxed = False
+        self.complete = self.spent = self.relaxed = self.looked_at = False
         self.cells = self.branches = 0
         self.fallback = ""
         self.own: tuple[tuple[Step, ...], tuple[Step, ...], Tensor] | None = None
@@ -149,16 +149,24 @@ class DeployedStar:
             self._offer(middle[None, self.varied[2]])
             self._climb(FIRST_STEPS, clock.part(FIRST * clock.left))
 
+    def look_at_kernels(self) -> None:
+        """Notes in which layers a pair of products may saturate: closely, if there is time and memory."""
+        if self.looked_at:
+            return
+        self.looked_at = True
+        closely = self._room and not self.clock.over
+        for network, steps in zip(self.networks.executed, self.varied[:2], strict=True):
+            network.look_at(steps, *self._ends(), closely=closely)
+
     def run(self, *, cells: bool, relaxation: bool, split: str) -> None:
         """Better bounds, for as long as the question is open and there is time.
 
         cells, relaxation: what may be used. split: "signs", "inputs", or "auto": inputs up to `VERTEX_DIM` that vary.
         """
-        if self.answered or self.clock.over:
-            return
         self._restrict()
-        if self.own is None:
+        if self.answered or self.clock.over or self.own is None:
             return
+        self.look_at_kernels()
         first, second, index = self.own
         grid = None if quantised(first) else InputGrid.of(second[0])
         few = len(index) <= VERTEX_DIM
@@ -317,21 +325,17 @@ class DeployedStar:
     def _range_of_first(self, cells: Cells) -> tuple[Tensor, Tensor]:
         """y1's own range [N_out] over the box: its difference from a network that is zero."""
         upper = torch.stack((cells.root[1], -cells.root[0]))
-        if self._fits(cells.first, cells.first):
+        if self._room:
             pair = Pair.of(cells.first, blank(cells.first))
             for state in self._search(pair, cells.lower, cells.upper, self.clock.part(self.clock.left / 2)):
                 upper = torch.minimum(upper, state.upper)
                 self.report()
         return -upper[1], upper[0]
 
-    def _fits(self, first: tuple[Step, ...], second: tuple[Step, ...]) -> bool:
+    @property
+    def _room(self) -> bool:
         """Whether there is memory for a relaxation of both networks."""
-        needed = relaxation_bytes(first, second, self.numbers)
-        if needed > self.memory:
-            self.spent = True
-            self.fallback = f"a relaxation needs {needed / 1e9:.2g} GB of memory"
-            log.info("no relaxation: it needs %.3g GB of memory, of %.3g", needed / 1e9, self.memory / 1e9)
-        return needed <= self.memory
+        return self.own is not None and relaxation_bytes(self.own[0], self.own[1], self.numbers) <= self.memory
 
     def _relaxed(self, low: Tensor, high: Tensor, grid: InputGrid | None, *, search: bool) -> Iterator[Tensor]:
         """Bounds [2, N_out] over a box [M] from the relaxation: of a single pass, then tighter ones of a search.
@@ -339,7 +343,10 @@ class DeployedStar:
         None at all where there is no memory for it. Raises OutOfTime where there is no time.
         """
         first, second, _ = self.varied
-        if not self._fits(first, second):
+        if not self._room:
+            self.spent = True
+            self.fallback = f"a relaxation needs {relaxation_bytes(first, second, self.numbers) / 1e9:.2g} GB of memory"
+            log.info("no relaxation: it needs more memory than there is to spend, %.3g GB", self.memory / 1e9)
             return
         try:
             relaxed = RelaxedDifference.of(first, second, low, high, grid, clock=self.clock)
