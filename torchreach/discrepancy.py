@@ -71,7 +71,7 @@ def discrepancy(
     "weight-only" (weights on a grid, activations real), "as executed in float16" and the like, where `lower` is what
     this machine's kernels gave and `upper` holds for every kernel that keeps sums in float32 (docs/certificates.md), or
     "deployed int8": where a network rounds its activations, as int8 kernels execute it, for inputs in float32 (see
-    `deployed`). For a deployed network "exact" enumerates the cells of its input grid, and "search" relaxes its rounding.
+    `deployed`): there "exact" enumerates the cells of the input grid, and "search" relaxes the rounding.
 
     Raises: as `merge` and `reach`; OptionError: an unknown method, kind of kernels or arithmetic, a negative tolerance,
         or a gap that is not positive. InvalidNetworkError: a layer that may overflow its format as executed.
