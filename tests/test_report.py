@@ -22,6 +22,7 @@ from torch import nn
 
 import torchreach as tr
 from torchreach.console import live, print_discrepancy, print_reading, print_verdict, progress_line
+from torchreach.equivalence import _within as answered
 from torchreach.input_sets import InputSet
 from torchreach.outward import at_least, at_most
 from torchreach.page import html_page
@@ -505,3 +506,15 @@ def test_repr_is_a_summary_and_results_compare_by_identity(report, repaired):
         assert len({result, result}) == 1
     assert at_most(float(found.upper.max())) in repr(found)
     assert "2 EXACT" in repr(found)
+
+
+def test_equivalence_is_not_claimed_for_kernels_that_are_not_covered(report):
+    found = replace(report.found, semantics=Semantics.DEPLOYED_INT8, kernels=Kernels.EXACT)
+    for uncovered, answer in (((), tr.Answer.EQUIVALENT), (("fc1",), tr.Answer.UNKNOWN)):
+        same = answered(replace(found, uncovered=uncovered), 1e9)
+        assert same.answer == (answer,) * 2
+        assert (same.semantics, same.kernels, same.uncovered) == (found.semantics, found.kernels, uncovered)
+        assert Kernels.EXACT in repr(same)
+    refuted = answered(replace(found, uncovered=("fc1",)), 0.0)
+    assert refuted.answer == (tr.Answer.NOT_EQUIVALENT,) * 2
+    assert "not covered: kernels of fc1" in repr(refuted)

@@ -106,9 +106,10 @@ def equivalent(
 def _within(found: Discrepancy, epsilon: float) -> Equivalence:
     """Answers from certified intervals."""
     lower, upper = found.max_lower, found.max_upper
+    covered = torch.tensor(not found.uncovered, device=upper.device)  # else kernels may leave the interval
     rows = torch.arange(len(lower), device=lower.device)
     return Equivalence(
-        answer=_answers((upper.double() <= epsilon).tolist(), (lower.double() > epsilon).tolist()),
+        answer=_answers((covered & (upper.double() <= epsilon)).tolist(), (lower.double() > epsilon).tolist()),
         lower=lower,
         upper=upper,
         witness=found.witness[rows, found.lower.argmax(1)],
@@ -116,6 +117,10 @@ def _within(found: Discrepancy, epsilon: float) -> Equivalence:
         epsilon=epsilon,
         branches=found.stats.branches,
         seconds=found.stats.seconds,
+        semantics=found.semantics,
+        kernels=found.kernels,
+        uncovered=found.uncovered,
+        reasons=found.reasons,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 ORIGINAL, BEFORE, AFTER, LIMIT, INK = "#222222", "#d9822b", "#2a7f62", "#c0392b", "#444444"
 MOST_PANELS = 10
+MOST_LETTERS = 32
 TOO_FAR = 8.0  # a tolerance so many times the largest range would make all bars too thin to see
 
 
@@ -41,7 +43,7 @@ def ranges_picture(report: Report) -> bytes:
     for i, s in enumerate(shown):
         _star_panel(figure.add_subplot(rows, columns, i + 1), report, s, results, asked if drawn else None)
     handles: list[Any] = [
-        Patch(color=color, label=f"{found.claim} range, {role} network")
+        Patch(color=color, label=f"{found.claim} range, {role} ({_short(report, role)})")
         for (role, found), color in zip(report.results.items(), colors, strict=True)
     ]
     if asked is not None:
@@ -50,6 +52,11 @@ def ranges_picture(report: Report) -> bytes:
         handles.append(Line2D([], [], color=LIMIT, lw=1, ls="--", label=text))
     figure.legend(handles=handles, loc="outside upper center", ncols=1 + columns, frameon=False)
     return _png(figure)
+
+
+def _short(report: Report, role: str) -> str:
+    name = Path(report.networks[role].name).name
+    return name if len(name) <= MOST_LETTERS else name[: MOST_LETTERS - 1] + "…"
 
 
 def _largest(found: Discrepancy, shown: list[int]) -> float:

@@ -327,10 +327,10 @@ class _Run:
     def _report(self, done: int, open_: int) -> None:
         assert self.progress is not None
         self.reported = time.monotonic()
-        self.progress(self._progress(self.lower, self.upper, done, open_))
+        self.progress(self._progress(self.lower, self.upper, done, open_, "branch"))
 
-    def _progress(self, lower: Tensor, upper: Tensor, done: int, open_: int) -> Progress:
-        return Progress(done, open_, -upper[:, 1], upper[:, 0], -lower[:, 1], lower[:, 0], self.elapsed)
+    def _progress(self, lower: Tensor, upper: Tensor, done: int, open_: int, unit: str = "star") -> Progress:
+        return Progress(done, open_, -upper[:, 1], upper[:, 0], -lower[:, 1], lower[:, 0], self.elapsed, unit)
 
     def result(self) -> Discrepancy:
         dtype = self.stars.dtype
