@@ -192,7 +192,8 @@ def _root(
 
 
 @app.command(
-    epilog="Exit status: 0 within tolerance or none given, 1 exceeded or undecided, 2 bad input, 130 interrupted."
+    epilog="Exit status: 0 within tolerance or none given, 1 exceeded, undecided or not covered by the certificate, "
+    "2 bad input, 130 interrupted."
 )
 def compare(
     ctx: typer.Context,
