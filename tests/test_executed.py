@@ -230,3 +230,31 @@ def test_sets_that_are_no_boxes_and_batches():
     with torch.no_grad():
         difference = network.double()(points.double()) - half(points.half()).double()
     assert bool((difference >= found.range_lower[:, None]).all() and (difference <= found.range_upper[:, None]).all())
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_equivalence_of_a_half_copy(dtype):
+    network, half, x = digits_pair(dtype)
+    upper = x.clone()
+    upper[:2] += 0.01
+    stars = tr.StarBatch.from_box(x, upper)
+    found = tr.discrepancy(network, half, stars)
+    answer = tr.equivalent(network, half, stars, float(found.max_upper) * 1.01).answer[0]
+    assert answer is tr.Answer.EQUIVALENT
+    answer = tr.equivalent(network, half, stars, float(found.max_lower) / 2).answer[0]
+    assert answer is tr.Answer.NOT_EQUIVALENT
+    labels = tr.equivalent(network, half, stars, top1=True)
+    assert labels.answer[0] is tr.Answer.EQUIVALENT
+    assert float(labels.upper) > float(tr.equivalent(network, half, stars, top1=True, arithmetic="real").upper)
+
+
+def test_label_that_only_execution_changes_is_not_called_equivalent():
+    """Outputs closer than float16 can tell apart: a tie, or another label, as executed."""
+    network = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 2, bias=False))
+    with torch.no_grad():
+        network[0].weight.copy_(torch.tensor([[100.0], [1.0]]))
+        network[2].weight.copy_(torch.tensor([[1.0, 0.0], [1.0, 2.0**-10]]))
+    half = copy.deepcopy(network).half()
+    stars = tr.StarBatch.from_box(torch.tensor([1.0]), torch.tensor([1.5]))
+    assert tr.equivalent(network, half, stars, top1=True, arithmetic="real").answer[0] is tr.Answer.EQUIVALENT
+    assert tr.equivalent(network, half, stars, top1=True).answer[0] is not tr.Answer.EQUIVALENT

@@ -25,14 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from torchreach.bounds.difference import identical
-from torchreach.clock import first_interrupt, running
-from torchreach.deployed import deployed_discrepancy, rounds
+from torchreach.clock import NO_LIMIT, first_interrupt
+from torchreach.deployed import rounds
+from torchreach.discrepancy import discrepancy, one_dtype
 from torchreach.errors import OptionError, ShapeError, UnsupportedLayerError
+from torchreach.executed import Formats, Side, formats
 from torchreach.networks.layers import Reshape
 from torchreach.networks.merge import merge
 from torchreach.networks.steps import Step, steps
 from torchreach.options import Budget, Exact, Search
-from torchreach.portfolio import compare
 from torchreach.reach.api import reach, replay
 from torchreach.reach.memory import default_budget
 from torchreach.results import Answer, Discrepancy, Equivalence
@@ -58,6 +59,7 @@ def equivalent(
     top1: bool = False,
     budget: Budget | None = None,
     tolerances: Tolerances | None = None,
+    arithmetic: str | None = None,
 ) -> Equivalence:
     """Whether two networks agree on every input of each star: to within `epsilon`, or (`top1`) in their label.
 
@@ -66,10 +68,11 @@ def equivalent(
         stars: input stars [S] of the networks' input shape.
         epsilon: bound on |y1 - y2| for every output; give this or `top1`.
         top1: whether the largest output is the same one.
-        budget, tolerances: as in `discrepancy`. Ctrl-C ends it as a spent budget does.
+        budget, tolerances, arithmetic: as in `discrepancy`. Ctrl-C ends it as a spent budget does.
 
-    Guarantee: EQUIVALENT is certified for the networks as real-valued functions of their weights (deployed networks:
-    as `discrepancy` says); NOT_EQUIVALENT comes with a witness, replayed with a bound on its rounding.
+    Guarantee: EQUIVALENT is certified for the networks as real-valued functions of their weights (deployed networks and
+    networks in half precision: as `discrepancy` says); NOT_EQUIVALENT comes with a witness, replayed with a bound on
+    its rounding, or as this machine executes it.
 
     Raises: as `discrepancy`; OptionError: not exactly one of `epsilon` and `top1`, or a negative epsilon.
         UnsupportedLayerError: `top1` of networks that round activations.
@@ -89,17 +92,19 @@ def equivalent(
                 "for an epsilon"
             )
         with torch.no_grad(), first_interrupt() as interrupted:
-            return _Labels(original, compressed, stars, budget, interrupted).run()
+            kinds = formats(original, compressed, arithmetic)
+            return _Labels(original, compressed, stars, budget, interrupted, kinds).run()
     if not 0 <= epsilon < math.inf:
         raise OptionError(f"epsilon must be a number >= 0, got {epsilon!r}")
-    question = Question("largest", min(1e-6, max(1e-9, 1e-3 * epsilon)), epsilon)
-    if deployed:
-        with running(budget.seconds) as clock:
-            found = deployed_discrepancy(original, compressed, stars, question, budget=budget, clock=clock)
-    else:
-        found = compare(
-            original, compressed, stars, None, question, budget=budget, tolerances=tolerances, progress=None
-        )
+    found = discrepancy(
+        original,
+        compressed,
+        stars,
+        tolerance=epsilon,
+        budget=budget,
+        tolerances=tolerances,
+        arithmetic=arithmetic,
+    )
     return _within(found, epsilon)
 
 
@@ -139,15 +144,16 @@ class _Labels:
     stars: StarBatch
     budget: Budget
     interrupted: list[int]
+    kinds: Formats = (None, None)
 
     def __post_init__(self) -> None:
         self.began = time.monotonic()
-        stars = self.stars
+        stars, given = self.stars, (self.original, self.compressed)
+        self.same = self.original is self.compressed
+        self.original, self.compressed = one_dtype(*given)
         merge(self.original, self.compressed, None if len(stars.shape) == 1 else stars.shape)  # refuses wrong input
-        self.networks = tuple(
-            steps(network, stars.shape, dtype=COMPUTE_DTYPE, device=stars.device)
-            for network in (self.original, self.compressed)
-        )
+        self.sides = tuple(Side.of(network, stars, kind) for network, kind in zip(given, self.kinds, strict=True))
+        self.networks = tuple(side.steps for side in self.sides)
         self.outputs = self.networks[0][-1].features
         if self.outputs < 2:
             raise ShapeError("top1 needs networks of at least two outputs, got one")
@@ -156,7 +162,7 @@ class _Labels:
     def run(self) -> Equivalence:
         size, stars = len(self.stars), self.stars
         points = stars.sample(SAMPLES)  # in the stars' dtype, as witnesses are
-        value, error = zip(*(replay(network, points.flatten(0, 1)) for network in self.networks), strict=True)
+        value, error = zip(*(side.values(points.flatten(0, 1)) for side in self.sides), strict=True)
         first = value[0].reshape(size, SAMPLES, -1)[:, 0]
         self.label = first.argmax(1)
         self.lower = torch.full((size,), -torch.inf, dtype=COMPUTE_DTYPE, device=stars.device)
@@ -166,7 +172,8 @@ class _Labels:
             _lead(y - e, y + e, self.label.repeat_interleave(SAMPLES)).reshape(size, SAMPLES).amax(1)
             for y, e in zip(value, error, strict=True)
         ]).amax(0)  # fmt: skip
-        same = identical(*self.networks)
+        self.margin = self._margin()
+        same = self.same or (identical(*self.networks) and self.kinds == (None, None))
         yes, no = [same] * size, [False] * size
         for s in range(size) if not same else ():
             if self.interrupted:
@@ -190,6 +197,16 @@ class _Labels:
             seconds=time.monotonic() - self.began,
         )
 
+    def _margin(self) -> Tensor:
+        """[2, S] how much of a lead rounding in either network may take away."""
+        low, high, _ = self.stars.bounding_box()
+        rows, result = torch.arange(len(low), device=low.device), []
+        for side in self.sides:
+            below, above = side.rounding(low, high, NO_LIMIT)
+            loss = torch.maximum(-below, above)
+            result.append(loss[rows, self.label] + loss.amax(1))
+        return torch.stack(result)
+
     def _constant(self, s: int, end: float | None) -> tuple[bool, Tensor | None]:
         """Whether both networks give the star's label everywhere; and inputs [B, *shape] that show another."""
         star, label = self.stars.select([s]), int(self.label[s])
@@ -197,22 +214,26 @@ class _Labels:
         for i, network in enumerate((self.original, self.compressed)):
             now = time.monotonic()
             until = None if end is None else now + (end - now) / (2 - i)
-            lower, upper, x = self._leads(network, star, label, now if others else until)
-            tops.append(upper)
-            if lower > float(self.lower[s]):
-                self.lower[s], self.witness[s] = lower, x
+            margin = float(self.margin[i, s])
+            lower, upper, x = self._leads(network, star, label, now if others else until, margin)
+            tops.append(upper + margin)
+            if lower - margin > float(self.lower[s]):
+                self.lower[s], self.witness[s] = lower - margin, x
             if lower >= 0:
                 others.append(x)
         self.upper[s] = max(*tops, float(self.lower[s]))
         return bool(self.upper[s] < 0), torch.stack(others) if others else None
 
     def _leads(
-        self, network: nn.Module, star: StarBatch, label: int, until: float | None
+        self, network: nn.Module, star: StarBatch, label: int, until: float | None, margin: float
     ) -> tuple[float, float, Tensor]:
-        """Interval around the largest lead over `label`, and an input that attains its lower end."""
+        """Interval around the largest lead over `label`, and an input that attains its lower end.
+
+        margin: no more is asked about a lead than whether it certainly stays below -margin.
+        """
         lead, zero = (self._compared(network, label, scale) for scale in (1.0, 0.0))
         memory = self.budget.memory or default_budget(star.device)
-        question = Question("above", threshold=NEGATIVE)
+        question = Question("above", threshold=NEGATIVE - margin)
         try:
             work = StarSearch(lead, zero, star, question, Search(), memory=memory, alone=True)
         except UnsupportedLayerError as error:
@@ -227,7 +248,7 @@ class _Labels:
         def enough(state: SearchResult) -> bool:
             spent = until is not None and time.monotonic() >= until
             spent |= self.budget.stars is not None and state.branches >= self.budget.stars
-            return bool(self.interrupted) or spent or state.closed or float(state.lower[0].max()) >= 0
+            return bool(self.interrupted) or spent or state.closed or float(state.lower[0].max()) >= -margin
 
         work.run(enough)
         state = work.state
@@ -261,7 +282,7 @@ class _Labels:
             crossing = [self._crossing(network, a, b, int(self.label[s])) for network in self.networks]
             points = torch.cat((points, a + ((crossing[0] + crossing[1]) / 2).reshape(shape) * (b - a)))
         points = points.to(self.stars.dtype)
-        (label1, sure1), (label2, sure2) = (_label(network, points) for network in self.networks)
+        (label1, sure1), (label2, sure2) = (_label(side, points) for side in self.sides)
         sure = torch.where(label1 != label2, torch.minimum(sure1, sure2), -torch.inf)
         best = sure.argmax()
         return points[best] if float(sure[best]) > 0 else None
@@ -284,9 +305,9 @@ def _lead(low: Tensor, high: Tensor, label: Tensor) -> Tensor:
     return (low.scatter(1, label[:, None], -torch.inf) - own).amax(1)
 
 
-def _label(network: tuple[Step, ...], x: Tensor) -> tuple[Tensor, Tensor]:
+def _label(side: Side, x: Tensor) -> tuple[Tensor, Tensor]:
     """Labels [B] at inputs [B, *shape], and by how much they certainly lead."""
-    y, error = replay(network, x)
+    y, error = side.values(x)
     label = y.argmax(1)
     others = (y + error).scatter(1, label[:, None], -torch.inf).amax(1)
     return label, (y - error).gather(1, label[:, None])[:, 0] - others
