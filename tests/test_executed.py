@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import torchreach as tr
 from tests.networks import random_network
 from torchreach.bounds.execution import Format, rounding
+from torchreach.cli import main
 from torchreach.errors import InvalidNetworkError, KernelMismatchError, OptionError
 from torchreach.executed import Side
 from torchreach.networks.steps import steps
@@ -169,6 +170,28 @@ def test_torchao_weights_of_a_bfloat16_network_are_covered():
         difference = network.double()(points.double()) - half(points.bfloat16()).double()
     assert bool((difference >= found.range_lower).all() and (difference <= found.range_upper).all())
     assert found.semantics is Semantics.BFLOAT16
+
+
+def test_command_line_does_not_pass_what_half_kernels_exceed(tmp_path, capsys):
+    """A tolerance between the real-valued reading and what is executed: exit 1, and 0 with --arithmetic real."""
+    network, half, x = digits_pair(torch.float16)
+    upper = x.clone()
+    upper[:2] += 0.01
+    found, real = (
+        tr.discrepancy(network, half, tr.StarBatch.from_box(x, upper), arithmetic=kind) for kind in (None, "real")
+    )
+    tolerance = (float(real.max_upper) + float(found.max_lower)) / 2
+    assert float(real.max_upper) < tolerance < float(found.max_lower)
+    for name, module in (("a", network), ("b", half)):
+        value = next(module.parameters())
+        program = torch.export.export(module, (torch.zeros(2, 64, dtype=value.dtype),))
+        torch.export.save(program, tmp_path / f"{name}.pt2")
+    np.save(tmp_path / "box.npy", torch.stack((x, upper), 1).double().numpy())
+    files = [str(tmp_path / name) for name in ("a.pt2", "b.pt2")]
+    args = ["compare", *files, "--box", str(tmp_path / "box.npy"), "--tolerance", str(tolerance)]
+    assert main(args, standalone_mode=False) == 1
+    assert "float16" in capsys.readouterr().out
+    assert main([*args, "--arithmetic", "real"], standalone_mode=False) == 0
 
 
 def test_possible_overflow_is_refused_by_name_of_layer():

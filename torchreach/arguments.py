@@ -156,16 +156,19 @@ class SetOptions:
 
 @dataclass(frozen=True)
 class CompareSetup:
-    """What `torchreach compare` asks: the bound in question, and how close the answer has to be."""
+    """What `torchreach compare` asks: the bound in question, how close the answer has to be, and of which reading."""
 
     tolerance: float | None
     gap: float | None
+    arithmetic: str | None = None
 
     def __post_init__(self) -> None:
         if self.tolerance is not None and not 0 <= self.tolerance < float("inf"):
             raise OptionError(f"--tolerance must be a number >= 0, got {self.tolerance:g}")
         if self.gap is not None and not 0 < self.gap < float("inf"):
             raise OptionError(f"--gap must be a positive number, got {self.gap:g}")
+        if self.arithmetic not in (None, "real", "executed"):
+            raise OptionError(f"--arithmetic must be real or executed, got {self.arithmetic!r}")
 
 
 @dataclass(frozen=True)

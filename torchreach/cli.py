@@ -161,6 +161,15 @@ Method = Annotated[
         rich_help_panel=_ENGINE,
     ),
 ]
+Arithmetic = Annotated[
+    str | None,
+    typer.Option(
+        help="real: networks as exact functions of their weights; executed: as their own format (float16, bfloat16, "
+        "float32) executes them, rounding included. Default: executed for half precision, real for the others.",
+        metavar="real|executed",
+        rich_help_panel=_ENGINE,
+    ),
+]
 Output = Annotated[
     Path | None,
     typer.Option(
@@ -229,6 +238,7 @@ def compare(
     device: Device = "cpu",
     dtype: Dtype = "float64",
     method: Method = "auto",
+    arithmetic: Arithmetic = None,
 ) -> None:
     """Certify how far the outputs of networks A and B can differ over an input set.
 
@@ -238,7 +248,7 @@ def compare(
 
     check_networks(original, compressed)
     sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
-    asked = CompareSetup(tolerance, gap)
+    asked = CompareSetup(tolerance, gap, arithmetic)
     setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj)
     from torchreach import commands
 

@@ -49,6 +49,7 @@ def compare(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: Com
             METHODS[setup.method],
             tolerance=asked.tolerance,
             gap=asked.gap,
+            arithmetic=asked.arithmetic,
             budget=setup.budget,
             progress=live and live.stars,
         )
@@ -64,7 +65,7 @@ def compare(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: Com
         found,
         evaluate(original, inputs.stars.center),
         values={"compressed": at_witnesses(original, runs, found)},
-        settings=setup.settings(tolerance=asked.tolerance, gap=asked.gap),
+        settings=setup.settings(tolerance=asked.tolerance, gap=asked.gap, arithmetic=asked.arithmetic),
         seconds=time.monotonic() - setup.began,
     )
     show.print_line(setup.out, f"input set: {inputs.text}")
@@ -260,8 +261,9 @@ def evaluate(network: nn.Module, x: Tensor, found: Discrepancy | None = None) ->
     """
     parameter = next(network.parameters(), None)
     half = parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16)
+    real = found is None or found.semantics in (Semantics.FLOAT, Semantics.WEIGHT_ONLY)
     single = found is not None and found.semantics is Semantics.FLOAT32
-    executed = found is not None and (half or single or rounds(network, None if x.ndim == 2 else tuple(x.shape[1:])))
+    executed = not real and (half or single or rounds(network, None if x.ndim == 2 else tuple(x.shape[1:])))
     with torch.no_grad():
         if executed:
             return network(x.to(torch.float32 if parameter is None else parameter.dtype)).double()
