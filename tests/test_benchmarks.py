@@ -6,11 +6,14 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
-from benchmarks import common, deployed, exact_acasxu, exact_mnist, growth, peers, split_counts
+import torchreach as tr
+from benchmarks import common, deployed, exact_acasxu, exact_mnist, growth, kernels, peers, split_counts
 from tests.data import require_data
 from tests.networks import from_arrays, random_network
 
@@ -196,6 +199,24 @@ def test_deployed_holds_against_the_kernels(tmp_path):
     rows = json.loads(out.read_text())["rows"]
     assert [row["network"] for row in rows] == ["shipped"] * 2 + ["calibrated"] * 2
     assert all(row["sampled"] <= row["certified"] for row in rows)
+
+
+def test_kernels_are_sampled_and_what_lies_outside_is_noticed():
+    row = {"network": "x", "engine": "fbgemm", "outside": 2, "uncovered": ["fc1"]}
+    assert kernels.problems(row) == [
+        "x on fbgemm: 2 samples outside of the certified range",
+        "x on fbgemm: unknown kernels at ['fc1']",
+    ]
+    assert kernels.problems(row | {"outside": 0, "uncovered": []}) == []
+    g = torch.Generator().manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    small = kernels.int8(network, torch.rand(100, 3, generator=g))
+    stars = tr.StarBatch.from_box(torch.full((1, 3), 0.6).double(), torch.full((1, 3), 0.65).double())
+    args = SimpleNamespace(samples=200, chosen=100, seconds=5.0)
+    found = kernels.measure("x", "here", network.double(), small, stars, args)
+    assert (found["outside"], found["random"], found["chosen"]) == (0, 200, 100)
+    assert 0 < found["attained"] <= found["certified"]
+    assert found["largest"] <= found["certified"]
 
 
 def test_deployed_notices_a_sample_outside_and_a_witness_that_fails():
