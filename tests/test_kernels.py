@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import torchreach as tr
 from tests.networks import random_network
 from tests.test_deployed import assert_contains, int8_network, samples
-from torchreach import deployed, kernels
+from torchreach import deployed, deployed_star, kernels
 from torchreach.networks.chain import chain
 from torchreach.networks.kernels import (
     ENGINES,
@@ -243,13 +243,12 @@ def saturating_case(seed: int, engine: str = "fbgemm", inputs: int = 3) -> tuple
     return network, small, tr.StarBatch.from_image(torch.full((1, inputs), 0.93, dtype=torch.float64), 0.05)
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("cells", [True, False])
+@pytest.mark.parametrize(("seed", "cells"), [(0, True), (1, False)])
 def test_certificates_hold_for_both_kinds_of_kernels(monkeypatch, seed, cells):
     original, small, stars = saturating_case(seed)
     if not cells:
-        monkeypatch.setattr(deployed, "LIMIT", 0)
-        monkeypatch.setattr(deployed, "BOXES", 2)
+        monkeypatch.setattr(deployed_star, "LIMIT", 0)
+        monkeypatch.setattr(deployed_star, "BOXES", 2)
     found = {choice: tr.discrepancy(original, small, stars, kernels=choice) for choice in kernels.CHOICES}
     assert {choice: found[choice].kernels for choice in ("exact", "saturating", "any")} == {
         "exact": tr.Kernels.EXACT, "saturating": tr.Kernels.SATURATING, "any": tr.Kernels.ANY,
@@ -276,16 +275,15 @@ def test_a_certificate_of_one_kind_is_exceeded_by_the_other():
 
 @pytest.mark.parametrize("engine", PACKED)
 def test_what_this_machine_computes_without_a_reduced_range_is_covered(engine):
-    for seed in (1, 2):
-        original, small, stars = saturating_case(seed, engine)
-        found = tr.discrepancy(original, small, stars)
-        x = samples(stars, 5_000)
-        with torch.no_grad():
-            assert_contains(found, original(x.double()) - small(x).double())
-            replayed = (original(found.witness[0].double()) - small(found.witness[0].float()).double()).diagonal().abs()
-        assert bool((replayed >= found.lower[0] - 1e-6).all())
-        assert found.uncovered == ()
-        assert found.max_upper - found.max_lower <= 1e-2 * found.max_upper
+    original, small, stars = saturating_case(1, engine)
+    found = tr.discrepancy(original, small, stars)
+    x = samples(stars, 5_000)
+    with torch.no_grad():
+        assert_contains(found, original(x.double()) - small(x).double())
+        replayed = (original(found.witness[0].double()) - small(found.witness[0].float()).double()).diagonal().abs()
+    assert bool((replayed >= found.lower[0] - 1e-6).all())
+    assert found.uncovered == ()
+    assert found.max_upper - found.max_lower <= 1e-2 * found.max_upper
 
 
 def test_where_no_pair_can_saturate_all_kernels_are_covered():
@@ -311,8 +309,8 @@ def test_layers_of_unknown_kernels_are_named_in_a_warning(monkeypatch):
 
 def test_a_witness_that_computes_something_else_is_an_error(monkeypatch):
     original, small, stars = saturating_case(1)
-    run = kernels._run
-    monkeypatch.setattr(kernels, "_run", lambda module, x: run(module, x) + 0.5)
+    honest = deployed.check_replay
+    monkeypatch.setattr(deployed, "check_replay", lambda run, *rest: honest(lambda x: run(x) + 0.5, *rest))
     with pytest.raises(tr.KernelMismatchError, match=r"computes \[.*\] at an input where .* predicted"):
         tr.discrepancy(original, small, stars)
 
