@@ -1,6 +1,6 @@
 """Are two networks equivalent on a set of inputs? To within epsilon, or in the label they give.
 
-    epsilon:  |y1_n - y2_n| <= epsilon for every output n and input x          `portfolio`, with a threshold
+    epsilon:  |y1_n - y2_n| <= epsilon for every output n and input x          `discrepancy`, with a tolerance
     top1:     argmax y1(x) = argmax y2(x) for every input x
 
 Method for labels: with c the label at one point, both networks give c everywhere if no output has a lead over c,
@@ -18,33 +18,35 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from torchreach.bounds.difference import identical
-from torchreach.clock import first_interrupt, running
-from torchreach.deployed import deployed_discrepancy, rounds
+from torchreach.bounds.pair import identical
+from torchreach.bounds.zonotope import interval_bounds
+from torchreach.clock import Clock, OutOfTime, running
+from torchreach.deployed import rounds
+from torchreach.discrepancy import discrepancy
 from torchreach.errors import OptionError, ShapeError, UnsupportedLayerError
 from torchreach.networks.layers import Reshape
 from torchreach.networks.merge import merge
+from torchreach.networks.quantized import is_weight_only
 from torchreach.networks.steps import Step, steps
 from torchreach.options import Budget, Exact, Search
-from torchreach.portfolio import compare
-from torchreach.reach.api import reach, replay
+from torchreach.reach.api import reach_within, replay
 from torchreach.reach.memory import default_budget
-from torchreach.results import Answer, Discrepancy, Equivalence
+from torchreach.results import Answer, Discrepancy, Equivalence, Progress, ProgressCallback, Reason, Semantics
 from torchreach.search.result import Question, SearchResult
 from torchreach.sets.star import StarBatch
 from torchreach.star_search import StarSearch
-from torchreach.tolerances import COMPUTE_DTYPE, Tolerances, round_down, round_up
+from torchreach.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF, Tolerances, round_down, round_up
 
 log = logging.getLogger(__name__)
 
 SAMPLES = 256
 BISECTIONS = 60
+REPORT_SECONDS = 0.2
 # Closes once a lead is certainly negative.
 NEGATIVE = -torch.finfo(COMPUTE_DTYPE).tiny
 
@@ -58,6 +60,9 @@ def equivalent(
     top1: bool = False,
     budget: Budget | None = None,
     tolerances: Tolerances | None = None,
+    progress: ProgressCallback | None = None,
+    kernels: str = "here",
+    arithmetic: str | None = None,
 ) -> Equivalence:
     """Whether two networks agree on every input of each star: to within `epsilon`, or (`top1`) in their label.
 
@@ -66,7 +71,7 @@ def equivalent(
         stars: input stars [S] of the networks' input shape.
         epsilon: bound on |y1 - y2| for every output; give this or `top1`.
         top1: whether the largest output is the same one.
-        budget, tolerances: as in `discrepancy`. Ctrl-C ends it as a spent budget does.
+        budget, tolerances, progress, kernels, arithmetic: as in `discrepancy`. Ctrl-C ends it as a spent budget does.
 
     Guarantee: EQUIVALENT is certified for the networks as real-valued functions of their weights (deployed networks:
     as `discrepancy` says); NOT_EQUIVALENT comes with a witness, replayed with a bound on its rounding.
@@ -79,28 +84,29 @@ def equivalent(
         raise OptionError(f"equivalent needs either epsilon or top1=True, got {given}")
     if not isinstance(stars, StarBatch):
         raise ShapeError(f"two networks are compared on a torchreach.StarBatch, got {type(stars).__name__}")
-    budget, tolerances = budget or Budget(), tolerances or Tolerances()
-    shape = None if len(stars.shape) == 1 else stars.shape
-    deployed = rounds(original, shape) or rounds(compressed, shape)
-    if epsilon is None:
-        if deployed:
-            raise UnsupportedLayerError(
-                "top1 needs networks that do not round activations: compare torchreach.weight_only(network), or ask "
-                "for an epsilon"
-            )
-        with torch.no_grad(), first_interrupt() as interrupted:
-            return _Labels(original, compressed, stars, budget, interrupted).run()
-    if not 0 <= epsilon < math.inf:
-        raise OptionError(f"epsilon must be a number >= 0, got {epsilon!r}")
-    question = Question("largest", min(1e-6, max(1e-9, 1e-3 * epsilon)), epsilon)
-    if deployed:
-        with running(budget.seconds) as clock:
-            found = deployed_discrepancy(original, compressed, stars, question, budget=budget, clock=clock)
-    else:
-        found = compare(
-            original, compressed, stars, None, question, budget=budget, tolerances=tolerances, progress=None
+    if epsilon is not None:
+        if not 0 <= epsilon < math.inf:
+            raise OptionError(f"epsilon must be a number >= 0, got {epsilon!r}")
+        found = discrepancy(
+            original,
+            compressed,
+            stars,
+            tolerance=epsilon,
+            budget=budget,
+            tolerances=tolerances,
+            progress=progress,
+            kernels=kernels,
+            arithmetic=arithmetic,
         )
-    return _within(found, epsilon)
+        return _within(found, epsilon)
+    shape, budget = None if len(stars.shape) == 1 else stars.shape, budget or Budget()
+    if rounds(original, shape) or rounds(compressed, shape):
+        raise UnsupportedLayerError(
+            "top1 needs networks that do not round activations: compare torchreach.weight_only(network), or ask "
+            "for an epsilon"
+        )
+    with torch.no_grad(), running(budget.seconds) as clock:
+        return _Labels(original, compressed, stars, budget, progress, clock).run()
 
 
 def _within(found: Discrepancy, epsilon: float) -> Equivalence:
@@ -116,6 +122,10 @@ def _within(found: Discrepancy, epsilon: float) -> Equivalence:
         epsilon=epsilon,
         branches=found.stats.branches,
         seconds=found.stats.seconds,
+        semantics=found.semantics,
+        kernels=found.kernels,
+        uncovered=found.uncovered,
+        reasons=found.reasons,
     )
 
 
@@ -133,10 +143,10 @@ class _Labels:
     compressed: nn.Module
     stars: StarBatch
     budget: Budget
-    interrupted: list[int]
+    progress: ProgressCallback | None
+    clock: Clock
 
     def __post_init__(self) -> None:
-        self.began = time.monotonic()
         stars = self.stars
         merge(self.original, self.compressed, None if len(stars.shape) == 1 else stars.shape)  # refuses wrong input
         self.networks = tuple(
@@ -146,7 +156,7 @@ class _Labels:
         self.outputs = self.networks[0][-1].features
         if self.outputs < 2:
             raise ShapeError("top1 needs networks of at least two outputs, got one")
-        self.branches = 0
+        self.branches, self.reported = 0, 0.0
 
     def run(self) -> Equivalence:
         size, stars = len(self.stars), self.stars
@@ -164,35 +174,36 @@ class _Labels:
         same = identical(*self.networks)
         yes, no = [same] * size, [False] * size
         for s in range(size) if not same else ():
-            if self.interrupted:
+            if self.clock.over:
                 break
-            end = None if self.budget.seconds is None else self.began + self.budget.seconds * (s + 1) / size
+            clock = self.clock.part(self.clock.left / (size - s))
             found = self._differ(s, points[s])
             if found is None:
-                yes[s], reached = self._constant(s, end)
+                yes[s], reached = self._constant(s, clock)
                 found = None if reached is None else self._differ(s, torch.cat((points[s], reached)))
             if found is not None:
                 no[s] = True
                 self.witness[s] = found
+        answers = _answers(yes, no)
         return Equivalence(
-            answer=_answers(yes, no),
+            answer=answers,
             lower=round_down(self.lower, stars.dtype),
             upper=round_up(self.upper, stars.dtype),
             witness=self.witness,
             label=self.label,
             epsilon=None,
             branches=self.branches,
-            seconds=time.monotonic() - self.began,
+            seconds=self.clock.elapsed,
+            semantics=Semantics.WEIGHT_ONLY if is_weight_only(self.compressed) else Semantics.FLOAT,
+            reasons=tuple(map(self._reason, answers)),
         )
 
-    def _constant(self, s: int, end: float | None) -> tuple[bool, Tensor | None]:
+    def _constant(self, s: int, clock: Clock) -> tuple[bool, Tensor | None]:
         """Whether both networks give the star's label everywhere; and inputs [B, *shape] that show another."""
         star, label = self.stars.select([s]), int(self.label[s])
         tops, others = [], []
         for i, network in enumerate((self.original, self.compressed)):
-            now = time.monotonic()
-            until = None if end is None else now + (end - now) / (2 - i)
-            lower, upper, x = self._leads(network, star, label, now if others else until)
+            lower, upper, x = self._leads(network, star, label, clock.part(0.0 if others else clock.left / (2 - i)))
             tops.append(upper)
             if lower > float(self.lower[s]):
                 self.lower[s], self.witness[s] = lower, x
@@ -201,36 +212,47 @@ class _Labels:
         self.upper[s] = max(*tops, float(self.lower[s]))
         return bool(self.upper[s] < 0), torch.stack(others) if others else None
 
-    def _leads(
-        self, network: nn.Module, star: StarBatch, label: int, until: float | None
-    ) -> tuple[float, float, Tensor]:
+    def _leads(self, network: nn.Module, star: StarBatch, label: int, clock: Clock) -> tuple[float, float, Tensor]:
         """Interval around the largest lead over `label`, and an input that attains its lower end."""
         lead, zero = (self._compared(network, label, scale) for scale in (1.0, 0.0))
         memory = self.budget.memory or default_budget(star.device)
         question = Question("above", threshold=NEGATIVE)
+        network = steps(lead, star.shape, dtype=COMPUTE_DTYPE, device=star.device)
         try:
-            work = StarSearch(lead, zero, star, question, Search(), memory=memory, alone=True)
+            work = StarSearch(lead, zero, star, question, Search(), memory=memory, alone=True, clock=clock)
+            work.run(lambda state: self._enough(state, clock))
         except UnsupportedLayerError as error:
             log.info("no difference bounds: %s", error)
-            left = None if until is None else max(until - time.monotonic(), 1e-3)
-            found = reach(
-                lead, star, Exact(), budget=Budget(left, self.budget.stars, self.budget.memory), keep_stars=False
-            )
+            limits = Budget(stars=self.budget.stars, memory=self.budget.memory)
+            found = reach_within(clock, lead, star, Exact(), budget=limits, keep_stars=False)
             at = int(found.attained_upper[0].argmax())
             return float(found.attained_upper.max()), float(found.upper.max()), found.argmax[0, at]
-
-        def enough(state: SearchResult) -> bool:
-            spent = until is not None and time.monotonic() >= until
-            spent |= self.budget.stars is not None and state.branches >= self.budget.stars
-            return bool(self.interrupted) or spent or state.closed or float(state.lower[0].max()) >= 0
-
-        work.run(enough)
+        except OutOfTime:
+            low, high, _ = star.bounding_box()
+            middle, radius = (low + high) / 2, (high - low) / 2 * (1 + 4 * UNIT_ROUNDOFF)
+            return -math.inf, float(interval_bounds(network, middle[:, None], radius)[-1][1].max()), star.center[0]
         state = work.state
         assert state is not None
         self.branches += state.branches
         x = work.space.features(state.witness[0, state.lower[0].argmax()]).to(star.dtype)
-        y, error = replay(steps(lead, star.shape, dtype=COMPUTE_DTYPE, device=star.device), x[None])
+        y, error = replay(network, x[None])
         return float((y - error).max()), float(state.upper[0].max()), x
+
+    def _enough(self, state: SearchResult, clock: Clock) -> bool:
+        """Whether the search for a lead has to stop; reports progress."""
+        if self.progress is not None and self.clock.elapsed - self.reported >= REPORT_SECONDS:
+            self.reported = self.clock.elapsed
+            low, high = (torch.stack((self.lower, part), 1) for part in (self.lower, self.upper))
+            self.progress(Progress(self.branches + state.branches, state.open, low, high, low, low, self.clock.elapsed))
+        spent = self.budget.stars is not None and state.branches >= self.budget.stars
+        return clock.over or spent or state.closed or float(state.lower[0].max()) >= 0
+
+    def _reason(self, answer: Answer) -> Reason:
+        if answer is not Answer.UNKNOWN:
+            return Reason.WITHIN if answer is Answer.EQUIVALENT else Reason.EXCEEDED
+        if self.clock.interrupted:
+            return Reason.INTERRUPTED
+        return Reason.BUDGET if self.clock.over or self.budget.stars is not None else Reason.NUMERICAL
 
     def _compared(self, network: nn.Module, label: int, scale: float) -> nn.Module:
         """The leads of all other outputs over `label`, times `scale`."""
