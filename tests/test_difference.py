@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import torchreach as tr
 from tests.networks import DEVICES, random_network, rounded_copy
-from torchreach.bounds.difference import Pair, difference_bounds, quick_bounds
+from torchreach.bounds.difference import difference_bounds, quick_bounds
 from torchreach.bounds.hexagon import Graph, Hexagon, height, planes, start_slopes
+from torchreach.bounds.pair import Pair
 from torchreach.bounds.zonotope import zonotope_bounds
 from torchreach.errors import InvalidSetError, ShapeError, UnsupportedLayerError
 from torchreach.networks.merge import merge
