@@ -476,7 +476,8 @@ def test_noise_of_affine_steps_is_bounded_everywhere():
     """Zonotopes, exact reach's error bound, reduced networks and difference bounds all contain a noisy network."""
     from dataclasses import replace
 
-    from torchreach.bounds.difference import Pair, difference_bounds, quick_bounds
+    from torchreach.bounds.difference import difference_bounds, quick_bounds
+    from torchreach.bounds.pair import Pair
     from torchreach.bounds.zonotope import box_rows, interval_bounds, zonotope_bounds
     from torchreach.networks.reduced import reduce
     from torchreach.networks.steps import steps

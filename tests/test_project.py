@@ -32,6 +32,7 @@ ANALYSES = {
     "executed",
     "deployed_student",
     "kernels",
+    "first_look",
     "star_search",
     "star_support",
     "storage",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from fractions import Fraction
 
 import pytest
@@ -19,12 +20,22 @@ from torchreach.bounds.difference import Backward, difference_bounds
 from torchreach.bounds.hexagon import Hexagon
 from torchreach.errors import OptionError, ShapeError
 from torchreach.search.boxes import search_boxes
-from torchreach.search.result import Constraints, Question, SearchResult, latest
+from torchreach.search.result import Constraints, Question, SearchResult
 from torchreach.search.signs import Branches, Dual, Reduced, choose, search_signs
 from torchreach.search.witness import ascend
 
 SEARCHES = [search_signs, search_boxes]
+
+
 BOTH = pytest.mark.parametrize("search", SEARCHES, ids=["signs", "boxes"])
+
+
+def latest(states: Iterator[SearchResult], branches: float = torch.inf) -> SearchResult:
+    """The first state that is closed or has taken so many branches, or the last."""
+    for state in states:
+        if state.closed or state.branches >= branches:
+            break
+    return state
 
 
 def check(state: SearchResult, exact: tr.Discrepancy, slack: float = 1e-9) -> None:
@@ -80,7 +91,7 @@ def test_witnesses_lie_in_the_box_and_replay(search) -> None:
     original = random_network(5, [4, 10, 8, 3])
     compressed = rounded_copy(original, 8)
     (lower,), (upper,) = boxes(5, 1, 4)
-    state = latest(search(pair_of(original, compressed, (4,)), lower, upper), seconds=0.2)
+    state = latest(search(pair_of(original, compressed, (4,)), lower, upper), branches=100)
     assert state.witness.shape == (2, 3, 4)
     assert (state.witness >= lower).all()
     assert (state.witness <= upper).all()
@@ -102,7 +113,7 @@ def test_no_sample_and_no_attack_exceeds_a_search_that_ended_early(search, dtype
         pair = pair_of(original, noisy_copy(original, noise, seed), (8,), device)
         lower, upper = (part.to(device, dtype) for part in boxes(seed, 1, 8))
         states = search(pair, lower[0], upper[0], starts=2, batch=16)
-        state = latest(states, seconds=0.1)
+        state = latest(states, branches=60)
         lower, upper = lower.double(), upper.double()
         other = ascend(pair, lower, upper, seed=seed + 1).lower
         y, error = pair.evaluate(samples(lower, upper, 20_000, seed)[:, 0])
@@ -184,9 +195,9 @@ def test_a_threshold_ends_the_search_once_it_is_certified(search) -> None:
     original = random_network(1, [3, 12, 12, 2])
     pair = pair_of(original, noisy_copy(original, 1e-2, 1), (3,))
     lower, upper = -torch.ones(3), torch.ones(3)
-    full = latest(search(pair, lower, upper, Question("largest")), seconds=1.0)
+    full = latest(search(pair, lower, upper, Question("largest")), branches=300)
     limit = 1.3 * float(full.max_upper.max())
-    state = latest(search(pair, lower, upper, Question("largest", threshold=limit)), seconds=5.0)
+    state = latest(search(pair, lower, upper, Question("largest", threshold=limit)), branches=300)
     assert state.closed
     assert state.max_upper.max() <= limit
     assert state.branches < full.branches
@@ -200,7 +211,7 @@ def test_composed_layers_are_bounded_soundly(search) -> None:
     compressed = rounded_copy(original, 32)
     pair = pair_of(original, compressed, (1, 3, 3))
     lower, upper = boxes(0, 1, 9)
-    state = latest(search(pair, lower[0], upper[0], batch=8), seconds=0.5)
+    state = latest(search(pair, lower[0], upper[0], batch=8), branches=120)
     y = pair.evaluate(samples(lower, upper, 5000, 0)[:, 0])[0]
     assert (y.abs().amax(0) <= state.max_upper + 1e-12).all()
     assert (state.max_upper <= 3 * state.max_lower + 1e-6).all()
@@ -218,7 +229,7 @@ def test_known_cases_lie_in_the_interval(search, net: str, box: str, compression
     case = next(c for c in cases("equivalence", "acasxu.json") if all(c[k] == v for k, v in keys.items()))
     pair = pair_of(*acasxu_pair(case["npz"]), (5,))
     limits = torch.tensor(case["box"], dtype=torch.float64)
-    state = latest(search(pair, limits[:, 0], limits[:, 1], starts=2, batch=32), seconds=0.5)
+    state = latest(search(pair, limits[:, 0], limits[:, 1], starts=2, batch=32), branches=120)
     high, low = (torch.tensor(case[key], dtype=torch.float64) for key in ("diff_hi", "diff_lo"))
     assert (state.upper >= torch.stack((high, -low)) - 1e-12).all()
     assert (state.lower <= torch.stack((high, -low)) + 1e-12).all()
@@ -255,7 +266,7 @@ def test_boxes_that_a_finisher_bounds_are_not_halved() -> None:
     original = random_network(1, [2, 8, 8, 2])
     pair = pair_of(original, noisy_copy(original, 1e-2, 1), (2,))
     lower, upper = torch.full((2,), -1.0).double(), torch.ones(2).double()
-    alone = latest(search_boxes(pair, lower, upper, Question("signed", 1e-5)), seconds=20.0)
+    alone = latest(search_boxes(pair, lower, upper, Question("signed", 1e-5)), branches=5000)
     calls = []
 
     def finish(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -309,9 +320,9 @@ def test_only_one_side_counts_where_one_is_asked_for(search) -> None:
     original = random_network(2, [2, 6, 5, 2])
     pair = pair_of(original, noisy_copy(original, 1e-2, 2), (2,))
     lower, upper = torch.full((2,), -0.5).double(), torch.full((2,), 0.5).double()
-    full = latest(search(pair, lower, upper, Question("signed", 1e-4)), seconds=20.0)
+    full = latest(search(pair, lower, upper, Question("signed", 1e-4)), branches=5000)
     assert full.closed
-    state = latest(search(pair, lower, upper, Question("above", 1e-4)), seconds=20.0)
+    state = latest(search(pair, lower, upper, Question("above", 1e-4)), branches=5000)
     assert state.closed
     assert state.branches <= full.branches
     assert float(state.upper[0].max() - full.lower[0].max()) <= 2e-4

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from torchreach.bounds.difference import identical
+from torchreach.bounds.pair import identical
 from torchreach.bounds.rounding import outputs
 from torchreach.bounds.zonotope import interval_bounds, zonotope_bounds
 from torchreach.kernels import Executed, Run, fits

@@ -22,7 +22,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from torchreach.bounds.difference import Pair
+from torchreach.bounds.pair import Pair
 from torchreach.bounds.relaxed_difference import RelaxedDifference, relaxation_bytes
 from torchreach.bounds.rounding import InputGrid, blank, varying
 from torchreach.clock import NO_LIMIT, Clock, OutOfTime

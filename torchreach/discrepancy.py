@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from torchreach.clock import Clock, running
+from torchreach.clock import running
 from torchreach.deployed import deployed_discrepancy, rounds
 from torchreach.errors import OptionError
 from torchreach.executed import as_executed, formats, widened
@@ -114,20 +114,18 @@ def discrepancy(
             )
         return found if rounds(original, shape) else widened(found, original, stars, kinds[0])
     networks = one_dtype(original, compressed)
-
-    def real(stars: StarBatch, question: Question, clock: Clock | None = None) -> Discrepancy:
-        limits = budget if clock is None or not clock.limited else replace(budget, seconds=max(clock.left, 1e-3))
-        return compare(
-            *networks, stars, chosen(method), question, budget=limits, tolerances=tolerances, progress=progress
-        )
-
-    if kinds == (None, None):
-        found = real(stars, question)
-        return replace(found, semantics=Semantics.WEIGHT_ONLY if is_weight_only(compressed) else Semantics.FLOAT)
     with running(budget.seconds) as clock:
-        return as_executed(
-            original, compressed, stars, kinds, question, lambda part, asked: real(part, asked, clock), clock
-        )
+
+        def real(stars: StarBatch, question: Question) -> Discrepancy:
+            way = chosen(method)
+            return compare(
+                *networks, stars, way, question, budget=budget, tolerances=tolerances, progress=progress, clock=clock
+            )
+
+        if kinds != (None, None):
+            return as_executed(original, compressed, stars, kinds, question, real, clock)
+        found = real(stars, question)
+    return replace(found, semantics=Semantics.WEIGHT_ONLY if is_weight_only(compressed) else Semantics.FLOAT)
 
 
 def one_dtype(*networks: nn.Module) -> tuple[nn.Module, nn.Module]:

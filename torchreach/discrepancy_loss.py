@@ -25,8 +25,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from torchreach.bounds.difference import Backward, Pair, checked_boxes
+from torchreach.bounds.difference import Backward, checked_boxes
 from torchreach.bounds.hexagon import Hexagon
+from torchreach.bounds.pair import Pair
 from torchreach.checks import check_choice
 from torchreach.errors import InvalidNetworkError, ShapeError, UnsupportedLayerError
 from torchreach.networks.chain import chain
@@ -164,8 +165,7 @@ def upper_bounds(pair: Pair, lower: Tensor, upper: Tensor, *, full_gradient: boo
             u1, du, l1, dl = value.reshape(len(lower), 4, -1).unbind(1)
             inf = torch.full_like(u1, torch.inf)  # bounds of z2 = z - d follow from those of z and d
             hexagon = Hexagon(-l1, u1, -inf, inf, -dl, du).tightened()
-        with torch.no_grad():
-            work.add(hexagon)
+        work.add(hexagon)
     rows = _rows(work, root, last, pair.D[last], pair.V[last])
     value = rows + torch.cat((pair.db[last], -pair.db[last])) + work.errors[last][1].repeat(1, 2)
     return value.reshape(len(lower), 2, -1)
@@ -181,10 +181,10 @@ class _Root:
         self.radius, self.W, self.D = radius[:, self.wide], pair.W[0][:, self.wide], pair.D[0][:, self.wide]
         self.z, self.d = self.middle @ pair.W[0].T + pair.b[0], self.middle @ pair.D[0].T + pair.db[0]
 
-    def bound(self, p: Tensor, q: Tensor) -> Tensor:
-        """Largest p . z + q . d of layer 0, [B, R], rounding left out."""
-        middle = p @ self.z[..., None] + q @ self.d[..., None]
-        return (middle + (p @ self.W + q @ self.D).abs() @ self.radius[..., None])[..., 0]
+    def bound(self, p: Tensor, q: Tensor, on: Tensor) -> Tensor:
+        """Largest p . z + q . d of the neurons `on` of layer 0, [B, R], rounding left out."""
+        middle = p @ self.z[:, on, None] + q @ self.d[:, on, None]
+        return (middle + (p @ self.W[on] + q @ self.D[on]).abs() @ self.radius[..., None])[..., 0]
 
 
 def _rows(work: Backward, root: _Root, k: int, alpha: Tensor, beta: Tensor) -> Tensor:
@@ -192,6 +192,7 @@ def _rows(work: Backward, root: _Root, k: int, alpha: Tensor, beta: Tensor) -> T
     if k == 0:
         middle, spread = root.middle @ alpha.T, root.radius @ alpha[:, root.wide].abs().T
         return torch.cat((spread + middle, spread - middle), 1)
+    alpha, beta = alpha[:, work.on[k - 1]], beta[:, work.on[k - 1]]
     alpha, beta = torch.cat((alpha, -alpha))[None], torch.cat((beta, -beta))[None]
     total = torch.zeros((), dtype=alpha.dtype, device=alpha.device)
     for j in range(k - 1, -1, -1):
@@ -201,10 +202,10 @@ def _rows(work: Backward, root: _Root, k: int, alpha: Tensor, beta: Tensor) -> T
             error = (p.abs() @ P[..., None] + q.abs() @ Q[..., None])[..., 0]
         total = total + raised + error
         if j > 0:
-            alpha, beta, constant = work.pair.backward(j, p, q)
+            alpha, beta, constant = work.back(j, p, q)
             total = total + constant
         else:
-            total = total + root.bound(p, q)
+            total = total + root.bound(p, q, work.on[0])
     # An overflow says nothing.
     return torch.nan_to_num(total, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 

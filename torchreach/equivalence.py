@@ -1,6 +1,6 @@
 """Are two networks equivalent on a set of inputs? To within epsilon, or in the label they give.
 
-    epsilon:  |y1_n - y2_n| <= epsilon for every output n and input x          `portfolio`, with a threshold
+    epsilon:  |y1_n - y2_n| <= epsilon for every output n and input x          `discrepancy`, with a tolerance
     top1:     argmax y1(x) = argmax y2(x) for every input x
 
 Method for labels: with c the label at one point, both networks give c everywhere if no output has a lead over c,
@@ -18,34 +18,36 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from torchreach.bounds.difference import identical
-from torchreach.clock import NO_LIMIT, first_interrupt
+from torchreach.bounds.pair import identical
+from torchreach.bounds.zonotope import interval_bounds
+from torchreach.clock import Clock, OutOfTime, running
 from torchreach.deployed import rounds
 from torchreach.discrepancy import discrepancy, one_dtype
 from torchreach.errors import OptionError, ShapeError, UnsupportedLayerError
-from torchreach.executed import Formats, Side, formats
+from torchreach.executed import SEMANTICS, Formats, Side, formats
 from torchreach.networks.layers import Reshape
 from torchreach.networks.merge import merge
+from torchreach.networks.quantized import is_weight_only
 from torchreach.networks.steps import Step, steps
 from torchreach.options import Budget, Exact, Search
-from torchreach.reach.api import reach, replay
+from torchreach.reach.api import reach_within, replay
 from torchreach.reach.memory import default_budget
-from torchreach.results import Answer, Discrepancy, Equivalence
+from torchreach.results import Answer, Discrepancy, Equivalence, Progress, ProgressCallback, Reason, Semantics
 from torchreach.search.result import Question, SearchResult
 from torchreach.sets.star import StarBatch
 from torchreach.star_search import StarSearch
-from torchreach.tolerances import COMPUTE_DTYPE, Tolerances, round_down, round_up
+from torchreach.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF, Tolerances, round_down, round_up
 
 log = logging.getLogger(__name__)
 
 SAMPLES = 256
 BISECTIONS = 60
+REPORT_SECONDS = 0.2
 # Closes once a lead is certainly negative.
 NEGATIVE = -torch.finfo(COMPUTE_DTYPE).tiny
 
@@ -59,6 +61,8 @@ def equivalent(
     top1: bool = False,
     budget: Budget | None = None,
     tolerances: Tolerances | None = None,
+    progress: ProgressCallback | None = None,
+    kernels: str = "here",
     arithmetic: str | None = None,
 ) -> Equivalence:
     """Whether two networks agree on every input of each star: to within `epsilon`, or (`top1`) in their label.
@@ -68,7 +72,7 @@ def equivalent(
         stars: input stars [S] of the networks' input shape.
         epsilon: bound on |y1 - y2| for every output; give this or `top1`.
         top1: whether the largest output is the same one.
-        budget, tolerances, arithmetic: as in `discrepancy`. Ctrl-C ends it as a spent budget does.
+        budget, tolerances, progress, kernels, arithmetic: as in `discrepancy`. Ctrl-C ends it as a spent budget does.
 
     Guarantee: EQUIVALENT is certified for the networks as real-valued functions of their weights (deployed networks and
     networks in half precision: as `discrepancy` says); NOT_EQUIVALENT comes with a witness, replayed with a bound on
@@ -82,30 +86,30 @@ def equivalent(
         raise OptionError(f"equivalent needs either epsilon or top1=True, got {given}")
     if not isinstance(stars, StarBatch):
         raise ShapeError(f"two networks are compared on a torchreach.StarBatch, got {type(stars).__name__}")
-    budget, tolerances = budget or Budget(), tolerances or Tolerances()
-    shape = None if len(stars.shape) == 1 else stars.shape
-    deployed = rounds(original, shape) or rounds(compressed, shape)
-    if epsilon is None:
-        if deployed:
-            raise UnsupportedLayerError(
-                "top1 needs networks that do not round activations: compare torchreach.weight_only(network), or ask "
-                "for an epsilon"
-            )
-        with torch.no_grad(), first_interrupt() as interrupted:
-            kinds = formats(original, compressed, arithmetic)
-            return _Labels(original, compressed, stars, budget, interrupted, kinds).run()
-    if not 0 <= epsilon < math.inf:
-        raise OptionError(f"epsilon must be a number >= 0, got {epsilon!r}")
-    found = discrepancy(
-        original,
-        compressed,
-        stars,
-        tolerance=epsilon,
-        budget=budget,
-        tolerances=tolerances,
-        arithmetic=arithmetic,
-    )
-    return _within(found, epsilon)
+    if epsilon is not None:
+        if not 0 <= epsilon < math.inf:
+            raise OptionError(f"epsilon must be a number >= 0, got {epsilon!r}")
+        found = discrepancy(
+            original,
+            compressed,
+            stars,
+            tolerance=epsilon,
+            budget=budget,
+            tolerances=tolerances,
+            progress=progress,
+            kernels=kernels,
+            arithmetic=arithmetic,
+        )
+        return _within(found, epsilon)
+    shape, budget = None if len(stars.shape) == 1 else stars.shape, budget or Budget()
+    if rounds(original, shape) or rounds(compressed, shape):
+        raise UnsupportedLayerError(
+            "top1 needs networks that do not round activations: compare torchreach.weight_only(network), or ask "
+            "for an epsilon"
+        )
+    with torch.no_grad(), running(budget.seconds) as clock:
+        kinds = formats(original, compressed, arithmetic)
+        return _Labels(original, compressed, stars, budget, progress, clock, kinds).run()
 
 
 def _within(found: Discrepancy, epsilon: float) -> Equivalence:
@@ -143,11 +147,11 @@ class _Labels:
     compressed: nn.Module
     stars: StarBatch
     budget: Budget
-    interrupted: list[int]
+    progress: ProgressCallback | None
+    clock: Clock
     kinds: Formats = (None, None)
 
     def __post_init__(self) -> None:
-        self.began = time.monotonic()
         stars, given = self.stars, (self.original, self.compressed)
         self.same = self.original is self.compressed
         self.original, self.compressed = one_dtype(*given)
@@ -157,7 +161,7 @@ class _Labels:
         self.outputs = self.networks[0][-1].features
         if self.outputs < 2:
             raise ShapeError("top1 needs networks of at least two outputs, got one")
-        self.branches = 0
+        self.branches, self.reported = 0, 0.0
 
     def run(self) -> Equivalence:
         size, stars = len(self.stars), self.stars
@@ -176,25 +180,28 @@ class _Labels:
         same = self.same or (identical(*self.networks) and self.kinds == (None, None))
         yes, no = [same] * size, [False] * size
         for s in range(size) if not same else ():
-            if self.interrupted:
+            if self.clock.over:
                 break
-            end = None if self.budget.seconds is None else self.began + self.budget.seconds * (s + 1) / size
+            clock = self.clock.part(self.clock.left / (size - s))
             found = self._differ(s, points[s])
             if found is None:
-                yes[s], reached = self._constant(s, end)
+                yes[s], reached = self._constant(s, clock)
                 found = None if reached is None else self._differ(s, torch.cat((points[s], reached)))
             if found is not None:
                 no[s] = True
                 self.witness[s] = found
+        answers = _answers(yes, no)
         return Equivalence(
-            answer=_answers(yes, no),
+            answer=answers,
             lower=round_down(self.lower, stars.dtype),
             upper=round_up(self.upper, stars.dtype),
             witness=self.witness,
             label=self.label,
             epsilon=None,
             branches=self.branches,
-            seconds=time.monotonic() - self.began,
+            seconds=self.clock.elapsed,
+            semantics=self._semantics(),
+            reasons=tuple(map(self._reason, answers)),
         )
 
     def _margin(self) -> Tensor:
@@ -202,20 +209,23 @@ class _Labels:
         low, high, _ = self.stars.bounding_box()
         rows, result = torch.arange(len(low), device=low.device), []
         for side in self.sides:
-            below, above = side.rounding(low, high, NO_LIMIT)
+            try:
+                below, above = side.rounding(low, high, self.clock)
+            except OutOfTime:
+                result.append(torch.full_like(self.lower, torch.inf))
+                continue
             loss = torch.maximum(-below, above)
             result.append(loss[rows, self.label] + loss.amax(1))
         return torch.stack(result)
 
-    def _constant(self, s: int, end: float | None) -> tuple[bool, Tensor | None]:
+    def _constant(self, s: int, clock: Clock) -> tuple[bool, Tensor | None]:
         """Whether both networks give the star's label everywhere; and inputs [B, *shape] that show another."""
         star, label = self.stars.select([s]), int(self.label[s])
         tops, others = [], []
         for i, network in enumerate((self.original, self.compressed)):
-            now = time.monotonic()
-            until = None if end is None else now + (end - now) / (2 - i)
             margin = float(self.margin[i, s])
-            lower, upper, x = self._leads(network, star, label, now if others else until, margin)
+            part = clock.part(0.0 if others else clock.left / (2 - i))
+            lower, upper, x = self._leads(network, star, label, part, margin)
             tops.append(upper + margin)
             if lower - margin > float(self.lower[s]):
                 self.lower[s], self.witness[s] = lower - margin, x
@@ -225,7 +235,7 @@ class _Labels:
         return bool(self.upper[s] < 0), torch.stack(others) if others else None
 
     def _leads(
-        self, network: nn.Module, star: StarBatch, label: int, until: float | None, margin: float
+        self, network: nn.Module, star: StarBatch, label: int, clock: Clock, margin: float
     ) -> tuple[float, float, Tensor]:
         """Interval around the largest lead over `label`, and an input that attains its lower end.
 
@@ -234,29 +244,48 @@ class _Labels:
         lead, zero = (self._compared(network, label, scale) for scale in (1.0, 0.0))
         memory = self.budget.memory or default_budget(star.device)
         question = Question("above", threshold=NEGATIVE - margin)
+        compared = steps(lead, star.shape, dtype=COMPUTE_DTYPE, device=star.device)
         try:
-            work = StarSearch(lead, zero, star, question, Search(), memory=memory, alone=True)
+            work = StarSearch(lead, zero, star, question, Search(), memory=memory, alone=True, clock=clock)
+            work.run(lambda state: self._enough(state, clock, margin))
         except UnsupportedLayerError as error:
             log.info("no difference bounds: %s", error)
-            left = None if until is None else max(until - time.monotonic(), 1e-3)
-            found = reach(
-                lead, star, Exact(), budget=Budget(left, self.budget.stars, self.budget.memory), keep_stars=False
-            )
+            limits = Budget(stars=self.budget.stars, memory=self.budget.memory)
+            found = reach_within(clock, lead, star, Exact(), budget=limits, keep_stars=False)
             at = int(found.attained_upper[0].argmax())
             return float(found.attained_upper.max()), float(found.upper.max()), found.argmax[0, at]
-
-        def enough(state: SearchResult) -> bool:
-            spent = until is not None and time.monotonic() >= until
-            spent |= self.budget.stars is not None and state.branches >= self.budget.stars
-            return bool(self.interrupted) or spent or state.closed or float(state.lower[0].max()) >= -margin
-
-        work.run(enough)
+        except OutOfTime:
+            low, high, _ = star.bounding_box()
+            middle, radius = (low + high) / 2, (high - low) / 2 * (1 + 4 * UNIT_ROUNDOFF)
+            return -math.inf, float(interval_bounds(compared, middle[:, None], radius)[-1][1].max()), star.center[0]
         state = work.state
         assert state is not None
         self.branches += state.branches
         x = work.space.features(state.witness[0, state.lower[0].argmax()]).to(star.dtype)
-        y, error = replay(steps(lead, star.shape, dtype=COMPUTE_DTYPE, device=star.device), x[None])
+        y, error = replay(compared, x[None])
         return float((y - error).max()), float(state.upper[0].max()), x
+
+    def _enough(self, state: SearchResult, clock: Clock, margin: float) -> bool:
+        """Whether the search for a lead has to stop; reports progress."""
+        if self.progress is not None and self.clock.elapsed - self.reported >= REPORT_SECONDS:
+            self.reported = self.clock.elapsed
+            low, high = (torch.stack((self.lower, part), 1) for part in (self.lower, self.upper))
+            self.progress(Progress(self.branches + state.branches, state.open, low, high, low, low, self.clock.elapsed))
+        spent = self.budget.stars is not None and state.branches >= self.budget.stars
+        return clock.over or spent or state.closed or float(state.lower[0].max()) >= -margin
+
+    def _semantics(self) -> Semantics:
+        kind = self.kinds[1] or self.kinds[0]
+        if kind is not None:
+            return SEMANTICS[kind.dtype]
+        return Semantics.WEIGHT_ONLY if is_weight_only(self.compressed) else Semantics.FLOAT
+
+    def _reason(self, answer: Answer) -> Reason:
+        if answer is not Answer.UNKNOWN:
+            return Reason.WITHIN if answer is Answer.EQUIVALENT else Reason.EXCEEDED
+        if self.clock.interrupted:
+            return Reason.INTERRUPTED
+        return Reason.BUDGET if self.clock.over or self.budget.stars is not None else Reason.NUMERICAL
 
     def _compared(self, network: nn.Module, label: int, scale: float) -> nn.Module:
         """The leads of all other outputs over `label`, times `scale`."""

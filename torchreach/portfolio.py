@@ -5,7 +5,8 @@ Method: Enumeration is fastest where a star has few regions, branch and bound wh
     the search goes first, else enumeration. Without a limit they then take turns, each turn `GROWTH` times as
     long as the one before, so that the whole takes at most a fixed multiple of what the better one takes alone;
     a budget of seconds is halved between them. What both certify is intersected.
-Property: anytime. A star's interval is valid at any moment and only shrinks.
+Property: anytime. A star's interval is valid at any moment and only shrinks: interval arithmetic and a first look for
+    witnesses come before everything else, and one clock, handed down to every loop, ends the rest.
 Requirement: branch and bound needs two networks of one architecture; others are enumerated, and the statistics say so.
 
 Axis letters: S stars, N outputs; rows of [S, 2, N] are y1 - y2 and y2 - y1.
@@ -14,25 +15,31 @@ Axis letters: S stars, N outputs; rows of [S, 2, N] are y1 - y2 and y2 - y1.
 from __future__ import annotations
 
 import logging
-import time
-from dataclasses import dataclass, field, replace
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from torchreach.bounds.difference import Pair, difference_bounds
-from torchreach.clock import first_interrupt
+from torchreach.bounds.difference import difference_bounds, interval_difference
+from torchreach.bounds.hexagon import Hexagon
+from torchreach.bounds.pair import Pair, identical
+from torchreach.bounds.zonotope import interval_bounds
+from torchreach.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.errors import ShapeError, UnsupportedLayerError
+from torchreach.first_look import Places, first_look, regions_apart
 from torchreach.networks.merge import merge
 from torchreach.networks.steps import Step, steps
 from torchreach.options import Budget, Exact, Search
-from torchreach.reach.api import EXACT_GAP, VERTEX_DIM, reach, replay
+from torchreach.reach.api import EXACT_GAP, VERTEX_DIM, reach_within, replay
 from torchreach.reach.memory import default_budget
-from torchreach.results import Discrepancy, Progress, ProgressCallback, ReachResult, ReachStats, Status
+from torchreach.reach.tally import added
+from torchreach.results import Discrepancy, Progress, ProgressCallback, ReachResult, ReachStats, Reason, Status
 from torchreach.search.result import Question, SearchResult
 from torchreach.sets.star import StarBatch
 from torchreach.star_search import StarSearch
-from torchreach.tolerances import COMPUTE_DTYPE, Tolerances, round_down, round_up
+from torchreach.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF, Tolerances, round_down, round_up
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +47,13 @@ FIRST_SECONDS, GROWTH = 5.0, 4.0  # of a turn, without a budget of seconds
 REPORT_SECONDS = 0.2
 # Share of this many points of a star that lie in regions of their own, from which it is searched first: it has some
 # ten thousand regions at least, or (linear programs are slower) some thousand.
-POINTS = 2048
+POINTS, POINT_NUMBERS = 2048, 2**22  # fewer of large networks
 EASY = 0.02
 APART = {"vertices": 0.95, "programs": 0.5}
 # Batches are looked at by points up to this many stars, and numbers.
 MOST_STARS, MOST_NUMBERS = 64, 2**25
-ROOT_POINTS = 32
+# Stars that are bounded at a time at the root, and numbers in all root bounds that are kept for the searches.
+ROOT_STARS, ROOT_NUMBERS = 16, 2**22
 
 
 @torch.no_grad()
@@ -59,28 +67,40 @@ def compare(
     budget: Budget,
     tolerances: Tolerances,
     progress: ProgressCallback | None,
+    clock: Clock,
 ) -> Discrepancy:
     """The interval around y1 - y2 of every star, until `question` is answered on it or the budget is spent.
 
     method: None takes turns. Where `question` has a threshold, a star at whose witness it is exceeded is done too.
+    clock: when to stop (and not `budget.seconds`).
 
     Raises: as `merge` and `reach`.
     """
     if not isinstance(stars, StarBatch):
         raise ShapeError(f"two networks are compared on a torchreach.StarBatch, got {type(stars).__name__}")
-    with first_interrupt() as interrupted:
-        run = _Run(original, compressed, stars, question, budget, tolerances, progress, interrupted)
-        if isinstance(method, Exact):
-            run.enumerate(method, budget.seconds, run.enumerable)
-        elif run.fallback:
-            if method is not None:
-                log.warning("no branch and bound: %s; the regions are enumerated instead", run.fallback)
-            run.enumerate(Exact(), budget.seconds, run.enumerable)
-        elif method is not None:
-            run.search(method, budget.seconds)
-        else:
-            run.take_turns()
+    run = _Run(original, compressed, stars, question, budget, tolerances, progress, clock)
+    run.everything = isinstance(method, Exact) and question == Question("signed")
+    if isinstance(method, Exact) or run.fallback:
+        if isinstance(method, Search):
+            log.warning("no branch and bound: %s; the regions are enumerated instead", run.fallback)
+        run.enumerate(method if isinstance(method, Exact) else Exact(), None, run.enumerable)
+    elif method is not None:
+        run.search(method, None)
+    else:
+        run.take_turns()
     return run.result()
+
+
+class _Watch:
+    """What every look at the clock sees: Ctrl-C, or that a run is to end; and it reports progress, from one thread."""
+
+    def __init__(self, clock: Clock, tick: Callable[[], object]) -> None:
+        self.clock, self.tick, self.thread, self.ended = clock, tick, threading.get_ident(), False
+
+    def __len__(self) -> int:
+        if threading.get_ident() == self.thread:
+            self.tick()
+        return int(self.ended or self.clock.interrupted)
 
 
 @dataclass
@@ -94,17 +114,18 @@ class _Run:
     budget: Budget
     tolerances: Tolerances
     progress: ProgressCallback | None
-    interrupted: list[int]
+    clock: Clock
     pair: Pair | None = None
+    roots: dict[int, tuple[Hexagon, ...]] = field(default_factory=dict)
     fallback: str = ""
     methods: list[str] = field(default_factory=list)
     exact_stats: ReachStats | None = None
     searches: dict[int, StarSearch] = field(default_factory=dict)
     rooted: bool = False
+    everything: bool = False  # whether all regions are asked for, whatever is known without them
 
     def __post_init__(self) -> None:
-        self.began = self.reported = time.monotonic()
-        stars = self.stars
+        self.reported, stars = -torch.inf, self.stars
         shape = None if len(stars.shape) == 1 else stars.shape
         self.merged = merge(self.original, self.compressed, shape)
         self.network: tuple[Step, ...] = steps(self.merged, stars.shape, dtype=COMPUTE_DTYPE, device=stars.device)
@@ -121,16 +142,41 @@ class _Run:
         size, n = len(stars), self.network[-1].features
         full = torch.full((size, 2, n), torch.inf, dtype=COMPUTE_DTYPE, device=stars.device)
         self.lower, self.upper = -full, full
-        centre = stars.center[:, None, None]
-        self.witness = centre.expand(size, 2, n, *stars.shape).clone()
+        self.witness = torch.zeros(size, 2, n, *stars.shape, dtype=stars.dtype, device=stars.device)
         # what each method can still do something about; `enumerated`: to the end
         self.enumerable, self.searchable = (torch.ones_like(full[:, 0, 0], dtype=torch.bool) for _ in range(2))
         self.enumerated = ~self.enumerable
         self.count = torch.zeros(size, dtype=torch.long, device=stars.device)
+        self.spent = torch.zeros_like(self.enumerated)  # stars that a limit of the budget, not the clock, ended
+        self.ticking = self.clock.part(None, _Watch(self.clock, self._tick))
+        self._start()
 
-    @property
-    def elapsed(self) -> float:
-        return time.monotonic() - self.began
+    def _start(self) -> None:
+        """What no budget is too short for: intervals, and inputs that attain something."""
+        low, high, plain = self.stars.bounding_box()
+        self.box = low, high
+        middle, radius = (low + high) / 2, (high - low) / 2 * (1 + 4 * UNIT_ROUNDOFF)
+        below, above = interval_bounds(self.network, middle[:, None], radius)[-1]
+        self.upper = torch.minimum(self.upper, torch.stack((above, -below), 1))
+        self.places = Places.of(self.stars, low, high, plain)
+        points = first_look(self.network, self.places, self.clock)
+        everyone = torch.arange(len(low), device=low.device)
+        if len(self.network) == 1:  # linear: the root is as cheap, and exact on boxes
+            self._root(everyone.tolist(), NO_LIMIT)
+        self.witness[:] = points[:, :1, None]
+        for index in everyone.split(max(2**22 // (points[0].numel() + 1), 1)):
+            self._attain(index, points[index])
+        if identical(*self.both):
+            self.lower, self.upper = torch.zeros_like(self.lower), torch.zeros_like(self.upper)
+        self._report(0, len(self.stars))
+
+    def _attain(self, index: Tensor, points: Tensor) -> None:
+        """Replays inputs [B, K, *shape] of stars `index` [B]."""
+        size, count = points.shape[:2]
+        value, error = (part.reshape(size, count, -1) for part in replay(self.network, points.flatten(0, 1)))
+        best, at = torch.stack((value - error, -value - error), 2).max(1)
+        rows = torch.arange(size, device=points.device)[:, None, None]
+        self._take(index, best, self.upper[index], points[rows, at])
 
     def open(self, able: Tensor) -> list[int]:
         """Stars on which the question is not answered, of those in the mask `able` [S]."""
@@ -139,8 +185,8 @@ class _Run:
     def answered(self, s: int) -> bool:
         """Whether star s needs no more work."""
         lower, upper = self.lower[s], self.upper[s]
-        answered = (upper <= self.question.enough(lower)).all() or self._exceeded(lower)
-        return bool(self.enumerated[s]) or bool(answered)
+        answered = bool((upper <= self.question.enough(lower)).all()) or self._exceeded(lower)
+        return bool(self.enumerated[s]) or (answered and not self.everything)
 
     def _exceeded(self, lower: Tensor) -> bool:
         return self.question.threshold > -torch.inf and float(lower.max()) > self.question.threshold
@@ -149,17 +195,21 @@ class _Run:
 
     def take_turns(self) -> None:
         """Both methods in turn, until all stars are done or the budget is spent."""
-        seconds, everything = self.budget.seconds, torch.ones_like(self.enumerated)
+        clock, everything = self.clock, torch.ones_like(self.enumerated)
         # A tolerance or a threshold may be met long before the regions are enumerated.
-        first = self._few_regions() if self.question == Question("signed") else []
-        if seconds is not None or self.budget.stars is not None:
+        first = (
+            self._few_regions()
+            if self.question == Question("signed") and self.open(everything) and not clock.over
+            else []
+        )
+        if clock.limited or self.budget.stars is not None:
             for few in first:
-                self.enumerate(self._engine(), seconds and (seconds - self.elapsed) / 2, few)
-            self.search(Search(), seconds and seconds - self.elapsed)
-            self.enumerate(self._engine(), seconds and seconds - self.elapsed, everything)
+                self.enumerate(self._engine(), clock.left / 2 if clock.limited else None, few)
+            self.search(Search(), None)
+            self.enumerate(self._engine(), None, everything)
             return
         share = FIRST_SECONDS
-        while not self.interrupted and (self.open(self.enumerable) or self.open(self.searchable)):
+        while not clock.over and (self.open(self.enumerable) or self.open(self.searchable)):
             for few in first:
                 self.enumerate(self._engine(first=share == FIRST_SECONDS), share, few)
             self.search(Search(), share * len(self.open(self.searchable)))
@@ -171,51 +221,69 @@ class _Run:
         return Exact(root_bounds="zonotope" if first or self.stars.dim <= VERTEX_DIM else "auto")
 
     def enumerate(self, method: Exact, seconds: float | None, among: Tensor) -> None:
-        """Exact reach of all open stars at once, of those in the mask `among` [S]."""
+        """Exact reach of all open stars at once, of those in the mask `among` [S], for so long at most."""
         open_ = self.open(self.enumerable & among)
-        if not open_ or self.interrupted or (seconds is not None and seconds <= 0):
+        if not open_ or self.clock.over:
             return
         index = torch.tensor(open_, device=self.stars.device)
-        found = reach(
+        watch = _Watch(self.clock, lambda: None)
+        found = reach_within(
+            self.clock.part(seconds, watch),
             self.merged,
             self.stars.select(index),
             method,
-            budget=Budget(seconds, self.budget.stars, self.budget.memory),
+            budget=Budget(stars=self.budget.stars, memory=self.budget.memory),
             tolerances=self.tolerances,
             keep_stars=False,
-            progress=self.progress and (lambda p: self._report_exact(index, p)),
+            progress=lambda progress: self._during(index, progress, watch),
         )
         self._take_exact(index, found)
         # The clock ends no run before a tenth of its time: what is open then stays so.
         if seconds is None or found.stats.seconds < seconds / 10:
             self.enumerable[index] = False
 
+    def _during(self, index: Tensor, progress: Progress, watch: _Watch) -> None:
+        """Reports an enumeration, and ends it once the threshold is answered on all of its stars."""
+        lower, upper = self.lower.clone(), self.upper.clone()
+        met = torch.stack((progress.attained_upper, -progress.attained_lower), 1)
+        lower[index] = torch.maximum(lower[index], met.to(lower.dtype))
+        bound = torch.stack((progress.upper, -progress.lower), 1).to(upper.dtype)
+        upper[index] = torch.minimum(upper[index], bound)
+        if self.question.threshold > -torch.inf:
+            above = lower[index].flatten(1).amax(1) > self.question.threshold
+            below = upper[index].flatten(1).amax(1) <= self.question.threshold
+            watch.ended |= bool((above | below).all())
+        self._report(progress.done, progress.open, lower, upper, "star")
+
     def search(self, options: Search, seconds: float | None) -> None:
-        """Branch and bound on every open star in turn; each gets its share of the seconds."""
+        """Branch and bound on every open star in turn; each gets its share of so many seconds, or of what is left."""
         open_ = self.open(self.searchable)
-        if not open_ or self.interrupted:
+        if not open_ or self.clock.over:
             return
         if not self.rooted:
-            self._root(open_)
+            self._root(open_, self.ticking)
             open_ = self.open(self.searchable)
-        end = None if seconds is None else time.monotonic() + seconds
+        turn = self.clock.part(seconds)
         for i, s in enumerate(open_):
-            now = time.monotonic()
-            if self.interrupted or (end is not None and now >= end):
+            if turn.over:
                 log.info("budget spent before the search of %d stars", len(open_) - i)
                 return
-            until = None if end is None else now + (end - now) / (len(open_) - i)
-            work = self.searches.get(s) or self._start(s, options, len(open_))
-            work.run(lambda state, s=s, until=until: self._enough(s, state, until))
+            until = turn.part(turn.left / (len(open_) - i) if turn.limited else None)
+            try:
+                work = self.searches.get(s) or self._begin(s, options, len(open_))
+                work.run(lambda state, s=s, until=until: self._enough(s, state, until))
+            except OutOfTime:
+                return
             assert work.state is not None
             self._take_state(s, work.state)
             if work.over:
                 self.searchable[s] = False
                 # A witness that is rounded to the stars' dtype may attain a little less than was asked for.
                 self.enumerable[s] &= not work.state.closed
+                self.spent[s] |= work.state.open > 0
                 log.info("search of star %d ends with %d branches open", s, work.state.open)
 
-    def _start(self, s: int, options: Search, stars: int) -> StarSearch:
+    def _begin(self, s: int, options: Search, stars: int) -> StarSearch:
         memory = self.budget.memory or default_budget(self.stars.device)
         work = StarSearch(
             self.original,
@@ -225,41 +293,49 @@ class _Run:
             options,
             memory=memory / stars,
             pair=self.pair,
+            root=self.roots.pop(s, None),
+            clock=self.ticking,
         )
         self.searches[s] = work
         self._used(work.split)
         return work
 
-    def _enough(self, s: int, state: SearchResult, until: float | None) -> bool:
+    def _enough(self, s: int, state: SearchResult, until: Clock) -> bool:
         """Whether a star's search has to stop; reports progress."""
-        now = time.monotonic()
-        if self.progress is not None and now - self.reported >= REPORT_SECONDS:
+        if self.progress is not None and self.clock.elapsed - self.reported >= REPORT_SECONDS:
             self._take_state(s, state)
-            self._report(sum(work.state.branches for work in self.searches.values() if work.state), state.open)
+            self._tick()
         return bool(
             state.closed
-            or self.interrupted
-            or (until is not None and now >= until)
+            or until.over
             or (self.budget.stars is not None and state.branches >= self.budget.stars)
             or self._exceeded(state.lower)
             or (state.upper <= self.question.enough(torch.maximum(self.lower[s], state.lower))).all()
         )
 
-    def _root(self, open_: list[int]) -> None:
-        """One pass over all open stars together, so that each has a valid interval however short the time."""
+    def _root(self, open_: list[int], clock: Clock) -> None:
+        """Difference bounds of all open stars, so that each has a good interval before one of them is searched."""
         self.rooted = True
-        self.pair = Pair.of(*self.both)
-        index = torch.tensor(open_, device=self.stars.device)
-        stars = self.stars.select(index)
-        low, high, _ = stars.bounding_box()
-        output = difference_bounds(self.pair, low, high)[-1]
+        if self.fallback or not open_:
+            return
+        try:
+            everyone = torch.arange(len(self.stars), device=self.stars.device)
+            self.pair = Pair.of(*self.both, clock=clock)
+            self._cap(everyone, interval_difference(self.pair, *self.box))
+            for index in torch.tensor(open_, device=self.stars.device).split(ROOT_STARS):
+                low, high = (end[index] for end in self.box)
+                hexagons = difference_bounds(self.pair, low, high, clock=clock)
+                self._cap(index, hexagons[-1])
+                if len(open_) * sum(h.l1[0].numel() for h in hexagons) <= ROOT_NUMBERS:
+                    for k, s in enumerate(index.tolist()):
+                        self.roots[s] = tuple(h.map(lambda part, k=k: part[k : k + 1]) for h in hexagons)
+        except OutOfTime:
+            log.info("budget spent before all stars are bounded")
+
+    def _cap(self, index: Tensor, output: Hexagon) -> None:
+        """Takes certified bounds of the outputs of stars `index`."""
         self.upper[index] = torch.minimum(self.upper[index], torch.stack((output.du, -output.dl), 1))
-        points = stars.sample(ROOT_POINTS).flatten(2)
-        y, error = self.pair.evaluate(points.flatten(0, 1).to(COMPUTE_DTYPE))
-        value = torch.stack((y - error, -y - error), 1).reshape(len(index), ROOT_POINTS, 2, -1)
-        best, at = value.max(1)
-        rows = torch.arange(len(index), device=index.device)[:, None, None]
-        self._take(index, best, self.upper[index], points[rows, at].unflatten(3, self.stars.shape))
+        self.lower[index] = torch.minimum(self.lower[index], self.upper[index])
 
     def _few_regions(self) -> list[Tensor]:
         """Masks [S] of stars that may have few enough regions to enumerate, as far as their points show.
@@ -269,17 +345,8 @@ class _Run:
         size = self.stars.basis[0, 0].numel()
         if len(self.stars) > MOST_STARS or POINTS * size * len(self.stars) > MOST_NUMBERS:
             return [torch.ones_like(self.enumerated)]
-        x = self.stars.sample(POINTS).flatten(2).to(COMPUTE_DTYPE)
-        g = torch.Generator().manual_seed(0)
-        key = torch.zeros_like(x[..., 0])
-        for step in self.network[:-1]:
-            assert step.relu is not None
-            x = step.linear(x) + step.bias
-            on = (x > 0) & step.relu
-            key = key + on.to(x) @ torch.rand(step.features, generator=g, dtype=x.dtype).to(x.device)
-            x = torch.where(on | ~step.relu, x, 0.0)
-        key = key.sort(1).values
-        apart = (key[:, 1:] != key[:, :-1]).double().mean(1)
+        points = min(POINTS, POINT_NUMBERS // sum(step.features for step in self.network) + 1)
+        apart = regions_apart(self.network, self.places.sample(points))
         return [apart < EASY, apart < APART["vertices" if self.stars.dim <= VERTEX_DIM else "programs"]]
 
     # -- results ----------------------------------------------------------------------------------------
@@ -295,13 +362,15 @@ class _Run:
 
     def _take_exact(self, index: Tensor, found: ReachResult) -> None:
         self._used(found.stats.method)
-        self.exact_stats = _together(self.exact_stats, found.stats)
+        self.exact_stats = added(self.exact_stats, found.stats)
         lower, upper = (found.attained_upper, -found.attained_lower), (found.upper, -found.lower)
         lower, upper = (torch.stack(part, 1).to(COMPUTE_DTYPE) for part in (lower, upper))
         self._take(index, lower, upper, torch.stack((found.argmax, found.argmin), 1))
         self.count[index] = torch.maximum(self.count[index], found.count)
         done = [status is Status.EXACT for status in found.status]
         self.enumerated[index] = torch.tensor(done, device=index.device)
+        limited = [reason is Reason.BUDGET for reason in found.reasons]
+        self.spent[index] |= torch.tensor(limited, device=index.device)
 
     def _take_state(self, s: int, state: SearchResult) -> None:
         """The witnesses are rounded to the stars' dtype and replayed there."""
@@ -316,27 +385,50 @@ class _Run:
         if method not in self.methods:
             self.methods.append(method)
 
-    def _report_exact(self, index: Tensor, progress: Progress) -> None:
-        assert self.progress is not None
-        lower, upper = self.lower.clone(), self.upper.clone()
-        met = torch.stack((progress.attained_upper, -progress.attained_lower), 1)
-        lower[index] = torch.maximum(lower[index], met)
-        upper[index] = torch.minimum(upper[index], torch.stack((progress.upper, -progress.lower), 1))
-        self.progress(self._progress(lower, upper, progress.done, progress.open))
+    def _tick(self) -> None:
+        """Reports the state of the searches, a few times a second."""
+        if self.progress is None or self.clock.elapsed - self.reported < REPORT_SECONDS:
+            return
+        states = [work.state for work in self.searches.values() if work.state]
+        done, open_ = (sum(getattr(state, name) for state in states) for name in ("branches", "open"))
+        self._report(done, open_ or len(self.stars))
 
-    def _report(self, done: int, open_: int) -> None:
-        assert self.progress is not None
-        self.reported = time.monotonic()
-        self.progress(self._progress(self.lower, self.upper, done, open_, "branch"))
+    def _report(
+        self,
+        done: int,
+        open_: int,
+        lower: Tensor | None = None,
+        upper: Tensor | None = None,
+        unit: str = "branch",
+    ) -> None:
+        if self.progress is None:
+            return
+        self.reported = self.clock.elapsed
+        lower, upper = self.lower if lower is None else lower, self.upper if upper is None else upper
+        met = -lower[:, 1], lower[:, 0]
+        self.progress(Progress(done, open_, -upper[:, 1], upper[:, 0], *met, self.clock.elapsed, unit))
 
-    def _progress(self, lower: Tensor, upper: Tensor, done: int, open_: int, unit: str = "star") -> Progress:
-        return Progress(done, open_, -upper[:, 1], upper[:, 0], -lower[:, 1], lower[:, 0], self.elapsed, unit)
+    def _reason(self, s: int, exact: bool) -> Reason:
+        """Why the work on star s ended."""
+        if float(self.upper[s].max()) <= self.question.threshold:
+            return Reason.WITHIN
+        if self._exceeded(self.lower[s]):
+            return Reason.EXCEEDED
+        if exact:
+            return Reason.CLOSED
+        if self.answered(s):
+            return Reason.GAP
+        if self.clock.interrupted:
+            return Reason.INTERRUPTED
+        limited = self.clock.over or self.budget.stars is not None or bool(self.spent[s])
+        return Reason.BUDGET if limited else Reason.NUMERICAL
 
     def result(self) -> Discrepancy:
         dtype = self.stars.dtype
         upper, lower = round_up(self.upper, dtype), round_down(self.lower, dtype)
         gap = EXACT_GAP[dtype] * (1 + torch.maximum(self.upper.abs(), self.upper.flip(1).abs()))
         exact = self.enumerated | (self.upper - self.lower <= gap).flatten(1).all(1)
+        reasons = tuple(self._reason(s, ok) for s, ok in enumerate(exact.tolist()))
         above, below = lower.unbind(1)
         use_above = above >= below
         mask = use_above.reshape(*use_above.shape, *[1] * len(self.stars.shape))
@@ -356,26 +448,10 @@ class _Run:
                 layers=layers,
                 method=" + ".join(self.methods) or "difference bounds",
                 root_bounds=root,
-                seconds=self.elapsed,
+                seconds=self.clock.elapsed,
                 output_programs=programs,
                 branches=sum(work.state.branches for work in self.searches.values() if work.state),
                 fallback=self.fallback,
             ),
+            reasons=reasons,
         )
-
-
-def _together(one: ReachStats | None, other: ReachStats) -> ReachStats:
-    """The work of two runs on one network, layer by layer."""
-    if one is None:
-        return other
-    layers = tuple(
-        replace(
-            b,
-            stars=a.stars + b.stars,
-            splits=a.splits + b.splits,
-            linear_programs=a.linear_programs + b.linear_programs,
-            settled={name: a.settled.get(name, 0) + b.settled.get(name, 0) for name in {**a.settled, **b.settled}},
-        )
-        for a, b in zip(one.layers, other.layers, strict=True)
-    )
-    return replace(other, layers=layers, output_programs=one.output_programs + other.output_programs)

@@ -7,18 +7,21 @@ constraints of the search. Both are exact: no bounding box is put around the sta
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from torchreach.bounds.difference import Pair
+from torchreach.bounds.hexagon import Hexagon
+from torchreach.bounds.pair import Pair
+from torchreach.clock import NO_LIMIT, Clock
 from torchreach.networks.layers import Reshape
 from torchreach.networks.merge import merge
 from torchreach.networks.steps import steps
 from torchreach.options import Budget, Exact, Search
-from torchreach.reach.api import VERTEX_DIM, reach
+from torchreach.reach.api import VERTEX_DIM, reach_within
 from torchreach.search.boxes import search_boxes
 from torchreach.search.result import Constraints, Question, SearchResult
 from torchreach.search.signs import search_signs
@@ -73,8 +76,8 @@ class Coordinates:
         return int((self.lower < self.upper).sum())
 
     def lifted(self, network: nn.Module) -> nn.Module:
-        """`network` on these coordinates."""
-        return network if self.lift is None else nn.Sequential(self.lift, network)
+        """`network` on these coordinates; a copy in the lift's dtype, which all floating-point weights fit exactly."""
+        return network if self.lift is None else nn.Sequential(self.lift, copy.deepcopy(network).to(COMPUTE_DTYPE))
 
     @property
     def in_shape(self) -> tuple[int, ...]:
@@ -127,10 +130,13 @@ class StarSearch:
         *,
         memory: float,
         pair: Pair | None = None,
+        root: tuple[Hexagon, ...] | None = None,
         alone: bool = False,
+        clock: Clock = NO_LIMIT,
     ) -> None:
-        """star: a batch of one. memory: bytes for open sub-problems. pair: of the networks on the star's features, if
-        it is at hand. alone: whether second(x) is zero.
+        """star: a batch of one. memory: bytes for open sub-problems. pair, root: of the networks on the star's
+        features, and its `difference_bounds` on the box around the star, if they are at hand. alone: whether second(x)
+        is zero. clock: of all of it, however often it is run on.
 
         Raises: ShapeError, UnsupportedLayerError as `Pair.of`.
         """
@@ -138,8 +144,8 @@ class StarSearch:
         first, second = space.lifted(first), space.lifted(second)
         if pair is None or space.lift is not None:
             both = [steps(part, space.in_shape, dtype=COMPUTE_DTYPE, device=star.device) for part in (first, second)]
-            pair = Pair.of(both[0], both[1])
-        self.pair = pair
+            pair, root = Pair.of(both[0], both[1]), None
+        self.pair, self.clock = pair, clock
         self.module, self.memory = first if alone else merge(first, second, space.in_shape), memory
         self.split = options.split
         if self.split == "auto":
@@ -147,16 +153,21 @@ class StarSearch:
         self.state: SearchResult | None = None
         self.over = False
         args = (self.pair, space.lower, space.upper, question)
+        shared = {
+            "constraints": space.constraints,
+            "memory": memory,
+            "seed": options.seed,
+            "root": root,
+            "clock": clock,
+        }
         if self.split == "inputs":
             finish = self._finish if space.varying <= VERTEX_DIM else None
-            self.states = search_boxes(
-                *args, constraints=space.constraints, finish=finish, memory=memory, seed=options.seed
-            )
+            self.states = search_boxes(*args, finish=finish, **shared)
         else:
-            self.states = search_signs(*args, constraints=space.constraints, memory=memory, seed=options.seed)
+            self.states = search_signs(*args, **shared)
 
     def run(self, enough: Callable[[SearchResult], bool]) -> None:
-        """Goes on, by one state at least, until `enough` or over."""
+        """Goes on, by one state at least, until `enough` or over. OutOfTime: the clock is over before the first."""
         for state in self.states:
             self.state = state
             if enough(state):
@@ -171,7 +182,8 @@ class StarSearch:
         upper = low.new_full((size, 2, n), -torch.inf)
         points = self.space.lower.expand(size, 2, n, -1).clone()
         if bool(some.any()):
-            found = reach(
+            found = reach_within(
+                self.clock,
                 self.module,
                 parts.select(some),
                 Exact(root_bounds="zonotope"),

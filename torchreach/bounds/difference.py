@@ -27,213 +27,34 @@ Axis letters: B boxes, R rows (one objective each), N features.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torchreach.bounds.hexagon import Graph, Hexagon, height, height_allowance, planes, relu_difference, start_slopes
-from torchreach.bounds.zonotope import zonotope_bounds
+from torchreach.bounds.hexagon import Graph, Hexagon, height, height_allowance, planes, start_slopes
+from torchreach.bounds.pair import Pair
+from torchreach.bounds.zonotope import Bounds, relu_band, zonotope_bounds
 from torchreach.clock import NO_LIMIT, Clock
-from torchreach.errors import InvalidNetworkError, InvalidSetError, ShapeError, UnsupportedLayerError
-from torchreach.networks.layers import PASS_THROUGH, RESHAPING
-from torchreach.networks.steps import Step
+from torchreach.errors import InvalidNetworkError, InvalidSetError, ShapeError
 from torchreach.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF
 
-MAX_ENTRIES = 2**26  # of one affine layer as a matrix
 CHUNK = 2**23  # numbers in one intermediate tensor; more boxes or rows are worked through in turn
 SPREAD = 12  # copies of [B, R, N] that one pass holds at once: vertices of a neuron and the like
 
 Rule = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-
-
-@dataclass(frozen=True, eq=False)
-class Pair:
-    """Two networks of one architecture as matrices per affine layer; made by `Pair.of`.
-
-    W, V, D = W - V: [N_out, N_in] per layer; b, c, db = b - c: [N_out]. `shared` leading layers are the same
-    function in both networks. `exact` tells per layer whether the matrices are the weights themselves.
-    """
-
-    first: tuple[Step, ...]
-    second: tuple[Step, ...]
-    W: list[Tensor]
-    V: list[Tensor]
-    D: list[Tensor]
-    b: list[Tensor]
-    db: list[Tensor]
-    exact: list[bool]
-    shared: int
-
-    @staticmethod
-    def check(first: tuple[Step, ...], second: tuple[Step, ...]) -> None:
-        """Says why two networks' steps make no pair, without building it.
-
-        Raises:
-            ShapeError: the networks differ in depth or in the size of a layer.
-            UnsupportedLayerError: an affine layer would have more than `MAX_ENTRIES` entries as a matrix, or a
-                step leaves some features without ReLU (merged networks do: give the two networks instead).
-        """
-        sizes = [[s.in_shape, *(step.features for step in steps)] for steps in (first, second) for s in steps[:1]]
-        if sizes[0] != sizes[1]:
-            raise ShapeError(
-                "difference bounds require two networks of one architecture, that is equal input shapes and equal "
-                f"layer sizes; got {_sizes(first)} and {_sizes(second)}"
-            )
-        for step in (*first, *second):
-            if step.relu is not None and not bool(step.relu.all()):
-                raise UnsupportedLayerError(
-                    f"difference bounds require ReLU on all features of a step, but {step.name} leaves some out"
-                )
-            if _inputs(step) * step.features > MAX_ENTRIES:
-                raise UnsupportedLayerError(
-                    f"difference bounds require affine layers of at most {MAX_ENTRIES} entries as matrices; "
-                    f"{step.name} has {step.features} x {_inputs(step)}"
-                )
-
-    @staticmethod
-    def of(first: tuple[Step, ...], second: tuple[Step, ...], *, live: bool = False) -> Pair:
-        """Pair of two networks' steps (in float64, on one device). Raises as `check`.
-
-        live: matrices carry gradients to the steps' weights, and no layer counts as shared, because gradients must
-        reach equal layers too.
-        """
-        Pair.check(first, second)
-        with torch.set_grad_enabled(live and torch.is_grad_enabled()):
-            W, V = [_dense(step) for step in first], [_dense(step) for step in second]
-        b, c = [step.bias for step in first], [step.bias for step in second]
-        same = [_same(s, t) for s, t in zip(first, second, strict=True)]
-        return Pair(
-            first,
-            second,
-            W,
-            V,
-            [w - v for w, v in zip(W, V, strict=True)],
-            b,
-            [x - y for x, y in zip(b, c, strict=True)],
-            [_is_matrix(s) and _is_matrix(t) for s, t in zip(first, second, strict=True)],
-            0 if live else next((k for k, equal in enumerate(same) if not equal), len(same)),
-        )
-
-    @property
-    def depth(self) -> int:
-        return len(self.W)
-
-    @property
-    def inputs(self) -> int:
-        return self.W[0].shape[1]
-
-    @property
-    def outputs(self) -> int:
-        return self.W[-1].shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.W[0].device
-
-    def backward(self, k: int, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Coefficients alpha, beta [..., N_in] and the constant [...] of p . z + q . d of layer k."""
-        db = self.db[k].reshape(-1, self.db[k].shape[-1], 1)  # one for all boxes, or [B, N_out]
-        return p @ self.W[k] + q @ self.D[k], q @ self.V[k], p @ self.b[k] + (q @ db)[..., 0]
-
-    def terms(self, k: int) -> int:
-        """Number of terms that gammas of layer k count."""
-        n_out, n_in = self.W[k].shape
-        return 2 * (n_out + n_in) + self.first[k].terms + self.second[k].terms + 8 * self.depth + 64
-
-    def error(self, k: int, A: Tensor, E: Tensor) -> tuple[Tensor, Tensor]:
-        """gamma P, gamma Q [B, N_out] of the products of layer k, for |a| <= A, |e| <= E [B, N_in].
-
-        They bound what p . z + q . d loses to rounding, and to noise, in layer k, forward or backward, per unit of
-        p and q.
-        """
-        s, t = self.first[k], self.second[k]
-        P = s.magnitude(A) + s.bias_magnitude
-        Q = t.magnitude(E)
-        if k < self.shared:
-            pass  # D = 0 exactly
-        elif self.exact[k]:
-            Q = Q + A @ self.D[k].abs().T + self.db[k].abs()
-        else:
-            Q = Q + P + t.magnitude(A) + t.bias_magnitude
-        gamma = 2 * self.terms(k) * UNIT_ROUNDOFF
-        noise = self.noise(k)
-        return gamma * P + noise[0], gamma * Q + noise[1]
-
-    def noise(self, k: int) -> tuple[Tensor, Tensor]:
-        """Noise [N_out] of z and of d = z - z2 in layer k, d carrying that of both networks."""
-        zero = torch.zeros_like(self.b[k])
-        first, second = (step.with_noise(zero) for step in (self.first[k], self.second[k]))
-        return first, first + second
-
-    @torch.no_grad()
-    def evaluate(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y1 - y2 [B, N_out] at inputs x [B, N_in], and a bound on what rounding did to it.
-
-        Errors go forward by |V| and |W - V|, and end at neurons that are certainly off. relu(z) - relu(z - d) is off
-        by the error of d where both are certainly on; else by at most the errors of z and d together, and it is
-        never larger than |d|.
-        """
-        a, e = x, torch.zeros_like(x)
-        a_error, e_error = torch.zeros_like(x), torch.zeros_like(x)
-        for k in range(self.depth):
-            P, Q = self.error(k, a.abs() + a_error, e.abs() + e_error)
-            z = a @ self.W[k].T + self.b[k]
-            d = e @ self.V[k].T + a @ self.D[k].T + self.db[k]
-            z_error = self.first[k].magnitude(a_error) + P
-            d_error = self.second[k].magnitude(e_error) + a_error @ self.D[k].abs().T + Q
-            if k == self.depth - 1:
-                return d, d_error * (1 + 1e-9)
-            a, e = z.clamp(min=0), relu_difference(z, d)
-            z2, z2_error = z - d, z_error + d_error + 2 * UNIT_ROUNDOFF * (z.abs() + d.abs())
-            a_error = torch.where(z + z_error <= 0, 0.0, z_error)
-            e_error = torch.minimum(z_error + d_error, 2 * (d.abs() + d_error)) + 4 * UNIT_ROUNDOFF * d.abs()
-            on, off = (z - z_error >= 0) & (z2 - z2_error >= 0), (z + z_error <= 0) & (z2 + z2_error <= 0)
-            e_error = torch.where(off, 0.0, torch.where(on, d_error + 4 * UNIT_ROUNDOFF * d.abs(), e_error))
-        raise AssertionError("a network has at least one affine layer")
-
-
-def _sizes(steps: tuple[Step, ...]) -> str:
-    return " -> ".join([str(tuple(steps[0].in_shape)), *(str(step.features) for step in steps)])
-
-
-def _inputs(step: Step) -> int:
-    return math.prod(step.in_shape)
-
-
-def _dense(step: Step) -> Tensor:
-    """W [N_out, N_in] of an affine step, by pushing unit vectors through it."""
-    unit = torch.eye(_inputs(step), dtype=step.bias.dtype, device=step.bias.device)
-    return step.linear(unit).T.contiguous()
-
-
-def _is_matrix(step: Step) -> bool:
-    """Whether pushing unit vectors through returns the weights themselves, unrounded."""
-    layers = [layer for layer in step.block if not isinstance(layer, PASS_THROUGH + RESHAPING)]
-    return len(layers) <= 1 and all(isinstance(layer, nn.Linear) for layer in layers)
-
-
-def identical(first: tuple[Step, ...], second: tuple[Step, ...]) -> bool:
-    """Whether two networks are one function: the same layers with the same parameters."""
-    return len(first) == len(second) and all(_same(s, t) for s, t in zip(first, second, strict=True))
-
-
-def _same(s: Step, t: Step) -> bool:
-    """Whether two steps are one function: the same layers with the same parameters."""
-    if repr(s.block) != repr(t.block) or s.noise is not None or t.noise is not None:
-        return False
-    one, other = s.block.state_dict(), t.block.state_dict()
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+Ends = tuple[Tensor, Tensor]
 
 
 @dataclass(eq=False)
 class Backward:
     """Backward pass over B boxes whose hidden layers become known one after the other.
 
-    lower, upper: [B, N_in]. `hexagons` grows by `add`; only then can a later layer be bounded. `free`: the neurons of
-    each that are undecided in some box. off: [B, N_in] how far the second network's input may be from the first's.
+    lower, upper: [B, N_in]. `hexagons` grows by `add`; only then can a later layer be bounded. Neurons that are off in
+    both networks in every box are left out of everything a pass touches: `on` are the others, `hexagons`, `errors` and
+    coefficients speak of these alone, and `free` are those of them that are undecided in some box.
+    off: [B, N_in] how far the second network's input may be from the first's.
     """
 
     pair: Pair
@@ -242,7 +63,9 @@ class Backward:
     hexagons: list[Hexagon] = field(default_factory=list)
     errors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     graphs: dict[int, Graph] = field(default_factory=dict)
+    on: list[Tensor] = field(default_factory=list)
     free: list[Tensor] = field(default_factory=list)
+    parts: list[tuple[Tensor, ...]] = field(default_factory=list)  # of the layers' W, V, D, b, b - c
     off: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -255,34 +78,63 @@ class Backward:
         self.errors.append(tuple(2 * error - part for error, part in zip(errors, noise, strict=True)))  # type: ignore
 
     def add(self, hexagon: Hexagon) -> None:
-        """Bounds [B, N] of the next hidden layer."""
-        k = len(self.hexagons)
-        if k < self.pair.shared:
+        """Bounds [B, N] of all neurons of the next hidden layer."""
+        k, pair = len(self.hexagons), self.pair
+        if k < pair.shared:
             zero = torch.zeros_like(hexagon.dl)
             hexagon = hexagon.with_difference(zero, zero).tightened()
-        self.hexagons.append(hexagon)
-        self.free.append((~hexagon.settled()).any(0).nonzero().flatten())
-        _, d = hexagon.sizes()
-        self.errors.append(self.pair.error(k + 1, hexagon.u1.clamp(min=0), d))
+        with torch.no_grad():  # rounding allowances need no gradient
+            errors = pair.error(k + 1, hexagon.u1.clamp(min=0), hexagon.sizes()[1])
+        on = ((hexagon.u1 > 0) | (hexagon.u2 > 0)).any(0).nonzero().flatten()
+        kept = hexagon.map(lambda part: part[:, on])
+        self.parts.append((*self.columns(k, on), pair.b[k][on], pair.db[k][..., on]))
+        self.errors[k] = tuple(part[:, on] for part in self.errors[k])  # type: ignore
+        self.errors.append(errors)
+        self.on.append(on)
+        self.hexagons.append(kept)
+        self.free.append((~kept.settled()).any(0).nonzero().flatten())
 
-    def bound(self, p: Tensor, q: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-        """Certified upper bounds [B, R] of p . z + q . d (rows [1 or B, R, N]) of the first layer not yet added.
+    def columns(self, k: int, rows: Tensor) -> tuple[Tensor, ...]:
+        """W, V, D of some rows of layer k, on the neurons that are on of the layer before."""
+        before = self.on[k - 1] if k else None
+        parts = (part[k][rows] for part in (self.pair.W, self.pair.V, self.pair.D))
+        return tuple(part if before is None else part[:, before] for part in parts)
 
-        rule(k, alpha, beta): slopes of planes above alpha a + beta e of hidden layer k and their summed
-        certified height [B, R]. Returns also the objective's coefficients [B, R, N_in] on the input.
+    def back(self, k: int, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Coefficients alpha, beta [..., N_in] and the constant [...] of p . z + q . d of hidden layer k.
+
+        beta is of no use at layer 0 where both networks have one input, and is left out there.
         """
-        total, error = torch.zeros((), dtype=p.dtype, device=p.device), torch.zeros_like(p[..., 0])
-        for k in range(len(self.hexagons), 0, -1):
-            error = error + self._error(k, p, q)
-            alpha, beta, constant = self.pair.backward(k, p, q)
-            p, q, raised = rule(k - 1, alpha, beta)
-            total = total + constant + raised
-        error = error + self._error(0, p, q)
-        x, apart, constant = self.pair.backward(0, p, q)
-        total = total + constant + (x @ self.middle[:, :, None])[..., 0] + (x.abs() @ self.radius[:, :, None])[..., 0]
-        total = total if self.off is None else total + (apart.abs() @ self.off[:, :, None])[..., 0]
+        W, V, D, b, db = self.parts[k]
+        constant = p @ b + (q @ db.reshape(-1, db.shape[-1], 1))[..., 0]  # b - c is one for all boxes, or [B, N_out]
+        return p @ W + q @ D, q if k == 0 and self.off is None else q @ V, constant
+
+    def bound(self, alpha: Tensor, beta: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+        """Upper bounds [B, R] of alpha a + beta e (rows [1 or B, R, N]) on the last layer added; on x before any is.
+
+        They lack what the products that made the rows lose (`errors`). rule(k, alpha, beta): slopes of planes above
+        alpha a + beta e of hidden layer k and their summed certified height [B, R]. Returns also the objective's
+        coefficients [B, R, N_in] on the input.
+        """
+        total = torch.zeros((), dtype=alpha.dtype, device=alpha.device)
+        for k in range(len(self.hexagons) - 1, -1, -1):
+            p, q, raised = rule(k, alpha, beta)
+            total = total + raised + self._error(k, p, q)
+            alpha, beta, constant = self.back(k, p, q)
+            total = total + constant
+        x = alpha
+        total = total if self.off is None else total + (beta.abs() @ self.off[:, :, None])[..., 0]
+        total = total + (x @ self.middle[:, :, None])[..., 0] + (x.abs() @ self.radius[:, :, None])[..., 0]
         # An overflow says nothing.
-        return torch.nan_to_num(total + error, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf), x
+        return torch.nan_to_num(total, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf), x
+
+    def difference(self, rule: Rule) -> tuple[Tensor, Tensor]:
+        """Certified bounds [B, 2 N] above z - z2 and z2 - z of the layer to be added next; coefficients of `bound`."""
+        k, pair = len(self.hexagons), self.pair
+        _, V, D = self.columns(k, torch.arange(pair.W[k].shape[0], device=pair.device))
+        value, x = self.bound(torch.cat((D, -D))[None], torch.cat((V, -V))[None], rule)
+        constant, error = pair.db[k], self.errors[k][1]
+        return value + torch.cat((constant, -constant), -1) + error.repeat(1, 2), x
 
     def _error(self, k: int, p: Tensor, q: Tensor) -> Tensor:
         P, Q = self.errors[k]
@@ -335,8 +187,9 @@ def difference_bounds(pair: Pair, lower: Tensor, upper: Tensor, *, clock: Clock 
     Args: lower, upper: [B, N_in], any floating dtype and device; they are exact in float64. clock: looked at in every
         chunk of rows; OutOfTime when it is over, as there is no half-way answer.
 
-    Method: backward bounds of all three, each the better of `Backward.best` and `Backward.apart`, intersected
-        with zonotopes of either network, and each tightened by the others. Two passes, no optimisation.
+    Method: zonotopes of either network, and intervals of z - z2 from the layer before; then, for neurons whose signs
+        these leave open and for the outputs, backward bounds of all three, each the better of `Backward.best` and
+        `Backward.apart`; each tightened by the others. No optimisation.
     Guarantee: for every real x with lower <= x <= upper, every bound holds for the real-valued networks; never
         looser than either network's zonotope or the difference of both.
     Raises: ShapeError, InvalidSetError: boxes that do not fit, are empty or not finite; InvalidNetworkError: values
@@ -364,26 +217,29 @@ def quick_bounds(pair: Pair, lower: Tensor, upper: Tensor) -> tuple[list[Hexagon
     Returns: hexagons of the hidden layers; bounds [B, 2, N_out] above y1 - y2 (row 0) and y2 - y1 (row 1);
         coefficients [B, 2, N_out, N_in] of these objectives on the input.
     """
-    work = Backward(pair, lower, upper)
+    work, layers = Backward(pair, lower, upper), []
     for k in range(pair.depth):
         last = k == pair.depth - 1
-        eye = _eye(pair, k)
-        zero = torch.zeros_like(eye)
-        p, q = (zero, eye) if last else (torch.cat((eye, zero)), torch.cat((zero, eye)))
-        value, x = work.bound(torch.cat((p, -p))[None], torch.cat((q, -q))[None], work.closed)
         if last:
+            value, x = work.difference(work.closed)
             if pair.shared == pair.depth:
                 value = torch.zeros_like(value)
             shape = (len(lower), 2, pair.outputs)
             return (
-                work.hexagons,
+                layers,
                 value.expand(len(lower), -1).reshape(shape),
                 x.expand(len(lower), -1, -1).reshape(*shape, -1),
             )
+        W, V, D = work.columns(k, torch.arange(len(pair.b[k]), device=pair.device))
+        alpha, beta = torch.cat((W, D)), torch.cat((torch.zeros_like(V), V))
+        value = work.bound(torch.cat((alpha, -alpha))[None], torch.cat((beta, -beta))[None], work.closed)[0]
+        constant, error = torch.cat((pair.b[k], pair.db[k])), torch.cat(work.errors[k], 1)
+        value = value + torch.cat((constant, -constant)) + error.repeat(1, 2)
         # z2 = z - d is bounded through z and d: rows of its own gain little where the networks are close
         u1, du, l1, dl = value.reshape(len(lower), 4, -1).unbind(1)
         inf = torch.full_like(u1, torch.inf)
-        work.add(Hexagon(-l1, u1, -inf, inf, -dl, du).tightened())
+        layers.append(Hexagon(-l1, u1, -inf, inf, -dl, du).tightened())
+        work.add(layers[-1])
     raise AssertionError("a network has at least one affine layer")
 
 
@@ -405,46 +261,113 @@ def checked_boxes(pair: Pair, lower: Tensor, upper: Tensor) -> tuple[Tensor, Ten
     return lower, upper
 
 
-def _eye(pair: Pair, k: int) -> Tensor:
-    return torch.eye(pair.W[k].shape[0], dtype=pair.W[k].dtype, device=pair.device)
-
-
 def _bounds(pair: Pair, lower: Tensor, upper: Tensor, clock: Clock) -> tuple[Hexagon, ...]:
-    clock.check()
-    work = Backward(pair, lower, upper)
-    rows = torch.cat((work.middle[:, None], torch.diag_embed(work.radius)), 1)
-    slack = 2 * UNIT_ROUNDOFF * (work.middle.abs() + work.radius)
-    zonotopes = [zonotope_bounds(steps, rows, slack) for steps in (pair.first, pair.second)]
+    work, layers = Backward(pair, lower, upper), []
+    zonotopes: list[Bounds] = []
     for k in range(pair.depth):
-        eye = _eye(pair, k)
-        zero = torch.zeros_like(eye)
-        p, q = torch.cat((eye, eye, zero)), torch.cat((zero, -eye, eye))
-        p, q = torch.cat((p, -p)), torch.cat((q, -q))
-        limit = max(CHUNK // (SPREAD * len(lower) * max(w.shape[1] for w in pair.W[: k + 1])), 1)
-        value = torch.cat(
-            [_either(work, a[None], b[None], clock) for a, b in zip(p.split(limit), q.split(limit), strict=True)], 1
-        )
-        u1, u2, du, l1, l2, dl = value.expand(len(lower), -1).reshape(len(lower), 6, -1).unbind(1)
-        (low1, high1), (low2, high2) = zonotopes[0][k], zonotopes[1][k]
-        hexagon = Hexagon(
-            torch.maximum(-l1, low1),
-            torch.minimum(u1, high1),
-            torch.maximum(-l2, low2),
-            torch.minimum(u2, high2),
-            -dl,
-            du,
-        ).tightened()
-        if k == pair.depth - 1:
-            if pair.shared == pair.depth:
-                hexagon = hexagon.with_difference(torch.zeros_like(dl), torch.zeros_like(du)).tightened()
-            return (*work.hexagons, hexagon)
+        last, rows = k == pair.depth - 1, torch.arange(len(pair.b[k]), device=pair.device)
+        if k == 0:
+            hexagon = _by_rows(work, rows, clock).tightened()
+        else:
+            clock.check()
+            zonotopes = zonotopes or _zonotopes(work, clock)
+            hexagon = _cheap(work, layers[-1], *(bounds[k - 1] for bounds in zonotopes))
+            # Bounds of a neuron whose signs are settled only scale rounding allowances.
+            rows = rows if last else (~hexagon.settled()).any(0).nonzero().flatten()
+            if len(rows):
+                old = hexagon.map(lambda part, rows=rows: part[:, rows])
+                hexagon = hexagon.replaced(rows, _by_rows(work, rows, clock).within(old).tightened())
+        if k < pair.shared:
+            zero = torch.zeros_like(hexagon.dl)
+            hexagon = hexagon.with_difference(zero, zero).tightened()
+        layers.append(hexagon)
+        if last:
+            return tuple(layers)
         work.add(hexagon)
     raise AssertionError("a network has at least one affine layer")
 
 
-def _either(work: Backward, p: Tensor, q: Tensor, clock: Clock) -> Tensor:
-    clock.check()
-    value = work.bound(p, q, work.best)[0]
-    if not work.hexagons:
-        return value
-    return torch.minimum(value, work.bound(p, q, work.apart)[0])
+def _zonotopes(work: Backward, clock: Clock) -> list[Bounds]:
+    """Bounds [B, N] of the layers after the first of either network, from inputs that vary."""
+    pair, wide = work.pair, (work.radius > 0).any(0).nonzero().flatten()
+    size, result = torch.maximum(work.lower.abs(), work.upper.abs()), []
+    for network, W in ((pair.first, pair.W[0]), (pair.second, pair.V[0])):
+        step = network[0]
+        assert step.relu is not None
+        gamma = 2 * (step.terms + pair.inputs + 8) * UNIT_ROUNDOFF
+        slack = step.with_noise(gamma * (step.magnitude(size) + step.bias_magnitude))
+        middle = work.middle @ W.T + step.bias
+        rows = torch.cat((middle[:, None], work.radius[:, wide, None] * W.T[wide]), 1)
+        spread = rows[:, 1:].abs().sum(1) + slack
+        rows, slack = relu_band(rows, slack, middle - spread, middle + spread, step.relu)
+        result.append(zonotope_bounds(network, rows, slack, 1, clock))
+    return result
+
+
+def _cheap(work: Backward, before: Hexagon, first: Ends, second: Ends) -> Hexagon:
+    """Bounds of the first layer not yet added: both networks' (lower, upper), and z - z2 from the layer `before`."""
+    k = len(work.hexagons)
+    return Hexagon(*first, *second, *_forward(work.pair, k, before, work.errors[k][1])).tightened()
+
+
+def _forward(pair: Pair, k: int, before: Hexagon, Q: Tensor) -> Ends:
+    """Bounds of z - z2 of layer k by interval arithmetic, from bounds of the layer before; Q as `Pair.error`."""
+    a, e = (before.l1.clamp(min=0), before.u1.clamp(min=0)), (before.dl.clamp(max=0), before.du.clamp(min=0))
+    (x, dx), (y, dy) = _image(pair.D[k], a), _image(pair.V[k], e)
+    middle, radius = x + y + pair.db[k], dx + dy + Q
+    return middle - radius, middle + radius
+
+
+def _image(W: Tensor, ends: Ends) -> Ends:
+    """Middle and radius of W x for x between two ends [B, N]."""
+    low, high = ends
+    return (high + low) / 2 @ W.T, (high - low) / 2 @ W.abs().T
+
+
+@torch.no_grad()
+def interval_difference(pair: Pair, lower: Tensor, upper: Tensor) -> Hexagon:
+    """Bounds of the outputs as of `difference_bounds`, by interval arithmetic alone: a few products with vectors."""
+    lower, upper = checked_boxes(pair, lower, upper)
+    size = torch.maximum(lower.abs(), upper.abs())
+    a1 = a2 = lower, upper
+    before, E = None, torch.zeros_like(size)
+    for k in range(pair.depth):
+        P, Q = (2 * part for part in pair.error(k, size, E))
+        (z, dz), (y, dy) = _image(pair.W[k], a1), _image(pair.V[k], a2)
+        z, y, dz, dy = z + pair.b[k], y + pair.b[k] - pair.db[k], dz + P, dy + P + Q
+        if before is None:
+            d, dd = _image(pair.D[k], a1)
+            ends = d + pair.db[k] - dd - Q, d + pair.db[k] + dd + Q
+        else:
+            ends = _forward(pair, k, before, Q)
+        before = Hexagon(z - dz, z + dz, y - dy, y + dy, *ends).tightened()
+        if k < pair.shared:
+            zero = torch.zeros_like(dz)
+            before = before.with_difference(zero, zero).tightened()
+        a1, a2 = (before.l1.clamp(min=0), before.u1.clamp(min=0)), (before.l2.clamp(min=0), before.u2.clamp(min=0))
+        size, E = a1[1], before.sizes()[1]
+    assert before is not None
+    return before
+
+
+def _by_rows(work: Backward, rows: Tensor, clock: Clock) -> Hexagon:
+    """Backward bounds [B, R] of the neurons `rows` [R] of the first layer not yet added."""
+    pair, k, size = work.pair, len(work.hexagons), len(work.lower)
+    limit = max(CHUNK // (6 * SPREAD * size * max(w.shape[1] for w in pair.W[: k + 1])), 1)
+    parts = []
+    for some in rows.split(limit):
+        clock.check()
+        (W, V, D), b, db = work.columns(k, some), pair.b[k][some], pair.db[k][some]
+        alpha, beta = torch.cat((W, W - D, D)), torch.cat((torch.zeros_like(V), -V, V))
+        P, Q = (part[:, some] for part in work.errors[k])
+        constant, error = torch.cat((b, b - db, db)), torch.cat((P, P + Q, Q), 1)
+        value = _either(work, torch.cat((alpha, -alpha))[None], torch.cat((beta, -beta))[None])
+        value = value + torch.cat((constant, -constant)) + error.repeat(1, 2)
+        parts.append(value.expand(size, -1).reshape(size, 6, -1))
+    u1, u2, du, l1, l2, dl = torch.cat(parts, 2).unbind(1)
+    return Hexagon(-l1, u1, -l2, u2, -dl, du)
+
+
+def _either(work: Backward, alpha: Tensor, beta: Tensor) -> Tensor:
+    value = work.bound(alpha, beta, work.best)[0]
+    return torch.minimum(value, work.bound(alpha, beta, work.apart)[0]) if work.hexagons else value

@@ -28,8 +28,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from torchreach.bounds.difference import Backward, Pair
+from torchreach.bounds.difference import Backward
 from torchreach.bounds.hexagon import Hexagon
+from torchreach.bounds.pair import Pair
 from torchreach.bounds.zonotope import box_rows, relu_band
 from torchreach.clock import NO_LIMIT, Clock
 from torchreach.errors import InvalidNetworkError, ShapeError, UnsupportedLayerError
@@ -166,9 +167,7 @@ def _backward(pair: Pair, low: Tensor, high: Tensor, off: Tensor, hexagons: list
     work = Backward(pair, low, high, off=off)
     for hexagon in hexagons:
         work.add(hexagon)
-    eye = torch.eye(pair.outputs, dtype=low.dtype, device=low.device)
-    q = torch.cat((eye, -eye))[None]
-    value = work.bound(torch.zeros_like(q), q, work.closed)[0]
+    value = work.difference(work.closed)[0]
     above, below = value.expand(len(low), -1).reshape(len(low), 2, -1).unbind(1)
     return -below, above
 

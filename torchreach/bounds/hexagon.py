@@ -67,6 +67,17 @@ class Hexagon:
         """The same bounds of z and z2 with others of d."""
         return Hexagon(self.l1, self.u1, self.l2, self.u2, dl, du)
 
+    def within(self, other: Hexagon) -> Hexagon:
+        """The points of both."""
+        (l1, u1, l2, u2, dl, du), parts = self.parts(), other.parts()
+        low = [torch.maximum(a, b) for a, b in zip((l1, l2, dl), parts[::2], strict=True)]
+        high = [torch.minimum(a, b) for a, b in zip((u1, u2, du), parts[1::2], strict=True)]
+        return Hexagon(low[0], high[0], low[1], high[1], low[2], high[2])
+
+    def replaced(self, columns: Tensor, new: Hexagon) -> Hexagon:
+        """With other bounds of the neurons `columns`."""
+        return Hexagon(*(a.index_copy(1, columns, b) for a, b in zip(self.parts(), new.parts(), strict=True)))
+
     def pack(self) -> Tensor:
         """[B, 6, N]."""
         return torch.stack(self.parts(), 1)

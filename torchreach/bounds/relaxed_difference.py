@@ -15,8 +15,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from torchreach.bounds.difference import Pair, difference_bounds
+from torchreach.bounds.difference import difference_bounds
 from torchreach.bounds.hexagon import Hexagon
+from torchreach.bounds.pair import Pair
 from torchreach.bounds.rounding import SINGLE, InputGrid, relax, with_inputs
 from torchreach.bounds.zonotope import box_rows, zonotope_bounds
 from torchreach.clock import NO_LIMIT, Clock

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from torchreach.networks.steps import Step
-from torchreach.results import LayerStats
+from torchreach.results import LayerStats, ReachStats
 
 
 class Tally:
@@ -71,3 +72,20 @@ class Tally:
                 )
             )
         return tuple(result)
+
+
+def added(one: ReachStats | None, other: ReachStats) -> ReachStats:
+    """The work of two runs on one network, layer by layer."""
+    if one is None:
+        return other
+    layers = tuple(
+        replace(
+            b,
+            stars=a.stars + b.stars,
+            splits=a.splits + b.splits,
+            linear_programs=a.linear_programs + b.linear_programs,
+            settled={name: a.settled.get(name, 0) + b.settled.get(name, 0) for name in {**a.settled, **b.settled}},
+        )
+        for a, b in zip(one.layers, other.layers, strict=True)
+    )
+    return replace(other, layers=layers, output_programs=one.output_programs + other.output_programs)

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchreach.bounds.difference import CHUNK, Pair, checked_boxes, difference_bounds, quick_bounds
+from torchreach.bounds.difference import CHUNK, checked_boxes, difference_bounds, quick_bounds
 from torchreach.bounds.hexagon import Hexagon
+from torchreach.bounds.pair import Pair
 from torchreach.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.errors import ShapeError
 from torchreach.search.result import Best, Constraints, Finish, Question, SearchResult

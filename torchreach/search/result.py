@@ -5,14 +5,13 @@ A search maximises 2 N_out objectives over one box: y1 - y2 per output (row 0) a
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from torchreach.bounds.difference import Pair
+from torchreach.bounds.pair import Pair
 from torchreach.errors import OptionError
 from torchreach.tolerances import UNIT_ROUNDOFF
 
@@ -147,18 +146,3 @@ class Best:
         better = value > self.lower
         self.lower = torch.where(better, value, self.lower)
         self.witness = torch.where(better[..., None], x[at], self.witness)
-
-
-def latest(states: Iterator[SearchResult], seconds: float | None = None) -> SearchResult:
-    """Last state of a search that is closed, or whose wall-clock time is up; Ctrl-C also ends it with its answer.
-
-    seconds: limit; it is looked at after every batch, of which at least one is finished.
-    """
-    start = time.monotonic()
-    state = next(states)
-    try:
-        while not state.closed and (seconds is None or time.monotonic() - start < seconds):
-            state = next(states, state)
-    except KeyboardInterrupt:
-        pass
-    return state

@@ -37,8 +37,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from torchreach.bounds.difference import Backward, Pair, difference_bounds
+from torchreach.bounds.difference import Backward, difference_bounds
 from torchreach.bounds.hexagon import Graph, Hexagon, height, start_slopes
+from torchreach.bounds.pair import Pair
 from torchreach.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.search.boxes import one_box
 from torchreach.search.leaves import solve_leaves
@@ -62,9 +63,7 @@ class Reduced:
 
     def __init__(self, pair: Pair, work: Backward) -> None:
         self.middle, self.radius = work.middle, work.radius
-        keep = [((h.u1 > 0) | (h.u2 > 0))[0].nonzero().flatten() for h in work.hexagons]
-        hexagons = [h.map(lambda part, i=i: part[:, i]) for h, i in zip(work.hexagons, keep, strict=True)]
-        self.free = [(~h.settled()[0]).nonzero().flatten() for h in hexagons]
+        keep, hexagons, self.free = [*work.on], work.hexagons, work.free
         self.root = [h.map(lambda part, i=i: part[:, i]) for h, i in zip(hexagons, self.free, strict=True)]
         self.count = [len(i) for i in keep]
         self.slopes = [tuple(s[0] for s in h.active()) for h in hexagons]
@@ -82,7 +81,7 @@ class Reduced:
         gammas = [2 * (2 * n + 8 * pair.depth + 16) * UNIT_ROUNDOFF for n in self.count]
         self.before = [g * torch.cat(h.sizes(), 1)[0] for g, h in zip(gammas, hexagons, strict=True)]
         self.noise = [torch.cat(pair.noise(k))[torch.cat((i, i + len(pair.b[k])))] for k, i in enumerate(keep)]
-        losses = [torch.cat((P[0, i], Q[0, i])) for (P, Q), i in zip(work.errors, keep, strict=True)]
+        losses = [torch.cat((P[0], Q[0])) for P, Q in work.errors]
         self.after = [b + loss for b, loss in zip(self.before, losses, strict=False)]
         self.output_loss = losses[-1]
         self.exact = all(pair.exact)

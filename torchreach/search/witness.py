@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchreach.bounds.difference import Pair
+from torchreach.bounds.pair import Pair
 from torchreach.clock import NO_LIMIT, Clock
 from torchreach.search.result import Best, Constraints
 

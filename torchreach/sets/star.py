@@ -279,14 +279,21 @@ class StarBatch:
 
         Constraints are left out of account; without them it is the smallest. Exact for stars made by `from_box`.
         """
-        rows = self.basis.flatten(2).to(COMPUTE_DTYPE)
-        ends = torch.stack((self.lower, self.upper)).to(COMPUTE_DTYPE)[..., None] * rows[:, 1:]
-        low, high = rows[:, 0] + ends.amin(0).sum(1), rows[:, 0] + ends.amax(0).sum(1)
-        used = rows[:, 1:] != 0
-        plain = (used.sum(2) <= 1).all(1) & (used.sum(1) <= 1).all(1) & (self.A.shape[1] == 0)
-        unrounded = (rows[:, 0] == 0) | ~used.any(1)
-        unrounded &= (rows[:, 1:].abs().sum(1) == 1) | ~used.any(1)
-        size = (self.dim + 4) * UNIT_ROUNDOFF * (rows[:, 0].abs() + ends.abs().amax(0).sum(1))
+        c, V = self.basis[:, 0].flatten(1).to(COMPUTE_DTYPE), self.basis[:, 1:].flatten(2)
+        ends = torch.stack((self.lower, self.upper)).to(COMPUTE_DTYPE)
+        used = V != 0
+        moved, own = used.any(1), used.sum(1) <= 1
+        plain = (used.sum(2) <= 1).all(1) & own.all(1) & (self.A.shape[1] == 0)
+        if self.dim and bool(own.all()):  # one predicate for each feature: no products with all the others
+            at = used.to(torch.uint8).argmax(1)
+            V = V.gather(1, at[:, None]).to(COMPUTE_DTYPE)
+            ends = ends.gather(2, at.expand(2, -1, -1))[:, :, None] * V
+        else:
+            V = V.to(COMPUTE_DTYPE)
+            ends = ends[..., None] * V
+        low, high = c + ends.amin(0).sum(1), c + ends.amax(0).sum(1)
+        unrounded = ((c == 0) & (V.abs().sum(1) == 1)) | ~moved
+        size = (self.dim + 4) * UNIT_ROUNDOFF * (c.abs() + ends.abs().amax(0).sum(1))
         size = torch.where(plain[:, None] & unrounded, 0.0, size)
         return low - size, high + size, plain
 
