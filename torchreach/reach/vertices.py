@@ -32,8 +32,12 @@ from torchreach.tolerances import UNIT_ROUNDOFF, Tolerances
 
 # Batches that one call of `advance` looks at before it hands back what deeper layers may finish first.
 ROUNDS = 64
+# Pieces from which on one call of `advance` hands back, so that deeper layers go on with them.
+PIECES = {"cpu": 1 << 14, "cuda": 1 << 20}
 # Numbers at work in one batch: bounds the time between two looks at the clock.
 NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 27}
+# Bytes of room, of what may be handed back, for each of them.
+NUMBER_BYTES = 12
 # Pieces that are handed back as one chunk.
 HANDED = {"cpu": 1024, "cuda": 65536}
 # Vertex slots that may be wasted to cut polytopes of different sizes in one call.
@@ -117,10 +121,10 @@ class Shelf:
         if len(pieces):
             self.groups.setdefault(pieces.slots, []).append(pieces)
 
-    def take(self) -> Pieces:
+    def take(self, numbers: int) -> Pieces:
         """Take as many pieces as fit together: groups of fewer slots join a group where few are wasted.
 
-        The last ones come first, and of many no more than can be worked on at once.
+        The last ones come first, and no more than so many numbers can be worked on at once.
         """
         sizes = {slots: sum(map(len, group)) for slots, group in self.groups.items()}
 
@@ -129,18 +133,15 @@ class Shelf:
 
         joined = max(map(fitting, sizes), key=lambda group: sum(sizes[k] for k in group))
         taken: list[Pieces] = []
-        room = None
         for k in joined:
             group = self.groups[k]
-            while group and (room is None or room > 0):
+            while group and numbers > 0:
                 part = group.pop()
-                if room is None:
-                    room = NUMBERS.get(part.star.device.type, NUMBERS["cuda"])
-                most = max(1, room // part.work)
+                most = max(1, numbers // part.work)
                 if len(part) > most:
                     part, *rest = part.blocks(most)
                     group += rest
-                room -= len(part) * part.work
+                numbers -= len(part) * part.work
                 taken.append(part)
             if not group:
                 del self.groups[k]
@@ -189,12 +190,11 @@ class Chunk:
             low[part.star], high[part.star] = points.amin(1) - part.drift, points.amax(1) + part.drift
         return low, high
 
-    def parts(self, wide: int) -> list[Pieces]:
-        """The pieces in parts of which `wide` values at each vertex can be looked at together."""
+    def parts(self, wide: int, numbers: int) -> list[Pieces]:
+        """The pieces in parts of which `wide` values at each vertex are at most so many numbers."""
         shelf, parts = Shelf(self.pieces), []
         while shelf.groups:
-            part = shelf.take()
-            numbers = NUMBERS.get(part.star.device.type, NUMBERS["cuda"])
+            part = shelf.take(numbers)
             parts += part.blocks(max(1, numbers // max(1, wide * part.slots)))
         return parts
 
@@ -303,15 +303,16 @@ class VertexEngine:
         until the layer is done. Work left after a while, when the clock is over, or when the pieces would take
         more than `room` bytes as stars of their own, is handed back, uncut.
         """
-        followed = self._follow(chunk)
+        numbers = self._numbers(chunk, room)
+        followed = self._follow(chunk, numbers)
         waiting, done = Shelf(), Shelf()
         for part in followed.arrived:
             (waiting if part.open.shape[1] else done).add(part)
-        most = room / self._bytes(chunk)
+        most = min(room / self._bytes(chunk), PIECES.get(chunk.rows.device.type, PIECES["cuda"]))
         for _ in range(ROUNDS):
             if not waiting.groups or clock.over or len(waiting) + len(done) > most:
                 break
-            part = waiting.take()
+            part = waiting.take(numbers)
             size, width = part.open.shape
             values = followed.planes.index_select(0, part.open.flatten()).view(size, width, -1)
             values = values @ part.body.vertices.mT  # [S', C, K]
@@ -355,13 +356,18 @@ class VertexEngine:
         while done.groups:
             if clock.over:
                 return chunks + self._handed_back(chunk, done)
-            chunks += [self._activate(chunk, block, followed) for block in done.take().blocks(size)]
+            chunks += [self._activate(chunk, block, followed) for block in done.take(numbers).blocks(size)]
         return chunks
 
     def _handed_back(self, chunk: Chunk, pieces: Shelf) -> list[Chunk]:
         """Pieces as stars that wait at the layer they are at."""
         size = HANDED.get(chunk.rows.device.type, HANDED["cuda"])
         return [chunk.split([block.closed()]) for part in pieces.all() for block in part.blocks(size)]
+
+    @staticmethod
+    def _numbers(chunk: Chunk, room: float) -> int:
+        """Numbers that may be at work at once."""
+        return int(max(1, min(room / NUMBER_BYTES, NUMBERS.get(chunk.rows.device.type, NUMBERS["cuda"]))))
 
     def _bytes(self, chunk: Chunk) -> float:
         """Bytes of a piece of the chunk as a star of its own, at this layer or the next."""
@@ -370,7 +376,7 @@ class VertexEngine:
         body = sum(map(size_of, chunk.pieces)) / max(1, len(chunk))
         return chunk.rows.element_size() * (variables + 1) * features + body
 
-    def _follow(self, chunk: Chunk) -> _Followed:
+    def _follow(self, chunk: Chunk, numbers: int) -> _Followed:
         """What to follow of stars that arrive at a layer."""
         step, live = self.steps[chunk.layer], self.live[chunk.layer]
         assert step.relu is not None
@@ -382,7 +388,7 @@ class VertexEngine:
         rounding = 16 * variables * UNIT_ROUNDOFF * chunk.rows.abs().sum(1).index_select(1, live)
         tolerance = rounding.clamp(min=self.tolerances.sign)  # [S, L]
         lower, upper = (arrived.new_empty(size, len(live)) for _ in range(2))
-        pieces = chunk.parts(len(live))
+        pieces = chunk.parts(len(live), numbers)
         for part in pieces:
             values = arrived.index_select(0, part.star) @ part.body.vertices.mT  # [S', L, K]
             lower.index_copy_(0, part.star, values.amin(2))
@@ -432,10 +438,10 @@ class VertexEngine:
         numbered = part.numbered(torch.arange(len(part), device=star.device))
         return Chunk(chunk.layer + 1, rows, slack, chunk.origin.index_select(0, star), (numbered,))
 
-    def finish(self, chunk: Chunk, record: RangeRecord, clock: Clock = NO_LIMIT) -> None:  # noqa: ARG002
-        """Take the output range of stars at the last layer into the record."""
-        wide = chunk.rows.shape[2]
-        for part in chunk.parts(wide):
+    def finish(self, chunk: Chunk, record: RangeRecord, clock: Clock = NO_LIMIT, room: float = math.inf) -> None:
+        """Take the output range of stars at the last layer into the record. Raises OutOfTime."""
+        for part in chunk.parts(chunk.rows.shape[2], self._numbers(chunk, room)):
+            clock.check()
             rows, origin = chunk.rows.index_select(0, part.star), chunk.origin.index_select(0, part.star)
             values = rows.mT.contiguous() @ part.body.vertices.mT  # [S', N, K]
             slack = chunk.slack.index_select(0, part.star) + part.drift * rows[:, 1:].abs().sum(1)
