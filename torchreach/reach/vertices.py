@@ -33,7 +33,7 @@ from torchreach.tolerances import UNIT_ROUNDOFF, Tolerances
 # Batches that one call of `advance` looks at before it hands back what deeper layers may finish first.
 ROUNDS = 64
 # Pieces from which on one call of `advance` hands back, so that deeper layers go on with them.
-PIECES = {"cpu": 1 << 14, "cuda": 1 << 20}
+PIECES = {"cpu": 1 << 15, "cuda": 1 << 20}
 # Numbers at work in one batch: bounds the time between two looks at the clock.
 NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 27}
 # Bytes of room, of what may be handed back, for each of them.
