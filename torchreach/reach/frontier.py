@@ -38,7 +38,7 @@ NUMBERS = {"cpu": 1 << 24, "cuda": 1 << 28}
 # What a step takes while it runs, in multiples of the tensors it is given and returns.
 WORKING = 8
 # Seconds that bounding what is open may take when the time is up, or Ctrl-C pressed.
-GRACE = 1.0
+GRACE = 0.5
 # Numbers in the zonotopes that are bounded at once.
 CLOSING = {"cpu": 1 << 22, "cuda": 1 << 27}
 # Bytes of the budget for each of them.
@@ -55,7 +55,7 @@ SPREAD = 0.1
 
 
 class Chunk(Protocol):
-    """A batch of stars at one layer; see `reach.vertices.Chunk` for the fields."""
+    """A batch of stars at one layer; see `reach.vertex_pieces.Chunk` for the fields."""
 
     layer: int
     rows: Tensor
