@@ -38,9 +38,11 @@ NUMBERS = {"cpu": 1 << 24, "cuda": 1 << 28}
 # What a step takes while it runs, in multiples of the tensors it is given and returns.
 WORKING = 8
 # Seconds that bounding what is open may take when the time is up, or Ctrl-C pressed.
-GRACE = 1.0
+GRACE = 0.5
 # Numbers in the zonotopes that are bounded at once.
 CLOSING = {"cpu": 1 << 22, "cuda": 1 << 27}
+# Bytes of the budget for each of them.
+CLOSING_BYTES = 64
 # Processes pay once a run has lasted so long, and a chunk is open for each (or it has lasted longer still,
 # and the next step of what is open takes so long).
 FORK_SECONDS = 0.1
@@ -53,7 +55,7 @@ SPREAD = 0.1
 
 
 class Chunk(Protocol):
-    """A batch of stars at one layer; see `reach.vertices.Chunk` for the fields."""
+    """A batch of stars at one layer; see `reach.vertex_pieces.Chunk` for the fields."""
 
     layer: int
     rows: Tensor
@@ -82,7 +84,7 @@ class Engine(Protocol):
         """
         ...
 
-    def finish(self, chunk: Any, record: RangeRecord, clock: Clock) -> None: ...
+    def finish(self, chunk: Any, record: RangeRecord, clock: Clock, room: float) -> None: ...
     def join(self, chunks: list[Any]) -> Any: ...
 
 
@@ -311,11 +313,12 @@ class Frontier:
 
     def step(self, chunk: Any, sink: Sink) -> list[Any]:
         """Advance a chunk, or take it into the results; returns the chunks it leaves open."""
+        room = self._room() / self.workers / WORKING
         try:
             if chunk.layer < len(self.steps) - 1:
-                return self.engine.advance(chunk, self.clock, self._room() / self.workers / WORKING)
+                return self.engine.advance(chunk, self.clock, room)
             with self._results:
-                self.engine.finish(chunk, sink.record, self.clock)
+                self.engine.finish(chunk, sink.record, self.clock, room)
                 sink.count.index_add_(0, chunk.origin, torch.ones_like(chunk.origin))
                 self.done += len(chunk)
                 if sink.keep is not None:
@@ -372,7 +375,8 @@ class Frontier:
         """How many stars at a layer are bounded at once."""
         wide = [step.features for step in self.steps[layer:]]
         generators = 1 + self.dim + sum(wide[:-1])
-        return max(1, CLOSING.get(self.device.type, CLOSING["cuda"]) // (generators * max(wide)))
+        numbers = min(CLOSING.get(self.device.type, CLOSING["cuda"]), self.memory / CLOSING_BYTES)
+        return int(max(1, numbers // (generators * max(wide))))
 
     def _bound(self, chunk: Any, clock: Clock) -> tuple[Tensor, Tensor]:
         """Certified output range [S, N] of open stars, from their predicate boxes."""

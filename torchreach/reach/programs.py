@@ -118,7 +118,7 @@ class ProgramEngine:
             self.tally.count(chunk.layer, splits=number)
         return chunks
 
-    def finish(self, chunk: Chunk, record: RangeRecord, clock: Clock = NO_LIMIT) -> None:
+    def finish(self, chunk: Chunk, record: RangeRecord, clock: Clock = NO_LIMIT, room: float = math.inf) -> None:  # noqa: ARG002
         """Take the output range of pieces at the last layer into the record, by linear programs. Raises OutOfTime."""
         rows = chunk.rows.transpose(1, 2)
         args = (rows, chunk.slack, chunk.sets, chunk.points, chunk.origin, record, self.tolerances.gap, clock)

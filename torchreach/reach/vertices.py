@@ -26,195 +26,22 @@ from torchreach.reach import activation
 from torchreach.reach.memory import size_of
 from torchreach.reach.record import PointOf, RangeRecord
 from torchreach.reach.tally import Tally
-from torchreach.sets import polytope
+from torchreach.reach.vertex_pieces import Chunk, Pieces, Shelf
 from torchreach.sets.polytope import PolytopeBatch
 from torchreach.tolerances import UNIT_ROUNDOFF, Tolerances
 
 # Batches that one call of `advance` looks at before it hands back what deeper layers may finish first.
 ROUNDS = 64
+# Pieces from which on one call of `advance` hands back, so that deeper layers go on with them.
+PIECES = {"cpu": 1 << 15, "cuda": 1 << 20}
 # Numbers at work in one batch: bounds the time between two looks at the clock.
 NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 27}
+# Bytes of room, of what may be handed back, for each of them.
+NUMBER_BYTES = 12
 # Pieces that are handed back as one chunk.
 HANDED = {"cpu": 1024, "cuda": 65536}
-# Vertex slots that may be wasted to cut polytopes of different sizes in one call.
-SPARE = 4096
 # Numbers in the affine maps that go through the activation at once: few enough to stay in cache.
 BLOCK = {"cpu": 1 << 17, "cuda": 1 << 27}
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """Polytopes with equally many vertex slots, each a piece of a star of a chunk."""
-
-    body: PolytopeBatch
-    star: Tensor  # [S'] which star of the chunk
-    cuts: Tensor  # [S'] cuts so far, which bounds how far vertices may have drifted
-    open: Tensor  # [S', C] planes that may still cut, by number in `_Followed`; none outside of `advance`
-
-    @property
-    def slots(self) -> int:
-        return self.body.vertices.shape[1]
-
-    @property
-    def drift(self) -> Tensor:
-        """[S', 1] distance, in each predicate variable, within which a piece may miss points."""
-        return (4 * UNIT_ROUNDOFF * self.cuts)[:, None]
-
-    @property
-    def work(self) -> int:
-        """Numbers that one piece takes while it is cut: its values at planes and vertices, and pairs of vertices."""
-        return self.open.shape[1] * (self.slots + self.body.dim + 1) + self.slots**2 // 2 * self.body.incidence.shape[2]
-
-    def __len__(self) -> int:
-        return len(self.star)
-
-    def select(self, index: Tensor) -> Pieces:
-        if len(index) == len(self.star):
-            return self
-        parts = (part.index_select(0, index) for part in (self.star, self.cuts, self.open))
-        return Pieces(self.body.select(index), *parts)
-
-    def blocks(self, size: int) -> list[Pieces]:
-        """The same pieces, at most `size` at a time."""
-        if len(self) <= size:
-            return [self]
-        bodies = self.body.split(size)
-        parts = (part.split(size) for part in (self.star, self.cuts, self.open))
-        return [Pieces(*block) for block in zip(bodies, *parts, strict=True)]
-
-    def numbered(self, star: Tensor) -> Pieces:
-        return replace(self, star=star)
-
-    def closed(self) -> Pieces:
-        """Without open planes."""
-        return replace(self, open=self.open[:, :0])
-
-
-def _join(pieces: list[Pieces]) -> Pieces:
-    if len(pieces) == 1:
-        return pieces[0]
-    width = max(p.open.shape[1] for p in pieces)
-    return Pieces(
-        polytope.merge([p.body for p in pieces]),
-        torch.cat([p.star for p in pieces]),
-        torch.cat([p.cuts for p in pieces]),
-        torch.cat([pad(p.open, (0, width - p.open.shape[1])) for p in pieces]),
-    )
-
-
-class Shelf:
-    """Pieces grouped by number of vertex slots."""
-
-    def __init__(self, pieces: tuple[Pieces, ...] = ()) -> None:
-        self.groups: dict[int, list[Pieces]] = {}
-        for part in pieces:
-            self.add(part)
-
-    def __len__(self) -> int:
-        return sum(len(part) for group in self.groups.values() for part in group)
-
-    def add(self, pieces: Pieces) -> None:
-        if len(pieces):
-            self.groups.setdefault(pieces.slots, []).append(pieces)
-
-    def take(self) -> Pieces:
-        """Take as many pieces as fit together: groups of fewer slots join a group where few are wasted.
-
-        The last ones come first, and of many no more than can be worked on at once.
-        """
-        sizes = {slots: sum(map(len, group)) for slots, group in self.groups.items()}
-
-        def fitting(slots: int) -> list[int]:
-            return [k for k, number in sizes.items() if 0 <= (slots - k) * number <= SPARE]
-
-        joined = max(map(fitting, sizes), key=lambda group: sum(sizes[k] for k in group))
-        taken: list[Pieces] = []
-        room = None
-        for k in joined:
-            group = self.groups[k]
-            while group and (room is None or room > 0):
-                part = group.pop()
-                if room is None:
-                    room = NUMBERS.get(part.star.device.type, NUMBERS["cuda"])
-                most = max(1, room // part.work)
-                if len(part) > most:
-                    part, *rest = part.blocks(most)
-                    group += rest
-                room -= len(part) * part.work
-                taken.append(part)
-            if not group:
-                del self.groups[k]
-        return _join(taken)
-
-    def all(self) -> tuple[Pieces, ...]:
-        return tuple(_join(group) for group in self.groups.values())
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A batch of stars waiting at the same layer, before its activation."""
-
-    layer: int
-    rows: Tensor  # [S, 1 + M, N] pre-activations as affine maps of the predicate
-    slack: Tensor  # [S, N] certified error of the rows
-    origin: Tensor  # [S] index of the input star
-    pieces: tuple[Pieces, ...]  # one piece per star, in groups of equal size
-
-    kind = 0  # any two chunks of one layer can be joined
-
-    def __len__(self) -> int:
-        return len(self.origin)
-
-    def select(self, index: slice) -> Chunk:
-        start, stop, _ = index.indices(len(self))
-        pieces = []
-        for part in self.pieces:
-            inside = ((part.star >= start) & (part.star < stop)).nonzero().flatten()
-            if len(inside):
-                chosen = part.select(inside)
-                pieces.append(chosen.numbered(chosen.star - start))
-        return Chunk(self.layer, self.rows[index], self.slack[index], self.origin[index], tuple(pieces))
-
-    def split(self, pieces: list[Pieces]) -> Chunk:
-        """Pieces of these stars as stars of their own."""
-        star = torch.cat([p.star for p in pieces])
-        return Chunk(self.layer, self.rows[star], self.slack[star], self.origin[star], _renumber(pieces))
-
-    def box(self) -> tuple[Tensor, Tensor]:
-        """Predicate box [S, M] of each star."""
-        low = self.rows.new_empty(len(self), self.rows.shape[1] - 1)
-        high = low.clone()
-        for part in self.pieces:
-            points = part.body.vertices[:, :, 1:]
-            low[part.star], high[part.star] = points.amin(1) - part.drift, points.amax(1) + part.drift
-        return low, high
-
-    def parts(self, wide: int) -> list[Pieces]:
-        """The pieces in parts of which `wide` values at each vertex can be looked at together."""
-        shelf, parts = Shelf(self.pieces), []
-        while shelf.groups:
-            part = shelf.take()
-            numbers = NUMBERS.get(part.star.device.type, NUMBERS["cuda"])
-            parts += part.blocks(max(1, numbers // max(1, wide * part.slots)))
-        return parts
-
-    def stars(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(rows, half-spaces [S', F, 1 + M] with h . (1, a) >= 0, origin) of groups of stars."""
-        return [(self.rows[p.star], _facets(p), self.origin[p.star]) for p in self.pieces]
-
-
-def _facets(pieces: Pieces) -> Tensor:
-    assert pieces.body.facets is not None
-    return pieces.body.facets
-
-
-def _renumber(pieces: list[Pieces]) -> tuple[Pieces, ...]:
-    """The same pieces as pieces of stars 0, 1, 2 ... in their order."""
-    result, first = [], 0
-    for part in pieces:
-        result.append(part.numbered(torch.arange(first, first + len(part), device=part.star.device)))
-        first += len(part)
-    return tuple(result)
 
 
 @dataclass(frozen=True)
@@ -303,15 +130,16 @@ class VertexEngine:
         until the layer is done. Work left after a while, when the clock is over, or when the pieces would take
         more than `room` bytes as stars of their own, is handed back, uncut.
         """
-        followed = self._follow(chunk)
+        numbers = self._numbers(chunk, room)
+        followed = self._follow(chunk, numbers)
         waiting, done = Shelf(), Shelf()
         for part in followed.arrived:
             (waiting if part.open.shape[1] else done).add(part)
-        most = room / self._bytes(chunk)
+        most = min(room / self._bytes(chunk), PIECES.get(chunk.rows.device.type, PIECES["cuda"]))
         for _ in range(ROUNDS):
             if not waiting.groups or clock.over or len(waiting) + len(done) > most:
                 break
-            part = waiting.take()
+            part = waiting.take(numbers)
             size, width = part.open.shape
             values = followed.planes.index_select(0, part.open.flatten()).view(size, width, -1)
             values = values @ part.body.vertices.mT  # [S', C, K]
@@ -355,13 +183,18 @@ class VertexEngine:
         while done.groups:
             if clock.over:
                 return chunks + self._handed_back(chunk, done)
-            chunks += [self._activate(chunk, block, followed) for block in done.take().blocks(size)]
+            chunks += [self._activate(chunk, block, followed) for block in done.take(numbers).blocks(size)]
         return chunks
 
     def _handed_back(self, chunk: Chunk, pieces: Shelf) -> list[Chunk]:
         """Pieces as stars that wait at the layer they are at."""
         size = HANDED.get(chunk.rows.device.type, HANDED["cuda"])
         return [chunk.split([block.closed()]) for part in pieces.all() for block in part.blocks(size)]
+
+    @staticmethod
+    def _numbers(chunk: Chunk, room: float) -> int:
+        """Numbers that may be at work at once."""
+        return int(max(1, min(room / NUMBER_BYTES, NUMBERS.get(chunk.rows.device.type, NUMBERS["cuda"]))))
 
     def _bytes(self, chunk: Chunk) -> float:
         """Bytes of a piece of the chunk as a star of its own, at this layer or the next."""
@@ -370,7 +203,7 @@ class VertexEngine:
         body = sum(map(size_of, chunk.pieces)) / max(1, len(chunk))
         return chunk.rows.element_size() * (variables + 1) * features + body
 
-    def _follow(self, chunk: Chunk) -> _Followed:
+    def _follow(self, chunk: Chunk, numbers: int) -> _Followed:
         """What to follow of stars that arrive at a layer."""
         step, live = self.steps[chunk.layer], self.live[chunk.layer]
         assert step.relu is not None
@@ -382,7 +215,7 @@ class VertexEngine:
         rounding = 16 * variables * UNIT_ROUNDOFF * chunk.rows.abs().sum(1).index_select(1, live)
         tolerance = rounding.clamp(min=self.tolerances.sign)  # [S, L]
         lower, upper = (arrived.new_empty(size, len(live)) for _ in range(2))
-        pieces = chunk.parts(len(live))
+        pieces = chunk.parts(len(live), numbers)
         for part in pieces:
             values = arrived.index_select(0, part.star) @ part.body.vertices.mT  # [S', L, K]
             lower.index_copy_(0, part.star, values.amin(2))
@@ -432,10 +265,10 @@ class VertexEngine:
         numbered = part.numbered(torch.arange(len(part), device=star.device))
         return Chunk(chunk.layer + 1, rows, slack, chunk.origin.index_select(0, star), (numbered,))
 
-    def finish(self, chunk: Chunk, record: RangeRecord, clock: Clock = NO_LIMIT) -> None:  # noqa: ARG002
-        """Take the output range of stars at the last layer into the record."""
-        wide = chunk.rows.shape[2]
-        for part in chunk.parts(wide):
+    def finish(self, chunk: Chunk, record: RangeRecord, clock: Clock = NO_LIMIT, room: float = math.inf) -> None:
+        """Take the output range of stars at the last layer into the record. Raises OutOfTime."""
+        for part in chunk.parts(chunk.rows.shape[2], self._numbers(chunk, room)):
+            clock.check()
             rows, origin = chunk.rows.index_select(0, part.star), chunk.origin.index_select(0, part.star)
             values = rows.mT.contiguous() @ part.body.vertices.mT  # [S', N, K]
             slack = chunk.slack.index_select(0, part.star) + part.drift * rows[:, 1:].abs().sum(1)
