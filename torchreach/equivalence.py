@@ -31,6 +31,7 @@ from torchreach.discrepancy import discrepancy, one_dtype
 from torchreach.errors import OptionError, ShapeError, UnsupportedLayerError
 from torchreach.executed import SEMANTICS, Formats, Side, formats
 from torchreach.networks.layers import Reshape
+from torchreach.networks.load import as_network
 from torchreach.networks.merge import merge
 from torchreach.networks.quantized import is_weight_only
 from torchreach.networks.steps import Step, steps
@@ -86,6 +87,7 @@ def equivalent(
         raise OptionError(f"equivalent needs either epsilon or top1=True, got {given}")
     if not isinstance(stars, StarBatch):
         raise ShapeError(f"two networks are compared on a torchreach.StarBatch, got {type(stars).__name__}")
+    original, compressed = as_network(original), as_network(compressed)
     if epsilon is not None:
         if not 0 <= epsilon < math.inf:
             raise OptionError(f"epsilon must be a number >= 0, got {epsilon!r}")
@@ -101,8 +103,8 @@ def equivalent(
             arithmetic=arithmetic,
         )
         return _within(found, epsilon)
-    shape, budget = None if len(stars.shape) == 1 else stars.shape, budget or Budget()
-    if rounds(original, shape) or rounds(compressed, shape):
+    budget = budget or Budget()
+    if rounds(original, stars.shape) or rounds(compressed, stars.shape):
         raise UnsupportedLayerError(
             "top1 needs networks that do not round activations: compare torchreach.weight_only(network), or ask "
             "for an epsilon"
@@ -154,8 +156,8 @@ class _Labels:
     def __post_init__(self) -> None:
         stars, given = self.stars, (self.original, self.compressed)
         self.same = self.original is self.compressed
-        self.original, self.compressed = one_dtype(*given)
-        merge(self.original, self.compressed, None if len(stars.shape) == 1 else stars.shape)  # refuses wrong input
+        self.original, self.compressed = one_dtype(*given, stars.shape)
+        merge(self.original, self.compressed, stars.shape)  # refuses wrong input
         self.sides = tuple(Side.of(network, stars, kind) for network, kind in zip(given, self.kinds, strict=True))
         self.networks = tuple(side.steps for side in self.sides)
         self.outputs = self.networks[0][-1].features
