@@ -252,7 +252,7 @@ class _Run:
             above = lower[index].flatten(1).amax(1) > self.question.threshold
             below = upper[index].flatten(1).amax(1) <= self.question.threshold
             watch.ended |= bool((above | below).all())
-        self._report(progress.done, progress.open, lower, upper, "star")
+        self._report(progress.done, progress.open, (lower, upper), "star")
 
     def search(self, options: Search, seconds: float | None) -> None:
         """Branch and bound on every open star in turn; each gets its share of so many seconds, or of what is left."""
@@ -392,20 +392,12 @@ class _Run:
         done, open_ = (sum(getattr(state, name) for state in states) for name in ("branches", "open"))
         self._report(done, open_ or len(self.stars))
 
-    def _report(
-        self,
-        done: int,
-        open_: int,
-        lower: Tensor | None = None,
-        upper: Tensor | None = None,
-        unit: str = "branch",
-    ) -> None:
-        if self.progress is None:
-            return
-        self.reported = self.clock.elapsed
-        lower, upper = self.lower if lower is None else lower, self.upper if upper is None else upper
-        met = -lower[:, 1], lower[:, 0]
-        self.progress(Progress(done, open_, -upper[:, 1], upper[:, 0], *met, self.clock.elapsed, unit))
+    def _report(self, done: int, open_: int, ends: tuple[Tensor, Tensor] | None = None, unit: str = "branch") -> None:
+        if self.progress is not None:
+            self.reported = self.clock.elapsed
+            lower, upper = ends or (self.lower, self.upper)
+            signed = -upper[:, 1], upper[:, 0], -lower[:, 1], lower[:, 0]
+            self.progress(Progress(done, open_, *signed, self.clock.elapsed, unit))
 
     def _reason(self, s: int, exact: bool) -> Reason:
         """Why the work on star s ended."""
