@@ -105,8 +105,7 @@ class _Run:
     def __post_init__(self) -> None:
         self.began = self.reported = time.monotonic()
         stars = self.stars
-        shape = None if len(stars.shape) == 1 else stars.shape
-        self.merged = merge(self.original, self.compressed, shape)
+        self.merged = merge(self.original, self.compressed, stars.shape)
         self.network: tuple[Step, ...] = steps(self.merged, stars.shape, dtype=COMPUTE_DTYPE, device=stars.device)
         original, compressed = (
             steps(network, stars.shape, dtype=COMPUTE_DTYPE, device=stars.device)

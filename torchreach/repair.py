@@ -28,6 +28,7 @@ from torchreach.deployed_student import DeployedStudent
 from torchreach.discrepancy import discrepancy
 from torchreach.errors import OptionError, ShapeError
 from torchreach.networks.chain import chain, evaluation_mode
+from torchreach.networks.load import as_network
 from torchreach.networks.merge import merge
 from torchreach.networks.quantized import Constraints
 from torchreach.networks.quantizer import Quantizer
@@ -119,6 +120,7 @@ def repair(
         raise ShapeError(f"data must be (inputs, labels) of equal length, got {sizes}")
     if not isinstance(stars, StarBatch):
         raise ShapeError(f"repair needs a torchreach.StarBatch, got {type(stars).__name__}")
+    original, compressed = as_network(original), as_network(compressed)
     reference, student = _pair(original, compressed, stars, constraints, training, seed, loss)
     goal.check((len(stars), run(reference, stars.center).shape[1]))
     seeds = torch.Generator().manual_seed(seed)

@@ -193,6 +193,8 @@ class ChainBuilder:
                 self.shape = tuple(layer(zero).shape[1:])
         except (RuntimeError, ValueError, IndexError) as error:
             reason = str(error).splitlines()[0]
+            if isinstance(layer, nn.Linear):
+                reason = f"it takes {layer.weight.shape[1]} numbers"
             raise ShapeError(
                 f"{place} does not accept inputs of shape {self.shape}: {reason}{self._cure(layer)}"
             ) from None

@@ -13,7 +13,7 @@ import weakref
 import torch
 from torch import fx, nn
 
-from torchreach.errors import ShapeError
+from torchreach.errors import OptionError, ShapeError
 from torchreach.networks.builder import ChainBuilder, Shape, check_finite, is_leaf
 from torchreach.networks.calls import altered, is_wrapper, keeps, unwrapped
 from torchreach.networks.fake_quantized import add_fake_quantized, is_observed, is_quantization_part, observers
@@ -64,6 +64,7 @@ def chain(module: nn.Module, input_shape: Shape | None = None) -> nn.Sequential:
         InvalidNetworkError: a parameter is NaN or infinite, a scale not positive, a zero point out of range.
         ShapeError: a layer does not accept what `input_shape` leads to.
     """
+    check_module(module)
     check_finite(module, skip=observers(module))
     builder = ChainBuilder(_checked_shape(input_shape))
     _refuse_stuck(builder, module)
@@ -82,6 +83,19 @@ def weight_only(module: nn.Module, input_shape: Shape | None = None) -> WeightOn
     Arguments and errors as `chain`; a network without quantisers gives the same as `chain`.
     """
     return WeightOnly(*(layer for layer in chain(module, input_shape) if not isinstance(layer, Quantizer)))
+
+
+def check_module(network: object) -> None:
+    """Raises OptionError for what is not a module."""
+    if isinstance(network, nn.Module):
+        return
+    cure = ""
+    if isinstance(network, torch.jit.ScriptFunction) or callable(network):
+        cure = "; put the function into the forward method of a module, whose parameters can then be seen"
+    raise OptionError(
+        "a network must be a torch.nn.Module, a file (.onnx, or .pt2 of torch.export.save) or an exported program, got "
+        f"{type(network).__name__}{cure}"
+    )
 
 
 def _checked_shape(shape: Shape | None) -> Shape | None:

@@ -13,33 +13,37 @@ from torch import fx, nn
 
 from torchreach.errors import FileFormatError
 from torchreach.networks.builder import ChainBuilder, Shape, check_finite
-from torchreach.networks.chain import add_graph_module, chain, exported_module
-from torchreach.networks.quantizer import Quantizer
+from torchreach.networks.chain import add_graph_module, chain, check_module, exported_module
 
 
-def load(source: str | Path | nn.Module, *, dtype: torch.dtype | None = None) -> nn.Sequential:
+def load(
+    source: str | Path | nn.Module | torch.export.ExportedProgram,
+    *,
+    dtype: torch.dtype | None = None,
+    input_shape: Shape | None = None,
+) -> nn.Sequential:
     """Network as a flat `nn.Sequential` of supported layers, in evaluation mode semantics (see `chain`).
 
     Args:
-        source: path of an `.onnx` file, of a `.pt2` file written by `torch.export.save`, or a module (whose
-            parameters the result shares, unless `dtype` asks for a converted copy).
+        source: path of an `.onnx` file, of a `.pt2` file written by `torch.export.save`, an exported program, or a
+            module (whose parameters the result shares, unless `dtype` asks for a converted copy).
         dtype: floating dtype of the result; None keeps the one in the file.
+        input_shape: of a module: shape of one input, no batch axis, where a layer's meaning depends on it. Files and
+            programs have their own.
 
-    An ONNX network whose input has axes of size 1 before it is flattened, such as [1, 1, 1, 5], accepts
-    [B, 5] as well.
+    An ONNX network whose input has several axes, such as [1, 1, 1, 5] or [1, 3, 32, 32], accepts flat inputs
+    [B, 5] or [B, 3072] as well.
 
     Raises:
         FileFormatError: a file that is missing, corrupt, or of an unknown kind.
         UnsupportedLayerError: an operation without a sound rule, named with its position.
         InvalidNetworkError: a weight is NaN or infinite.
     """
-    if isinstance(source, nn.Module):
-        network = chain(source)
-        if dtype is None:
-            return network
-        if any(isinstance(layer, Quantizer) for layer in network):  # int8 modules have no other dtype
-            return copy.deepcopy(network).to(dtype)
-        return chain(copy.deepcopy(source).to(dtype))
+    if not isinstance(source, str | Path):
+        if input_shape is None and isinstance(source, torch.export.ExportedProgram):
+            input_shape = _input_shape(source)
+        network = chain(as_network(source), input_shape)
+        return network if dtype is None else copy.deepcopy(network).to(dtype)
     path = Path(source)
     if not path.is_file():
         raise FileFormatError(f"no such file: {path}")
@@ -62,6 +66,19 @@ def load(source: str | Path | nn.Module, *, dtype: torch.dtype | None = None) ->
     return network if dtype is None else network.to(dtype)
 
 
+def as_network(source: nn.Module | str | Path | torch.export.ExportedProgram) -> nn.Module:
+    """What analyses take for a network: a module as it is, an exported program or a file (.pt2, .onnx) as a module.
+
+    Raises: OptionError for anything else; as `load`.
+    """
+    if isinstance(source, str | Path):
+        return read_program(Path(source))[0] if Path(source).suffix.lower() == ".pt2" else load(source)
+    if isinstance(source, torch.export.ExportedProgram):
+        return exported_module(source)
+    check_module(source)
+    return source
+
+
 def _read_exported(path: Path) -> nn.Sequential:
     module, shape = read_program(path)
     check_finite(module)
@@ -80,11 +97,15 @@ def read_program(path: Path) -> tuple[fx.GraphModule, Shape | None]:
     try:
         program = _load_program(path)
         module = exported_module(program)
-        inputs = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
-        shape = inputs[0].meta["val"].shape if len(inputs) == 1 else None
+        shape = _input_shape(program)
     except Exception as error:  # zip, json and schema errors, all of them signs of a damaged file
         raise FileFormatError(f"{path} is not a readable .pt2 program: {first_line(error)}") from None
-    return module, None if shape is None else tuple(int(n) for n in shape[1:])
+    return module, shape
+
+
+def _input_shape(program: torch.export.ExportedProgram) -> Shape | None:
+    inputs = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
+    return tuple(int(n) for n in inputs[0].meta["val"].shape[1:]) if len(inputs) == 1 else None
 
 
 def input_shape(path: Path) -> Shape | None:

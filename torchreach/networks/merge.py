@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from torchreach.errors import ShapeError, UnsupportedLayerError
 from torchreach.networks.chain import chain
-from torchreach.networks.layers import MaskedReLU, MergedAffine, linear, magnitude
+from torchreach.networks.layers import MaskedReLU, MergedAffine, Reshape, linear, magnitude
+from torchreach.networks.load import as_network
 from torchreach.networks.propagate import propagate
 from torchreach.networks.quantizer import Quantizer
 
@@ -136,14 +137,17 @@ def merge(original: nn.Module, compressed: nn.Module, input_shape: Shape | None 
         ShapeError: input or output sizes differ, or `input_shape` is needed.
         InvalidNetworkError: a weight is NaN or infinite.
     """
-    branches = (chain(original, input_shape), chain(compressed, input_shape))
+    original, compressed = as_network(original), as_network(compressed)
+    branches = tuple(
+        _read(network, name, input_shape) for network, name in ((original, "original"), (compressed, "compressed"))
+    )
     for layer in (*branches[0], *branches[1]):
         if isinstance(layer, Quantizer):
             raise UnsupportedLayerError(
                 f"{layer.name or 'a layer'!r} rounds activations, so the networks have no merged ReLU network: use "
                 "torchreach.discrepancy, or compare torchreach.weight_only(network)"
             )
-    shape = input_shape or _shared_input_shape(branches)
+    shape = _shared_input_shape(branches) if input_shape is None else tuple(input_shape)
     blocks, shapes = zip(*(_blocks(branch, shape, i) for i, branch in enumerate(branches)), strict=True)
     out1, out2 = (prod(s[-1]) for s in shapes)
     if out1 != out2:
@@ -159,7 +163,14 @@ def merge(original: nn.Module, compressed: nn.Module, input_shape: Shape | None 
             on = [i < len(b) - 1 for b in blocks]
             layers.append(MergedReLU((sizes[0], sizes[1]), (on[0], on[1])))
     layers.append(Comparison(out1))
-    return MergedNetwork(layers, branches)
+    return MergedNetwork(layers, (branches[0], branches[1]))
+
+
+def _read(network: nn.Module, name: str, input_shape: Shape | None) -> nn.Sequential:
+    try:
+        return chain(network, input_shape)
+    except ShapeError as error:
+        raise ShapeError(f"the {name} network: {error}") from None
 
 
 def _blocks(branch: nn.Sequential, shape: Shape, index: int) -> tuple[list[nn.Sequential], list[Shape]]:
@@ -184,13 +195,16 @@ def _blocks(branch: nn.Sequential, shape: Shape, index: int) -> tuple[list[nn.Se
     return blocks, shapes
 
 
-def _shared_input_shape(branches: tuple[nn.Sequential, nn.Sequential]) -> Shape:
+def _shared_input_shape(branches: tuple[nn.Sequential, ...]) -> Shape:
     sizes = []
     for branch in branches:
-        first = next((m for m in branch if any(True for _ in m.parameters())), None)
-        if not isinstance(first, nn.Linear):
+        first = next((m for m in branch if isinstance(m, Reshape) or any(True for _ in m.parameters())), None)
+        if isinstance(first, Reshape):  # of a file that says what shape its input has
+            sizes.append(prod(first.shape))
+        elif isinstance(first, nn.Linear):
+            sizes.append(first.weight.shape[1])
+        else:
             raise ShapeError("input_shape=(...) is required: it does not follow from a first nn.Linear layer")
-        sizes.append(first.in_features)
     if sizes[0] != sizes[1]:
         raise ShapeError(
             f"networks must have equally many inputs: the original has {sizes[0]}, the compressed {sizes[1]}"

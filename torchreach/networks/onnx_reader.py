@@ -34,12 +34,16 @@ _FOLDED = {
     *("Squeeze", "Unsqueeze", "Reshape", "Flatten", "Transpose"),
     *("Add", "Sub", "Mul", "Div", "Neg", "MatMul"),
 }
+# Bits of the significand and of the exponent; of a whole number, what keeping it takes.
+_T = onnx.TensorProto
+_FLOATS = {_T.FLOAT16: (11, 5), _T.BFLOAT16: (8, 8), _T.FLOAT: (24, 8), _T.DOUBLE: (53, 11)}
+_DIGITS = {**_FLOATS, _T.UINT8: (8, 4), _T.INT8: (8, 4), _T.UINT16: (16, 5), _T.INT16: (16, 5), _T.INT32: (32, 6)}
 
 
 def read_onnx(path: Path) -> nn.Sequential:
     """The network in `path`; every weight as stored. Raises as `load`."""
     model = _read(path)
-    reader = _Reader(model.graph, path)
+    reader = _Reader(model, path)
     for node in model.graph.node:
         reader.add(node)
     return reader.finish()
@@ -47,7 +51,7 @@ def read_onnx(path: Path) -> nn.Sequential:
 
 def read_input_shape(path: Path) -> tuple[int, ...]:
     """Shape of one input of the network in `path`. Raises as `load`."""
-    return _Reader(_read(path).graph, path).features
+    return _Reader(_read(path), path).features
 
 
 def _read(path: Path) -> onnx.ModelProto:
@@ -65,8 +69,9 @@ def _first_line(error: Exception) -> str:
 
 
 class _Reader:
-    def __init__(self, graph: onnx.GraphProto, path: Path) -> None:
-        self.path = path
+    def __init__(self, model: onnx.ModelProto, path: Path) -> None:
+        self.path, graph = path, model.graph
+        self.opsets = {opset.domain: opset.version for opset in model.opset_import}
         try:
             self.constants = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
         except Exception as error:
@@ -77,7 +82,9 @@ class _Reader:
                 f"{path}: torchreach needs a network of one input and one output, got {len(inputs)} and "
                 f"{len(graph.output)}"
             )
-        self.head = inputs[0].name
+        self.head, self.kind = inputs[0].name, inputs[0].type.tensor_type.elem_type  # of the value computed last
+        if self.kind not in _DIGITS:
+            raise UnsupportedLayerError(f"{path}: input {self.head!r} must hold numbers, got {_kind(self.kind)}")
         self.output = graph.output[0].name
         sizes = [d.dim_value or None for d in inputs[0].type.tensor_type.shape.dim]
         # One axis alone, or a column, holds features; otherwise the first axis is the batch.
@@ -108,7 +115,9 @@ class _Reader:
                 "layers, one value through all of them (no residual connections, no branches)"
             )
         if node.op_type == "Shape":
-            self.constants[node.output[0]] = np.array((self.batch, *self.shape))
+            ends = {a.name: a.i for a in node.attribute}
+            sizes = np.array((self.batch, *self.shape) if self.batched else self.shape)
+            self.constants[node.output[0]] = sizes[ends.get("start", 0) : ends.get("end")]
             return
         handler: Callable[..., None] | None = getattr(self, f"_{node.op_type.lower()}", None)
         if node.op_type in _ARITHMETIC:
@@ -131,7 +140,10 @@ class _Reader:
             raise UnsupportedLayerError(
                 f"{self.path}: output {self.output!r} is not the last value of a chain of layers"
             )
-        network = nn.Sequential(*_flatten_first(self.builder.layers, self.features))
+        network = nn.Sequential(*_with_shape(self.builder.layers, self.features))
+        kinds = {value.dtype for value in network.parameters()}
+        if len(kinds) > 1:  # after a Cast to more digits: exact in the widest
+            network = network.to(max(kinds, key=lambda kind: torch.finfo(kind).bits))
         try:
             check_finite(network)
         except InvalidNetworkError as error:
@@ -146,10 +158,17 @@ class _Reader:
 
         try:
             feeds = {n: self.constants[n] for n in node.input if n}
-            outputs: Any = ReferenceEvaluator(node).run(None, feeds)
+            outputs: Any = ReferenceEvaluator(self._alone(node)).run(None, feeds)
         except Exception as error:
             raise FileFormatError(f"{self.path}: node {name!r} is damaged: {_first_line(error)}") from None
         self.constants.update(zip(node.output, outputs, strict=False))
+
+    def _alone(self, node: onnx.NodeProto) -> onnx.ModelProto:
+        """`node` as a model of the file's opset, which says where its arguments stand (as inputs or attributes)."""
+        values = ([onnx.ValueInfoProto(name=n) for n in names if n] for names in (node.input, node.output))
+        graph = onnx.helper.make_graph([node], "node", *values)
+        opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in self.opsets.items()]
+        return onnx.helper.make_model(graph, opset_imports=opsets)
 
     def _bias(self, operation: str, values: list, product: nn.Linear) -> bool:
         """Folds `x W + b` into one layer; whether that was possible."""
@@ -191,8 +210,10 @@ class _Reader:
         self.builder.append(nn.Identity(), name)
 
     def _cast(self, node: onnx.NodeProto, name: str, values: list, attributes: dict[str, Any]) -> None:
-        if attributes["to"] not in (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE):
-            self.builder.refuse(name, "Cast", "only casts to float32 and float64 leave values as they are")
+        to = attributes["to"]
+        if not _keeps_values(self.kind, to):
+            self.builder.refuse(name, "Cast", f"from {_kind(self.kind)} to {_kind(to)} it rounds")
+        self.kind = to
         self.builder.append(nn.Identity(), name)
 
     def _dropout(self, node: onnx.NodeProto, name: str, values: list, attributes: dict[str, Any]) -> None:
@@ -209,12 +230,13 @@ class _Reader:
         self.builder.append(nn.Flatten(), name)
 
     def _reshape(self, node: onnx.NodeProto, name: str, values: list, attributes: dict[str, Any]) -> None:
-        if attributes.get("allowzero"):
-            self.builder.refuse(name, "Reshape", "allowzero is not supported")
         if values[0] is not None:
             self.builder.refuse(name, "Reshape", "its shape must be constant")
         old = (self.batch, *self.shape) if self.batched else self.shape
-        new = [old[i] if n == 0 and i < len(old) else int(n) for i, n in enumerate(values[1].reshape(-1))]
+        sizes = [int(n) for n in values[1].reshape(-1)]
+        if attributes.get("allowzero") and 0 in sizes and 0 not in old:
+            self.builder.refuse(name, "Reshape", f"{list(old)} does not fit into {sizes} with allowzero")
+        new = [old[i] if n == 0 and i < len(old) else n for i, n in enumerate(sizes)]
         if new.count(-1) == 1:
             new[new.index(-1)] = prod(old) // max(1, -prod(new))
         if self.batched or (len(new) > 1 and new[0] == 1):
@@ -224,6 +246,38 @@ class _Reader:
         if prod(new) != prod(self.shape):
             self.builder.refuse(name, "Reshape", f"{list(old)} does not fit into {values[1].tolist()}")
         self.builder.append(nn.Flatten() if len(new) == 1 else Reshape(tuple(new)), name)
+
+    def _squeeze(self, node: onnx.NodeProto, name: str, values: list, attributes: dict[str, Any]) -> None:
+        axes = self._axes(values, attributes)
+        old = self._sizes()
+        at = [i for i, n in enumerate(old) if n == 1] if axes is None else sorted(a % len(old) for a in axes)
+        if self.batched and 0 in at:
+            self.builder.refuse(name, "Squeeze", "it must keep axis 0, the batch: give its axes")
+        if any(old[i] != 1 for i in at):
+            self.builder.refuse(name, "Squeeze", f"axes {at} of {old} must have size 1")
+        self._become([n for i, n in enumerate(old) if i not in at], name)
+
+    def _unsqueeze(self, node: onnx.NodeProto, name: str, values: list, attributes: dict[str, Any]) -> None:
+        new = self._sizes()
+        axes = self._axes(values, attributes) or []
+        for axis in sorted(a % (len(new) + len(axes)) for a in axes):
+            if axis == 0 and self.batched:
+                self.builder.refuse(name, "Unsqueeze", "axis 0 is the batch")
+            self.batched |= axis == 0
+            new.insert(axis, 1)
+        self._become(new, name)
+
+    def _axes(self, values: list, attributes: dict[str, Any]) -> list[int] | None:
+        """An attribute up to opset 12, an input after it."""
+        if len(values) > 1 and values[1] is not ...:
+            return [int(a) for a in values[1].reshape(-1)]
+        return attributes.get("axes")
+
+    def _sizes(self) -> list[int]:
+        return [self.batch, *self.shape] if self.batched else list(self.shape)
+
+    def _become(self, sizes: list[int], name: str) -> None:
+        self.builder.append(Reshape(tuple(sizes[1:] if self.batched else sizes)), name)
 
     def _matmul(self, node: onnx.NodeProto, name: str, values: list, attributes: dict[str, Any]) -> None:
         constant = _tensor(values[1] if values[0] is None else values[0])
@@ -250,8 +304,11 @@ class _Reader:
         weight = weight if attributes.get("transB") else weight.t().contiguous()
         layer = linear_layer(nn.Parameter(weight), None)
         if len(values) > 2 and values[2] is not ...:
-            bias = (_tensor(values[2]) * attributes.get("beta", 1.0)).reshape(-1)
-            layer.bias = nn.Parameter(bias.expand(layer.out_features).clone())
+            bias = _tensor(values[2]) * attributes.get("beta", 1.0)
+            rows = (1, layer.out_features)
+            if bias.ndim > 2 or np.broadcast_shapes(rows, tuple(bias.shape)) != rows:
+                self.builder.refuse(name, "Gemm", f"its bias must have shape {list(rows)}, got {list(bias.shape)}")
+            layer.bias = nn.Parameter(bias.expand(rows)[0].clone())
         self.builder.append(layer, name)
 
     def _conv(self, node: onnx.NodeProto, name: str, values: list, attributes: dict[str, Any]) -> None:
@@ -268,7 +325,7 @@ class _Reader:
             weight.shape[0],
             tuple(weight.shape[2:]),  # type: ignore[arg-type]
             tuple(attributes.get("strides", [1] * rank)),  # type: ignore[arg-type]
-            self._padding(name, "Conv", attributes, rank),  # type: ignore[arg-type]
+            self._padding(name, "Conv", attributes, tuple(weight.shape[2:])),  # type: ignore[arg-type]
             tuple(attributes.get("dilations", [1] * rank)),  # type: ignore[arg-type]
             groups,
             device="meta",
@@ -282,14 +339,22 @@ class _Reader:
         rank = len(kernel)
         if rank not in (1, 2) or any(n != 1 for n in attributes.get("dilations", ())):
             self.builder.refuse(name, "AveragePool", "torchreach supports 1 and 2 axes without dilation")
+        if attributes.get("ceil_mode"):
+            self.builder.refuse(name, "AveragePool", "ceil_mode is read differently by different runtimes")
         layer = (nn.AvgPool1d, nn.AvgPool2d)[rank - 1](
             kernel,  # type: ignore[arg-type]
             tuple(attributes.get("strides", [1] * rank)),  # type: ignore[arg-type]
-            self._padding(name, "AveragePool", attributes, rank),  # type: ignore[arg-type]
-            bool(attributes.get("ceil_mode", 0)),
+            self._padding(name, "AveragePool", attributes, kernel),  # type: ignore[arg-type]
+            False,
             bool(attributes.get("count_include_pad", 0)),
         )
         self.builder.append(layer, name)
+
+    def _globalaveragepool(self, node: onnx.NodeProto, name: str, values: list, attributes: dict[str, Any]) -> None:
+        if len(self.shape) not in (2, 3):
+            self.builder.refuse(name, "GlobalAveragePool", f"torchreach supports 1 and 2 axes, got {self.shape}")
+        kind = (nn.AvgPool1d, nn.AvgPool2d)[len(self.shape) - 2]
+        self.builder.append(kind(self.shape[1:]), name)  # type: ignore[arg-type]
 
     def _batchnormalization(self, node: onnx.NodeProto, name: str, values: list, attributes: dict[str, Any]) -> None:
         if values[0] is not None or attributes.get("training_mode"):
@@ -301,29 +366,53 @@ class _Reader:
         layer.running_mean, layer.running_var = mean, var
         self.builder.append(layer, name)
 
-    def _padding(self, name: str, kind: str, attributes: dict[str, Any], rank: int) -> tuple[int, ...]:
-        if attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
-            self._refuse_padding(name, kind)
+    def _padding(self, name: str, kind: str, attributes: dict[str, Any], kernel: tuple[int, ...]) -> tuple[int, ...]:
+        rank = len(kernel)
+        how = attributes.get("auto_pad", b"NOTSET")
         pads = list(attributes.get("pads", [0] * 2 * rank))
+        if how in (b"SAME_UPPER", b"SAME_LOWER"):
+            ones = [1] * rank
+            steps, spread = attributes.get("strides", ones), attributes.get("dilations", ones)
+            sizes = zip(self.shape[1:], kernel, steps, spread, strict=True)
+            total = [max(0, ((n - 1) // step) * step + (k - 1) * apart + 1 - n) for n, k, step, apart in sizes]
+            pads = [*(n // 2 for n in total), *(n - n // 2 for n in total)]
+        elif how not in (b"NOTSET", b"VALID"):
+            self._refuse_padding(name, kind)
         if pads[:rank] != pads[rank:]:
             self._refuse_padding(name, kind)
         return tuple(pads[:rank])
 
     def _refuse_padding(self, name: str, kind: str) -> NoReturn:
-        self.builder.refuse(name, kind, "padding must be explicit and equal on both sides")
+        self.builder.refuse(name, kind, "padding must be equal on both sides")
 
 
-def _flatten_first(layers: list[nn.Module], features: tuple[int, ...]) -> list[nn.Module]:
-    """Moves a Flatten before the elementwise layers that precede it, so that flat inputs are accepted too."""
+def _with_shape(layers: list[nn.Module], features: tuple[int, ...]) -> list[nn.Module]:
+    """The layers, so that flat inputs are accepted too where the file's input has several axes.
+
+    A Flatten behind elementwise layers comes first; other networks give their inputs the file's shape themselves.
+    """
+    if len(features) == 1 or (layers and isinstance(layers[0], nn.Flatten)):
+        return layers
     count = next((i for i, layer in enumerate(layers) if not isinstance(layer, Arithmetic)), len(layers))
     if count == len(layers) or not isinstance(layers[count], nn.Flatten):
-        return layers
+        return [Reshape(features), *layers]
     flat = [
         Arithmetic(layer.operation, layer.operand.expand(features).flatten())
         for layer in layers[:count]
         if isinstance(layer, Arithmetic)
     ]
     return [layers[count], *flat, *layers[count + 1 :]]
+
+
+def _keeps_values(kind: int, to: int) -> bool:
+    """Whether every number of one ONNX element type is one of the other."""
+    if kind == to:
+        return True
+    return kind in _DIGITS and to in _FLOATS and all(a <= b for a, b in zip(_DIGITS[kind], _FLOATS[to], strict=True))
+
+
+def _kind(kind: int) -> str:
+    return onnx.TensorProto.DataType.Name(kind)
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -15,6 +15,7 @@ from torchreach.bounds.zonotope import Bounds
 from torchreach.clock import Clock, running
 from torchreach.errors import ShapeError
 from torchreach.networks.layers import MaskedReLU
+from torchreach.networks.load import as_network
 from torchreach.networks.propagate import propagate
 from torchreach.networks.reduced import reduce
 from torchreach.networks.steps import Step, steps
@@ -99,6 +100,7 @@ def reach_within(
     if budget.memory is None:
         budget = replace(budget, memory=default_budget(stars.device))
     clock = clock.part(None)  # it began now
+    module = as_network(module)
     with torch.no_grad():
         run = _Run.prepare(module, stars, method, tolerances, keep_stars, budget, clock)
         run.go(budget, progress)

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from math import prod
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,11 +26,13 @@ from torchreach.errors import InvalidSetError, ShapeError
 from torchreach.lp.halfspaces import Halfspaces
 from torchreach.lp.interior_point import centre, interior, maximize
 from torchreach.lp.problem import LPBatch
+from torchreach.networks.builder import ChainBuilder
 from torchreach.networks.layers import linear
+from torchreach.sets.checked import check_star, image_box, numbers
 from torchreach.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF, Tolerances, round_down, round_up
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StarBatch:
     """S stars of one feature shape. Refused at construction when empty, unbounded or malformed.
 
@@ -37,6 +41,9 @@ class StarBatch:
         A: [S, P, M], b: [S, P] predicate constraints A a <= b.
         lower, upper: [S, M] predicate bounds, finite.
         origin: [S] long; which input star each came from, for stars that a network has split.
+
+    Two batches are equal only if they are one object. A star without predicate variables is a point, which
+    constraints leave as it is or make empty; it keeps none.
 
     Raises: ShapeError, InvalidSetError.
 
@@ -54,22 +61,32 @@ class StarBatch:
     origin: Tensor
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_star(self)
+        if self.dim == 0:
+            object.__setattr__(self, "A", self.A[:, :0])
+            object.__setattr__(self, "b", self.b[:, :0])
+
+    def __repr__(self) -> str:
+        stars = f"{len(self)} star{'s' * (len(self) != 1)} of shape {self.shape}"
+        return f"StarBatch({stars}, {self.dim} variables, {self.A.shape[1]} constraints, {self.dtype}, {self.device})"
 
     # -- constructors ---------------------------------------------------------------------------------
 
     @staticmethod
-    def from_box(lower: Tensor, upper: Tensor) -> StarBatch:
-        """Stars of the boxes [lower, upper], each [S, *shape] or [*shape] (1-D tensors are one box).
+    def from_box(lower: Tensor | np.ndarray, upper: Tensor | np.ndarray) -> StarBatch:
+        """Stars of the boxes [lower, upper], each [S, *shape] (one-dimensional: one box), tensors or numpy arrays.
 
         One predicate variable per feature that has width in some box. The star is the box exactly, in any
         dtype.
         """
-        lower, upper = torch.as_tensor(lower), torch.as_tensor(upper)
+        lower, upper = numbers("lower", lower), numbers("upper", upper)
         if lower.shape != upper.shape:
             raise ShapeError(f"lower and upper must have one shape, got {tuple(lower.shape)} and {tuple(upper.shape)}")
-        if lower.dtype != upper.dtype or not lower.is_floating_point():
-            raise ShapeError(f"lower and upper must have one floating-point dtype, got {lower.dtype} and {upper.dtype}")
+        if lower.dtype != upper.dtype or lower.device != upper.device:
+            raise ShapeError(
+                f"lower and upper must have one floating-point dtype and device, got {lower.dtype} on {lower.device} "
+                f"and {upper.dtype} on {upper.device}"
+            )
         if lower.ndim == 0:
             raise ShapeError("lower and upper must have at least one axis, got scalars")
         for name, bound in (("lower", lower), ("upper", upper)):
@@ -91,7 +108,7 @@ class StarBatch:
         basis[:, 0, wide] = 0
         basis[:, 1 + torch.arange(len(wide), device=low.device), wide] = 1
         return StarBatch(
-            basis.reshape(size, -1, *shape),
+            basis.reshape(size, 1 + len(wide), *shape),
             low.new_zeros(size, 0, len(wide)),
             low.new_zeros(size, 0),
             low[:, wide],
@@ -101,37 +118,26 @@ class StarBatch:
 
     @staticmethod
     def from_image(
-        image: Tensor,
-        eps: float | Tensor,
-        mask: Tensor | None = None,
+        image: Tensor | np.ndarray,
+        eps: float | Tensor | np.ndarray,
+        mask: Tensor | np.ndarray | None = None,
         clip: tuple[float, float] | None = None,
     ) -> StarBatch:
         """Image stars: pixels in `mask` within `eps` of `image`, the others fixed.
 
+        The box is rounded outward to the image's dtype, so that it holds every real number within `eps`.
+
         Args:
-            image: [S, *shape] images; one image [C, H, W] needs a leading axis.
-            eps: radius, scalar or broadcastable to `image`, >= 0.
-            mask: bool, broadcastable to `image`; None perturbs every pixel.
-            clip: range of valid pixel values, applied to the box.
+            image: [S, *shape] images of floating-point numbers; one image [C, H, W] needs a leading axis.
+            eps: radius, finite and >= 0, scalar or broadcastable to `image`.
+            mask: bool (or 0 and 1), broadcastable to `image`; None perturbs every pixel.
+            clip: lowest and highest valid pixel value, which the image must keep to; applied to the box.
         """
-        radius = torch.as_tensor(eps, dtype=image.dtype, device=image.device).expand(image.shape)
-        if not (radius >= 0).all():
-            raise InvalidSetError(f"eps must be a number >= 0, got {eps}")
-        if mask is not None:
-            try:
-                radius = radius * mask.to(image.device).expand(image.shape)
-            except RuntimeError:
-                raise ShapeError(
-                    f"mask must broadcast to the image's shape {tuple(image.shape)}, got {tuple(mask.shape)}"
-                ) from None
-        lower, upper = image - radius, image + radius
-        if clip is not None:
-            lower, upper = lower.clamp(*clip), upper.clamp(*clip)
-        return StarBatch.from_box(lower, upper)
+        return StarBatch.from_box(*image_box(image, eps, mask, clip))
 
     @staticmethod
     def from_vnnlib(path: str | Path, dtype: torch.dtype = torch.float64) -> StarBatch:
-        """The input boxes of a VNN-LIB file, one star each."""
+        """The input boxes of a VNN-LIB file, one star each, of shape [X]; `reshape` gives them that of a picture."""
         from torchreach.sets.vnnlib import read_box
 
         lower, upper = read_box(path)
@@ -197,11 +203,26 @@ class StarBatch:
         return self.point(self.lower.new_zeros(len(self), 1, self.dim))[:, 0].to(self.dtype)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> StarBatch:
-        """The same stars elsewhere or in another dtype (float64 to float32 rounds the set itself)."""
-        moved = [getattr(self, f.name).to(device=device) for f in fields(self)]
-        if dtype is not None:
-            moved[:-1] = [t.to(dtype) for t in moved[:-1]]
-        return StarBatch.trusted(*moved)
+        """The same stars elsewhere or in another dtype (a smaller one rounds the set itself; boxes outward)."""
+        moved = {f.name: getattr(self, f.name).to(device=device) for f in fields(self)}
+        if dtype is not None and dtype != self.dtype:
+            # Ends of predicates and constraints outward, so that a box loses no point.
+            rounding = {"lower": round_down, "upper": round_up, "b": round_up}
+            for name in ("basis", "A", "b", "lower", "upper"):
+                moved[name] = rounding.get(name, Tensor.to)(moved[name], dtype)
+                if not torch.isfinite(moved[name]).all():
+                    raise InvalidSetError(f"the stars must fit into {dtype}, but their {name} overflows")
+        return StarBatch.trusted(**moved)
+
+    def reshape(self, shape: Sequence[int]) -> StarBatch:
+        """The same stars with features of another shape (no star axis; one size may be -1), in the same order."""
+        try:
+            basis = self.basis.reshape(*self.basis.shape[:2], *((shape,) if isinstance(shape, int) else shape))
+        except (RuntimeError, TypeError):
+            raise ShapeError(
+                f"stars of shape {self.shape} hold {prod(self.shape)} features, which do not fit into {shape!r}"
+            ) from None
+        return StarBatch.trusted(basis, self.A, self.b, self.lower, self.upper, self.origin)
 
     def select(self, index: Tensor | slice | Sequence[int]) -> StarBatch:
         """The stars at `index` (slice, list, long or boolean tensor)."""
@@ -219,11 +240,14 @@ class StarBatch:
             if bias is not None:
                 matrix.bias = nn.Parameter(bias, requires_grad=False)
             layer = matrix
+        builder = ChainBuilder(self.shape)
+        builder.append(layer, "")
         size, rows = self.basis.shape[:2]
+        image, zero = self.basis.flatten(0, 1), torch.zeros_like(self.basis[:1, 0])
         with torch.no_grad():
             try:
-                image = linear(layer, self.basis.flatten(0, 1))
-                zero = layer(torch.zeros_like(self.basis[:1, 0]))
+                for part in builder.layers:
+                    image, zero = linear(part, image), part(zero)
             except RuntimeError as error:
                 raise ShapeError(
                     f"{type(layer).__name__} does not accept features of shape {self.shape}: {error}"
@@ -235,21 +259,29 @@ class StarBatch:
     def intersect(self, normal: Tensor, offset: Tensor | float) -> StarBatch:
         """Intersection with half-spaces normal . x <= offset on the features x.
 
-        normal: [H, N] or [N] (N flattened features); offset: [H] or a number. The half-space is rounded to
-        the stars' dtype. Analyses thicken constraints by 1e-10 of the predicate's radius, so that flat stars
-        have an interior: certified bounds stay valid, and a witness may lie that far outside a constraint.
-        Raises InvalidSetError naming the stars that become empty.
+        normal: [H, N] or [N] (N flattened features); offset: [H] or a number, finite. The half-space is rounded to the
+        stars' dtype, its offset outward: no point is lost. Analyses thicken constraints by 1e-10 of the predicate's
+        radius, so that flat stars have an interior: certified bounds stay valid, and a witness may lie that far outside
+        a constraint. Raises InvalidSetError naming the stars that become empty.
         """
-        normal = torch.atleast_2d(torch.as_tensor(normal, dtype=self.dtype, device=self.device))
-        flat = self.basis.flatten(2)
-        if normal.shape[1] != flat.shape[2]:
-            raise ShapeError(f"normal must have {flat.shape[2]} features, got {normal.shape[1]}")
-        offset = torch.as_tensor(offset, dtype=self.dtype, device=self.device).expand(len(normal))
+        normal = torch.atleast_2d(torch.as_tensor(normal, dtype=COMPUTE_DTYPE, device=self.device))
+        flat = self.basis.flatten(2).to(COMPUTE_DTYPE)
+        if normal.ndim != 2 or normal.shape[1] != flat.shape[2]:
+            raise ShapeError(f"normal must be [H, {flat.shape[2]}], a number per feature, got {tuple(normal.shape)}")
+        offset = torch.as_tensor(offset, dtype=COMPUTE_DTYPE, device=self.device)
+        if offset.ndim > 1 or offset.numel() not in (1, len(normal)):
+            raise ShapeError(f"offset must be a number or [{len(normal)}], one per normal, got {tuple(offset.shape)}")
         image = flat @ normal.T  # [S, 1 + M, H]
+        exact = image[:, 1:].transpose(1, 2)
+        A = exact.to(self.dtype)
+        reach = torch.maximum(self.lower.abs(), self.upper.abs()).to(COMPUTE_DTYPE)[:, :, None]
+        size = flat.abs() @ normal.abs().T
+        terms = size[:, 0] + (size[:, 1:] * reach).sum(1) + offset.abs()
+        lost = ((A.to(COMPUTE_DTYPE) - exact).abs() @ reach)[:, :, 0] + (flat.shape[2] + 3) * UNIT_ROUNDOFF * terms
         return StarBatch(
             self.basis,
-            torch.cat((self.A, image[:, 1:].transpose(1, 2)), 1),
-            torch.cat((self.b, offset - image[:, 0]), 1),
+            torch.cat((self.A, A), 1),
+            torch.cat((self.b, round_up(offset - image[:, 0] + lost, self.dtype)), 1),
             self.lower,
             self.upper,
             self.origin,
@@ -264,7 +296,10 @@ class StarBatch:
         rows[:, 1:] *= radius[:, :, None]
         A = self.A.to(COMPUTE_DTYPE)
         b = self.b.to(COMPUTE_DTYPE) - (A @ middle[:, :, None])[:, :, 0]
-        return rows, A * radius[:, None, :], b
+        A = A * radius[:, None, :]
+        if b.shape[1]:  # a constraint on no variable says nothing, or (beyond rounding) that the star is empty
+            b = torch.where((A == 0).all(2), torch.where(b >= -self.rounding()[1], 1.0, -1.0), b)
+        return rows, A, b
 
     def rounding(self) -> tuple[Tensor, Tensor]:
         """Error bounds of `normalised`: of its features [S, N] at any predicate, and of its b [S, P]."""
@@ -293,10 +328,14 @@ class StarBatch:
     def is_empty(self) -> Tensor:
         """[S] bool: proven to contain no point."""
         _, A, b = self.normalised()
+        if self.dim == 0:
+            return (b < 0).any(1)
         return interior(Halfspaces(A, b), Tolerances().sign)[2]
 
     def range(self) -> tuple[Tensor, Tensor]:
         """Certified exact range of every feature, (lower, upper) [S, *shape], by linear programs."""
+        if self.dim == 0:
+            return self.basis[:, 0], self.basis[:, 0]
         rows, A, b = self.normalised()
         size, _, features = rows.shape
         start = self._interior(A, b)
@@ -385,43 +424,7 @@ class StarBatch:
 
     def _interior(self, A: Tensor, b: Tensor) -> Tensor:
         """[S, M] points near the analytic centre; flat stars are thickened by the sign tolerance."""
+        if self.dim == 0:
+            return b.new_zeros(len(self), 0)
         point, depth, _ = interior(Halfspaces(A, b), Tolerances().sign)
         return torch.where((depth > 0)[:, None], centre(Halfspaces(A, b), point, 5), point)
-
-
-def _check(star: StarBatch) -> None:
-    if star.basis.ndim < 3:
-        raise ShapeError(f"basis must be [S, 1 + M, *shape], got {tuple(star.basis.shape)}")
-    size, dim = star.basis.shape[0], star.basis.shape[1] - 1
-    rows = star.A.shape[1] if star.A.ndim == 3 else -1
-    wanted = {
-        "A": (size, rows, dim),
-        "b": (size, rows),
-        "lower": (size, dim),
-        "upper": (size, dim),
-        "origin": (size,),
-    }
-    for name, shape in wanted.items():
-        part = getattr(star, name)
-        if tuple(part.shape) != shape:
-            raise ShapeError(
-                f"{name} must have shape {shape} for {size} stars of {dim} variables, got {tuple(part.shape)}"
-            )
-        if part.device != star.device:
-            raise ShapeError(f"{name} must be on {star.device} like the basis, got {part.device}")
-        if name != "origin" and part.dtype != star.dtype:
-            raise ShapeError(f"{name} must be {star.dtype} like the basis, got {part.dtype}")
-    if not star.basis.is_floating_point():
-        raise ShapeError(f"basis must be floating point, got {star.dtype}")
-    for name in ("basis", "A", "b"):
-        if not torch.isfinite(getattr(star, name)).all():
-            raise InvalidSetError(f"{name} must be finite, got NaN or infinite entries")
-    for name in ("lower", "upper"):
-        if not torch.isfinite(getattr(star, name)).all():
-            raise InvalidSetError(f"predicate bound {name} must be finite: the star is unbounded or NaN")
-    if (star.lower > star.upper).any():
-        raise InvalidSetError("predicate bounds must satisfy lower <= upper, got lower > upper: the star is empty")
-    if rows:
-        empty = star.is_empty().nonzero().flatten().tolist()
-        if empty:
-            raise InvalidSetError(f"constraints must leave every star a point, got empty stars at index {empty}")
