@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import torchreach as tr
 from torchreach.errors import InvalidNetworkError, TorchreachError, UnsupportedLayerError
 from torchreach.networks.chain import chain
+from torchreach.networks.save import save
 
 functional = nn.functional
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch announces the end of TorchScript and of older norms
@@ -390,3 +391,82 @@ def test_odd_modules_agree_with_their_layers_or_are_refused(block):
             torch.testing.assert_close(layers(x[:1]), module(x[:1].clone()), rtol=1e-11, atol=1e-11, msg=f"seed {seed}")
         agreed += 1
     assert agreed >= 5  # not all is refused
+
+
+def test_computed_weights_come_out_as_the_module_computes_them():
+    """A grid in float32 beside a float64 network: read in float32, compared in float64."""
+    original = nn.Sequential(nn.Linear(1, 64, bias=False))
+    with torch.no_grad():  # ties of weight / 0.1, which fall otherwise in float64
+        original[0].weight.copy_((torch.arange(64)[:, None] + 0.5) * 0.1)
+    small = nn.Sequential(nn.Linear(1, 64, bias=False))
+    small.load_state_dict(original.state_dict())
+    parametrize.register_parametrization(small[0], "weight", Rounds())
+    one = torch.ones(1, 1)
+    found = tr.discrepancy(original.double(), small, tr.StarBatch.from_box(one, one))
+    expected = (original(one.double()) - small(one).double()).abs()
+    torch.testing.assert_close(found.upper.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["path", "program", "onnx"])
+def test_networks_are_given_by_path_or_exported_program(tmp_path, kind):
+    network = dense()
+    program = torch.export.export(network, (torch.zeros(2, 4).double(),))
+    torch.export.save(program, tmp_path / "net.pt2")
+    save(chain(network), tmp_path / "net.onnx", (4,))
+    given = {"path": tmp_path / "net.pt2", "program": program, "onnx": str(tmp_path / "net.onnx")}[kind]
+    box = tr.StarBatch.from_box(torch.zeros(1, 4).double(), torch.full((1, 4), 0.1).double())
+    assert tr.discrepancy(network, given, box).max_upper.item() < 1e-9
+    assert tr.equivalent(given, network, box, epsilon=1e-6).answer == (tr.Answer.EQUIVALENT,)
+    assert len(tr.reach(given, box)) == len(tr.reach(network, box))
+    assert torch.equal(tr.merge(given, network)(box.center), torch.zeros(1, 4).double())
+    options = tr.RepairOptions(samples=4, epochs=1)
+    assert tr.repair(network, given, box, target=0.1, iterations=1, training=options).after.max_upper.item() < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            lambda x: x,
+            "a network must be a torch.nn.Module, .* got function; put the function into the forward",
+        ),
+        (None, "a network must be .* got NoneType"),
+        ({"0.weight": torch.ones(2, 2)}, "got dict"),
+        ("net.bin", "no such file: net.bin"),
+    ],
+)
+def test_what_is_no_network_is_refused_by_every_analysis(given, message):
+    box = tr.StarBatch.from_box(torch.zeros(1, 4).double(), torch.ones(1, 4).double())
+    for analysis in (
+        lambda: tr.discrepancy(dense(), given, box),
+        lambda: tr.equivalent(given, dense(), box, epsilon=1.0),
+        lambda: tr.reach(given, box),
+        lambda: tr.merge(dense(), given),
+        lambda: tr.repair(dense(), given, box, target=0.5),
+    ):
+        with pytest.raises(TorchreachError, match=message):
+            analysis()
+    with pytest.raises(TorchreachError, match=r"compared on a torchreach.StarBatch, got Tensor"):
+        tr.discrepancy(dense(), dense(), torch.zeros(1, 4))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "inputs"),
+    [
+        (nn.Sequential(nn.Linear(2, 0), nn.ReLU(), nn.Linear(0, 3)), nn.Sequential(nn.Linear(2, 3)), 2),
+        (nn.Sequential(nn.Linear(0, 3)), nn.Sequential(nn.Linear(0, 2), nn.ReLU(), nn.Linear(2, 3)), 0),
+        (nn.Sequential(nn.ReLU()), nn.Sequential(nn.Linear(3, 3)), 3),
+        (nn.Sequential(), nn.Sequential(nn.ReLU()), 3),
+    ],
+    ids=["zero width", "no inputs", "no Linear", "nothing"],
+)
+def test_networks_with_little_in_them_are_compared(first, second, inputs):
+    first, second = first.double(), second.double()
+    box = tr.StarBatch.from_box(-torch.ones(1, inputs).double(), torch.ones(1, inputs).double())
+    found = tr.discrepancy(first, second, box)
+    x = box.sample(200)[0]
+    with torch.no_grad():
+        y = (first(x) - second(x)).abs().amax(0)
+    assert (y <= found.upper[0] + 1e-12).all()
+    assert (found.upper - found.lower).max() < 1e-6
+    assert tr.equivalent(first, second, box, epsilon=100.0).answer == (tr.Answer.EQUIVALENT,)

@@ -62,7 +62,7 @@ class MergedLinear(MergedAffine):
             return x, x
         shape1, shape2 = self.in_shapes
         z1, z2 = x.split((prod(shape1), prod(shape2)), dim=1)
-        return z1.reshape(-1, *shape1), z2.reshape(-1, *shape2)
+        return z1.reshape(len(x), *shape1), z2.reshape(len(x), *shape2)
 
 
 class MergedReLU(MaskedReLU):

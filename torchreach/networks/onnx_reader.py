@@ -36,8 +36,15 @@ _FOLDED = {
 }
 # Bits of the significand and of the exponent; of a whole number, what keeping it takes.
 _T = onnx.TensorProto
-_FLOATS = {_T.FLOAT16: (11, 5), _T.BFLOAT16: (8, 8), _T.FLOAT: (24, 8), _T.DOUBLE: (53, 11)}
-_DIGITS = {**_FLOATS, _T.UINT8: (8, 4), _T.INT8: (8, 4), _T.UINT16: (16, 5), _T.INT16: (16, 5), _T.INT32: (32, 6)}
+_FLOATS: dict[int, tuple[int, int]] = {_T.FLOAT16: (11, 5), _T.BFLOAT16: (8, 8), _T.FLOAT: (24, 8), _T.DOUBLE: (53, 11)}
+_DIGITS: dict[int, tuple[int, int]] = {
+    **_FLOATS,
+    _T.UINT8: (8, 4),
+    _T.INT8: (8, 4),
+    _T.UINT16: (16, 5),
+    _T.INT16: (16, 5),
+    _T.INT32: (32, 6),
+}
 
 
 def read_onnx(path: Path) -> nn.Sequential:
@@ -165,8 +172,8 @@ class _Reader:
 
     def _alone(self, node: onnx.NodeProto) -> onnx.ModelProto:
         """`node` as a model of the file's opset, which says where its arguments stand (as inputs or attributes)."""
-        values = ([onnx.ValueInfoProto(name=n) for n in names if n] for names in (node.input, node.output))
-        graph = onnx.helper.make_graph([node], "node", *values)
+        inputs, outputs = ([onnx.ValueInfoProto(name=n) for n in names if n] for names in (node.input, node.output))
+        graph = onnx.helper.make_graph([node], "node", inputs, outputs)
         opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in self.opsets.items()]
         return onnx.helper.make_model(graph, opset_imports=opsets)
 

@@ -420,7 +420,7 @@ class StarBatch:
         a = (lower + upper) / 2 + (upper - lower) / 2 * predicate.to(COMPUTE_DTYPE)
         a = torch.minimum(torch.maximum(a, lower), upper)
         rows = self.basis.flatten(2).to(COMPUTE_DTYPE)
-        return (rows[:, :1] + a @ rows[:, 1:]).reshape(len(self), -1, *self.shape)
+        return (rows[:, :1] + a @ rows[:, 1:]).reshape(len(self), predicate.shape[1], *self.shape)
 
     def _interior(self, A: Tensor, b: Tensor) -> Tensor:
         """[S, M] points near the analytic centre; flat stars are thickened by the sign tolerance."""
