@@ -16,9 +16,11 @@ from torch import nn
 
 from torchreach.clock import Clock, running
 from torchreach.deployed import deployed_discrepancy, rounds
-from torchreach.errors import OptionError
+from torchreach.errors import OptionError, ShapeError
 from torchreach.executed import as_executed, formats, widened
 from torchreach.kernels import CHOICES
+from torchreach.networks.chain import chain
+from torchreach.networks.load import as_network
 from torchreach.networks.quantized import is_weight_only
 from torchreach.options import Budget, Exact, Search
 from torchreach.portfolio import compare
@@ -86,13 +88,15 @@ def discrepancy(
     if gap is not None and not gap > 0:
         raise OptionError(f"gap must be positive or None, got {gap!r}")
     budget, tolerances = budget or Budget(), tolerances or Tolerances()
-    shape = None if len(stars.shape) == 1 else stars.shape
+    if not isinstance(stars, StarBatch):
+        raise ShapeError(f"two networks are compared on a torchreach.StarBatch, got {type(stars).__name__}")
+    original, compressed = as_network(original), as_network(compressed)
     kinds = formats(original, compressed, arithmetic)
     if tolerance is not None:
         question = Question("largest", gap or min(1e-6, max(1e-9, 1e-3 * tolerance)), tolerance)
     else:
         question = Question("signed") if gap is None else Question("outputs", gap)
-    if rounds(original, shape) or rounds(compressed, shape):
+    if rounds(original, stars.shape) or rounds(compressed, stars.shape):
         if arithmetic == "real":
             raise OptionError(
                 "arithmetic='real' requires networks that do not round activations: compare "
@@ -112,8 +116,8 @@ def discrepancy(
                 kernels=kernels,
                 clock=clock,
             )
-        return found if rounds(original, shape) else widened(found, original, stars, kinds[0])
-    networks = one_dtype(original, compressed)
+        return found if rounds(original, stars.shape) else widened(found, original, stars, kinds[0])
+    networks = one_dtype(original, compressed, stars.shape)
 
     def real(stars: StarBatch, question: Question, clock: Clock | None = None) -> Discrepancy:
         limits = budget if clock is None or not clock.limited else replace(budget, seconds=max(clock.left, 1e-3))
@@ -130,12 +134,16 @@ def discrepancy(
         )
 
 
-def one_dtype(*networks: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The two networks, as float64 copies where their dtypes differ: a float network and a twin with exact weights."""
-    dtypes = {value.dtype for network in networks for value in network.parameters()}
-    if len(dtypes) > 1:
-        networks = tuple(copy.deepcopy(network).double() for network in networks)
-    return networks[0], networks[1]
+def one_dtype(original: nn.Module, compressed: nn.Module, shape: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:
+    """The two networks, as float64 chains where their dtypes differ: a float network and a twin with exact weights.
+
+    Read before they are converted: weights that a parametrisation computes would come out otherwise in float64.
+    """
+    networks = original, compressed
+    if len({value.dtype for network in networks for value in network.parameters()}) < 2:
+        return networks
+    original, compressed = (copy.deepcopy(chain(network, shape)).double() for network in networks)
+    return original, compressed
 
 
 def chosen(method: Exact | Search | str | None) -> Exact | Search | None:

@@ -31,6 +31,7 @@ from torchreach.discrepancy import discrepancy, one_dtype
 from torchreach.errors import OptionError, ShapeError, UnsupportedLayerError
 from torchreach.executed import Formats, Side, formats
 from torchreach.networks.layers import Reshape
+from torchreach.networks.load import as_network
 from torchreach.networks.merge import merge
 from torchreach.networks.steps import Step, steps
 from torchreach.options import Budget, Exact, Search
@@ -83,8 +84,8 @@ def equivalent(
     if not isinstance(stars, StarBatch):
         raise ShapeError(f"two networks are compared on a torchreach.StarBatch, got {type(stars).__name__}")
     budget, tolerances = budget or Budget(), tolerances or Tolerances()
-    shape = None if len(stars.shape) == 1 else stars.shape
-    deployed = rounds(original, shape) or rounds(compressed, shape)
+    original, compressed = as_network(original), as_network(compressed)
+    deployed = rounds(original, stars.shape) or rounds(compressed, stars.shape)
     if epsilon is None:
         if deployed:
             raise UnsupportedLayerError(
@@ -150,8 +151,8 @@ class _Labels:
         self.began = time.monotonic()
         stars, given = self.stars, (self.original, self.compressed)
         self.same = self.original is self.compressed
-        self.original, self.compressed = one_dtype(*given)
-        merge(self.original, self.compressed, None if len(stars.shape) == 1 else stars.shape)  # refuses wrong input
+        self.original, self.compressed = one_dtype(*given, stars.shape)
+        merge(self.original, self.compressed, stars.shape)  # refuses wrong input
         self.sides = tuple(Side.of(network, stars, kind) for network, kind in zip(given, self.kinds, strict=True))
         self.networks = tuple(side.steps for side in self.sides)
         self.outputs = self.networks[0][-1].features
