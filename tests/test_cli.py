@@ -249,7 +249,7 @@ def _bad(files):
         "seconds": ((*a_b, *box, "--seconds", "0"), "--seconds must be positive, got 0"),
         "memory": ((*a_b, *box, "--memory", "2 gigs"), "--memory must be a positive size such as 2GB"),
         "tolerance": ((*a_b, *box, "--tolerance", "-1"), "--tolerance must be a number >= 0, got -1"),
-        "other inputs": ((f / "a.onnx", f / "other.onnx", *box), "networks must have equally many inputs"),
+        "other inputs": ((f / "a.onnx", f / "other.onnx", *box), "inputs of shape (3,): it takes 4 numbers"),
     }  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from torchreach.networks.steps import steps
 from torchreach.options import Budget, Exact, Search
 from torchreach.reach.memory import default_budget
 from torchreach.results import Discrepancy, Progress, ProgressCallback, ReachStats, Semantics, Status
-from torchreach.search.cells import LIMIT
+from torchreach.search.cells import LIMIT, representable
 from torchreach.search.result import Question
 from torchreach.sets.star import StarBatch
 from torchreach.tolerances import COMPUTE_DTYPE, round_down, round_up
@@ -148,6 +148,19 @@ class _Comparison:
             )
             for s in range(len(batch))
         ]
+        self._centres(size)
+
+    def _centres(self, size: int) -> None:
+        """What the centres of boxes attain, `size` of them at a time."""
+        networks = self.networks
+        boxes = [star for star in self.stars if star.points is None]
+        for i in range(0, len(boxes), size):
+            some = boxes[i : i + size]
+            low, high = (torch.stack([star.box[k] for star in some]) for k in (0, 1))
+            x = representable((low + high) / 2, low, high, networks.dtype)
+            value = networks.attained(networks.first, networks.second, x, x)
+            for star, own, at in zip(some, value, x, strict=True):
+                star.take(own, at.expand_as(star.witness))
 
     def _points(self, s: int) -> Tensor:
         """Inputs [B, N_in] of star s."""
@@ -184,7 +197,7 @@ class _Comparison:
         """Begins all stars, then finishes one after the other."""
         begin = self.clock.part(START * self.clock.left)
         for s, star in enumerate(self.stars):
-            if s == 0 or not begin.over:
+            if star.points is not None or s == 0 or not begin.over:
                 star.start(begin.part(begin.left / (len(self.stars) - s)))
         for s, star in enumerate(self.stars):
             star.clock = self.clock.part(self.clock.left / (len(self.stars) - s))
@@ -238,8 +251,6 @@ class _Comparison:
 
     def _name(self) -> str:
         """What the bounds come from."""
-        if all(star.complete for star in self.stars):
-            return "cells"
         if any(star.relaxed for star in self.stars):
             return "relaxation"
         return "cells" if any(star.cells for star in self.stars) else "intervals"

@@ -105,6 +105,10 @@ class DeployedStar:
         return self._exceeded or bool((self._top() <= self.question.enough(self.lower)).all())
 
     @property
+    def _limit(self) -> float:
+        return torch.inf if self.budget.stars is None else self.budget.stars
+
+    @property
     def _exceeded(self) -> bool:
         return (
             self.threshold > -torch.inf and float(round_down(self.lower.max(), self.networks.result)) > self.threshold
@@ -140,13 +144,11 @@ class DeployedStar:
     # -- work -------------------------------------------------------------------------------------------
 
     def start(self, clock: Clock) -> None:
-        """The centre, and an ascent of few steps: at least a part of it, whatever the time."""
+        """Points of the star, or an ascent of few steps: at least a part of it, whatever the time."""
         self._restrict()
-        middle = (self.box[0] + self.box[1]) / 2
         if self.points is not None:
             self._offer_whole(self.points)
         else:
-            self._offer(middle[None, self.varied[2]])
             self._climb(FIRST_STEPS, clock.part(FIRST * clock.left))
 
     def look_at_kernels(self) -> None:
@@ -223,14 +225,13 @@ class DeployedStar:
         if not few:
             cells.root = self._range_of_first(cells)
         result = None
-        limit = torch.inf if self.budget.stars is None else self.budget.stars
-        self.spent |= total > limit
+        self.spent |= total > self._limit
         for result in search_cells(
             cells,
             self._ranges if few else None,
             self.question,
             clock=self.clock,
-            limit=limit,
+            limit=self._limit,
             numbers=self.numbers,
             dtype=self.networks.dtype,
         ):
@@ -265,7 +266,7 @@ class DeployedStar:
             enough = self.question.enough(self.lower)
             excess = torch.stack([upper for *_, upper in open_]).sub(enough).amax((1, 2))
             worst = int(excess.argmax())
-            full = len(open_) * each > self.memory or _reached(self.branches, self.budget.stars)
+            full = len(open_) * each > self.memory or self.branches + self.cells >= self._limit
             self.spent |= full
             over = self.clock.over or full or (not self.clock.limited and boxes >= BOXES)
             if over or float(excess[worst]) <= 0 or self._exceeded:
@@ -279,9 +280,11 @@ class DeployedStar:
                     self._ranges,
                     self.question,
                     clock=self.clock,
+                    limit=self._limit - self.branches - self.cells,
                     numbers=self.numbers,
                     dtype=self.networks.dtype,
                 )
+                self.spent |= result.cells < cells.total
                 finished = torch.maximum(finished, torch.minimum(result.upper, above))
                 self.cells += result.cells
                 self._offer_states(result.lower, result.witness)
@@ -292,7 +295,7 @@ class DeployedStar:
             top = torch.stack((finished, *(upper for *_, upper in open_))).amax(0)
             self.upper = torch.minimum(self.upper, torch.maximum(top, self.lower))
             self.report()
-        self.complete |= not open_
+        self.complete |= not open_ and not self.spent
 
     def _divided(
         self, low: Tensor, high: Tensor, grid: InputGrid | None
@@ -373,7 +376,7 @@ class DeployedStar:
         for count, state in enumerate(states):
             self.branches = before + state.branches
             yield state
-            full = _reached(self.branches, self.budget.stars)
+            full = self.branches >= self._limit
             self.spent |= full
             if clock.over or full or state.closed or (not clock.limited and count + 1 >= STATES):
                 return
@@ -403,7 +406,7 @@ class DeployedStar:
         better = value > self.lower
         if self.points is not None or not bool(better.any()):
             return
-        self._take(value, self._whole(x))
+        self.take(value, self._whole(x))
         self._offer(x[better])
 
     def _offer_whole(self, x: Tensor) -> None:
@@ -418,11 +421,11 @@ class DeployedStar:
         for part in torch.arange(len(x), device=x.device).split(max(self.few // (4 * widest), 1)):
             inputs = self._whole(x[part]) if whole is None else whole[part]
             value, at = self.networks.attained(first, second, x[part], inputs).max(0)
-            self._take(value, inputs[at])
+            self.take(value, inputs[at])
             if self.clock.over:
                 return
 
-    def _take(self, value: Tensor, x: Tensor) -> None:
+    def take(self, value: Tensor, x: Tensor) -> None:
         """Values [2, N_out] attained at inputs x [2, N_out, N_in]."""
         self.witness = torch.where((value > self.lower)[..., None], x, self.witness)
         self.lower = torch.maximum(self.lower, value)
@@ -432,10 +435,6 @@ def cells_of(grid: InputGrid, low: Tensor, high: Tensor) -> float:
     """How many cells of the grid a box [M] has."""
     first, last = grid.codes(low, high)
     return prod((last - first + 1).tolist())
-
-
-def _reached(count: int, limit: int | None) -> bool:
-    return limit is not None and count >= limit
 
 
 def _set(values: Tensor, at: int, value: Tensor) -> Tensor:

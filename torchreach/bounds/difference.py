@@ -106,7 +106,8 @@ class Backward:
         beta is of no use at layer 0 where both networks have one input, and is left out there.
         """
         W, V, D, b, db = self.parts[k]
-        constant = p @ b + (q @ db if db.ndim == 1 else (q @ db[..., None])[..., 0])  # b - c is one for all boxes, or [B, N_out]
+        # b - c is one for all boxes, or [B, N_out]
+        constant = p @ b + (q @ db if db.ndim == 1 else (q @ db[..., None])[..., 0])
         return p @ W + q @ D, q if k == 0 and self.off is None else q @ V, constant
 
     def bound(self, alpha: Tensor, beta: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:

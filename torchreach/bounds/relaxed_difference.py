@@ -58,9 +58,9 @@ class RelaxedDifference:
         Raises: UnsupportedLayerError: an affine step too large to be a matrix. OutOfTime: the clock is over.
         """
         clock.check()
-        relaxed2 = relax(second, low, high, InputGrid.of(second[0]) if grid is None else grid)
+        relaxed2 = relax(second, low, high, InputGrid.of(second[0]) if grid is None else grid, clock=clock)
         rounds = any(step.quantizer is not None for step in first)
-        relaxed1 = relax(first, low, high, InputGrid.of(first[0])) if rounds else None
+        relaxed1 = relax(first, low, high, InputGrid.of(first[0]), clock=clock) if rounds else None
         clock.check()
         own = 0 if relaxed1 is None else relaxed1.extra
         size = torch.maximum(low.abs(), high.abs())

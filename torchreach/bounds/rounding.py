@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from torchreach.bounds.zonotope import box_rows, relu_band
+from torchreach.clock import NO_LIMIT, Clock
 from torchreach.errors import UnsupportedLayerError
 from torchreach.networks.arithmetic import Arithmetic
 from torchreach.networks.layers import RESHAPING, ElementwiseAffine
@@ -213,13 +214,15 @@ class Relaxed:
 
 
 @torch.no_grad()
-def relax(steps: tuple[Step, ...], lower: Tensor, upper: Tensor, grid: InputGrid | None) -> Relaxed:
+def relax(
+    steps: tuple[Step, ...], lower: Tensor, upper: Tensor, grid: InputGrid | None, *, clock: Clock = NO_LIMIT
+) -> Relaxed:
     """Relaxation of the deployed `steps` over one box [N_in]; grid: `InputGrid.of(steps[0])`, or part of its codes.
 
     Guarantee: for every input in the box, whatever kernel within `kernel_error` executes the steps, its output is the
     clamp of the relaxed network's for some values of its extra inputs and its noise.
 
-    Raises: UnsupportedLayerError: an affine step too large to be a matrix.
+    Raises: UnsupportedLayerError: an affine step too large to be a matrix. OutOfTime: the clock is over at some step.
     """
     step, rest, size = _entry(steps, lower, upper, grid)
     values = (lower, upper) if grid is None else tuple(grid.quantizer.value(code) for code in grid.codes(lower, upper))
@@ -229,6 +232,7 @@ def relax(steps: tuple[Step, ...], lower: Tensor, upper: Tensor, grid: InputGrid
     rows, slack = box_rows(torch.cat((lower, -ones))[None], torch.cat((upper, ones))[None])
     result: list[Step] = []
     while True:
+        clock.check()
         if step.sums is not None and step.sums.saturates(*values):
             saturable.append(step.sums.name)
         step = _with_loss(step, *values)

@@ -1,0 +1,41 @@
+"""What must hold of every comparison, of every path and budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import torchreach as tr
+from torchreach.results import Reason
+
+# Inputs [B, *shape] -> y1 - y2 [B, N] of the networks as given, in float64.
+Differences = Callable[[Tensor], Tensor]
+
+
+def assert_attained(found: tr.Discrepancy, differences: Differences, stars: tr.StarBatch) -> None:
+    """`lower` is at least |y1 - y2| at the centre and at each witness, and is attained there; `upper` is above both."""
+    assert found.witness.dtype == stars.dtype
+    slack = 1e-6 + 2 * torch.finfo(found.lower.dtype).eps * found.upper.abs().double()
+    lower, upper = found.lower.double(), found.upper.double()
+    centre = differences(stars.center).abs()
+    assert bool((lower >= centre - slack).all())
+    witnessed = differences(found.witness.flatten(0, 1)).abs().unflatten(0, found.witness.shape[:2])
+    value = witnessed.diagonal(dim1=1, dim2=2)
+    assert bool((value >= lower - slack).all() and (lower >= value - slack).all())
+    assert bool((witnessed <= upper[:, None] + slack[:, None]).all())
+    assert bool((lower <= upper).all())
+
+
+def assert_valid(found: tr.Discrepancy, differences: Differences, stars: tr.StarBatch, samples: int = 200) -> None:
+    """`assert_attained`, no sample outside of the interval, status and reasons that fit it."""
+    assert_attained(found, differences, stars)
+    x = stars.sample(samples)
+    y = differences(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+    slack = 1e-6 * (1 + y.abs())
+    assert bool((y >= found.range_lower.double()[:, None] - slack).all())
+    assert bool((y <= found.range_upper.double()[:, None] + slack).all())
+    assert len(found.reasons) == len(found.status) == len(stars)
+    for status, reason in zip(found.status, found.reasons, strict=True):
+        assert status is tr.Status.EXACT or reason is not Reason.CLOSED
