@@ -206,7 +206,7 @@ def test_a_planted_wrong_bound_is_caught(monkeypatch: pytest.MonkeyPatch) -> Non
     compressed = noisy_copy(original, 1e-2, 1)
     stars = boxes(1, 3, count=1)
     exact = float(tr.discrepancy(original, compressed, stars, "exact").max_upper)
-    right = equivalence.compare
+    right = equivalence.discrepancy
 
     def wrong(*args, **kwargs):
         from dataclasses import replace
@@ -214,7 +214,7 @@ def test_a_planted_wrong_bound_is_caught(monkeypatch: pytest.MonkeyPatch) -> Non
         found = right(*args, **kwargs)
         return replace(found, upper=found.upper * 0.5, lower=found.lower * 0.5)
 
-    monkeypatch.setattr(equivalence, "compare", wrong)
+    monkeypatch.setattr(equivalence, "discrepancy", wrong)
     found = tr.equivalent(original, compressed, stars, 0.7 * exact)
     with pytest.raises(AssertionError):
         assert_true(found, original, compressed, stars)
