@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from torchreach.errors import ShapeError, UnsupportedLayerError
+from torchreach.networks.affine_graph import AffineGraph
 from torchreach.networks.chain import chain
 from torchreach.networks.layers import MaskedReLU, MergedAffine, linear, magnitude, with_bias_magnitude
 from torchreach.networks.propagate import propagate
@@ -193,6 +194,8 @@ def _shared_input_shape(branches: tuple[nn.Sequential, nn.Sequential]) -> Shape:
     sizes = []
     for branch in branches:
         first = next((m for m in branch if any(True for _ in m.parameters())), None)
+        if isinstance(first, AffineGraph) and len(first.parts) == 1:
+            return first.parts[0]
         if not isinstance(first, nn.Linear):
             raise ShapeError("input_shape=(...) is required: it does not follow from a first nn.Linear layer")
         sizes.append(first.in_features)
