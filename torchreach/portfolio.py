@@ -248,7 +248,8 @@ class _Run:
     def _root(self, open_: list[int]) -> None:
         """One pass over all open stars together, so that each has a valid interval however short the time."""
         self.rooted = True
-        self.pair = Pair.of(*self.both)
+        low, high, _ = self.stars.bounding_box()
+        self.pair = Pair.of(*self.both, (low.amin(0), high.amax(0)))
         index = torch.tensor(open_, device=self.stars.device)
         stars = self.stars.select(index)
         low, high, _ = stars.bounding_box()

@@ -138,7 +138,7 @@ class StarSearch:
         first, second = space.lifted(first), space.lifted(second)
         if pair is None or space.lift is not None:
             both = [steps(part, space.in_shape, dtype=COMPUTE_DTYPE, device=star.device) for part in (first, second)]
-            pair = Pair.of(both[0], both[1])
+            pair = Pair.of(both[0], both[1], (space.lower, space.upper))
         self.pair = pair
         self.module, self.memory = first if alone else merge(first, second, space.in_shape), memory
         self.split = options.split

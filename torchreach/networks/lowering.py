@@ -103,9 +103,7 @@ class Graph:
     def is_chain(self) -> bool:
         """Whether it is one layer after the other, with no activation but ReLU."""
         return all(
-            node.inputs == (i - 1,) and (node.op == "layer" or _is_relu(node))
-            for i, node in enumerate(self.nodes)
-            if i
+            node.inputs == (i - 1,) and (node.op == "layer" or _is_relu(node)) for i, node in enumerate(self.nodes) if i
         )
 
     def levels(self) -> list[int]:

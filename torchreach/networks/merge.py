@@ -80,7 +80,7 @@ class MergedReLU(MaskedReLU):
     def __init__(self, sizes: tuple[int, int], active: tuple[bool | Tensor, bool | Tensor] = (True, True)) -> None:
         halves = [on if isinstance(on, Tensor) else torch.full((n,), on) for n, on in zip(sizes, active, strict=True)]
         super().__init__(torch.cat(halves))
-        self.split = sizes
+        self.split, self.active = sizes, active
 
     def forward(self, x: Any) -> Any:
         return super().forward(x) if isinstance(x, Tensor) else propagate(x, self)
