@@ -16,7 +16,8 @@ Property: lower(graph)(x) == graph(x), up to rounding. A ReLU of the chain stand
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -28,7 +29,7 @@ from torchreach.networks.layers import ElementwiseAffine, MaskedReLU
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PiecewiseLinear:
     """f(z) = shift + slope z + sum over k of height relu(scale z + offset); numbers or tensors that broadcast.
 
@@ -42,7 +43,10 @@ class PiecewiseLinear:
     @property
     def plain(self) -> bool:
         """Whether it is relu(z) itself."""
-        return self == RELU
+        return self is RELU
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.slope * z + self.shift + sum(h * (s * z + o).relu() for h, s, o in self.pieces)
 
     @staticmethod
     def leaky(slope: float | Tensor) -> PiecewiseLinear:
@@ -69,12 +73,13 @@ HARDSIGMOID = PiecewiseLinear(((1.0, 1 / 6, 0.5), (-1.0, 1 / 6, -0.5)))
 class Node:
     """One value of a network: op "input", "layer", "add", "sub", "cat", "pointwise" or "maximum" of earlier values.
 
+    shape: of one value, without batch axis; None where it is unknown, which a chain may leave open.
     value: the affine layer, the axis of a "cat" (batch counted), or the `PiecewiseLinear`.
     """
 
     op: str
     inputs: tuple[int, ...]
-    shape: Shape
+    shape: Shape | None
     name: str
     value: nn.Module | PiecewiseLinear | int | None = None
 
@@ -90,15 +95,39 @@ class Graph:
 
     nodes: tuple[Node, ...]
 
-    def needed(self) -> list[bool]:
-        """Which nodes the output depends on."""
-        used = [False] * len(self.nodes)
-        used[-1] = True
-        for i in range(len(self.nodes) - 1, -1, -1):
-            if used[i]:
-                for j in self.nodes[i].inputs:
-                    used[j] = True
-        return used
+    @staticmethod
+    def to(nodes: Sequence[Node], output: int) -> Graph:
+        """The graph of those nodes that `output` depends on, and of the input."""
+        used = {0, output}
+        for i in range(output, 0, -1):
+            if i in used:
+                used.update(nodes[i].inputs)
+        kept = sorted(used)
+        place = {i: k for k, i in enumerate(kept)}
+        return Graph(tuple(replace(nodes[i], inputs=tuple(place[j] for j in nodes[i].inputs)) for i in kept))
+
+    @torch.no_grad()
+    def values(self, x: Tensor) -> list[Tensor]:
+        """Every node's value at inputs x [B, *shape]."""
+        result = [x]
+        for node in self.nodes[1:]:
+            inputs = [result[i] for i in node.inputs]
+            if node.op in ("layer", "pointwise"):
+                assert callable(node.value)
+                result.append(node.value(inputs[0]))
+            elif node.op == "cat":
+                assert isinstance(node.value, int)
+                result.append(torch.cat(inputs, node.value))
+            elif node.op == "maximum":
+                result.append(torch.maximum(*inputs))
+            else:
+                result.append(inputs[0] + inputs[1] if node.op == "add" else inputs[0] - inputs[1])
+        return result
+
+    def shaped(self, x: Tensor) -> Graph:
+        """The same with the shapes that values have at inputs x [B, *shape]."""
+        values = zip(self.nodes, self.values(x), strict=True)
+        return Graph(tuple(replace(node, shape=tuple(value.shape[1:])) for node, value in values))
 
     def is_chain(self) -> bool:
         """Whether it is one layer after the other, with no activation but ReLU."""
@@ -134,11 +163,11 @@ _Part = tuple[int, int | None]
 
 class _Lowering:
     def __init__(self, graph: Graph) -> None:
-        self.nodes, self.needed, self.levels = graph.nodes, graph.needed(), graph.levels()
+        self.nodes, self.levels = graph.nodes, graph.levels()
         self.depth = self.levels[-1]
         self.layers: list[nn.Module] = []
         self.state: list[_Part] = [(0, None)]
-        self.shapes: list[Shape] = [graph.nodes[0].shape]
+        self.shapes: list[Shape] = [self._shape(0)]
 
     def run(self) -> nn.Sequential:
         for level in range(self.depth):
@@ -150,16 +179,21 @@ class _Lowering:
         self._affine([(len(self.nodes) - 1, None)])
         return nn.Sequential(*self.layers)
 
+    def _shape(self, i: int) -> Shape:
+        shape = self.nodes[i].shape
+        assert shape is not None, "a graph that is no chain has known shapes"
+        return shape
+
     def _at(self, level: int) -> list[int]:
-        return [i for i, own in enumerate(self.levels) if own == level and self.needed[i]]
+        return [i for i, own in enumerate(self.levels) if own == level]
 
     def _carried(self, level: int) -> list[int]:
         """Values known at this level that something later reads, other than ReLUs of the next level alone."""
         result = []
         for i, node in enumerate(self.nodes):
-            if not self.needed[i] or self.levels[i] > level:
+            if self.levels[i] > level:
                 continue
-            readers = [j for j, other in enumerate(self.nodes) if self.needed[j] and i in other.inputs]
+            readers = [j for j, other in enumerate(self.nodes) if i in other.inputs]
             later = [j for j in readers if self.levels[j] > level]
             if any(self.levels[j] > level + 1 or not self.nodes[j].bends or self._reads_unbent(j, i) for j in later):
                 result.append(i)
@@ -188,7 +222,7 @@ class _Lowering:
         builder = _Terms(self)
         outputs = tuple(builder.bent(i, k) if k is not None else builder.value(i) for i, k in parts)
         self.layers.extend(builder.layer(outputs))
-        self.state, self.shapes = parts, [self.nodes[i].shape for i, _ in parts]
+        self.state, self.shapes = parts, [self._shape(i) for i, _ in parts]
 
 
 def _count(node: Node) -> int:
