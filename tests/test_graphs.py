@@ -1,4 +1,4 @@
-"""Networks that are no chains: skips, concatenations, maxima and functions that bend twice, read and certified exactly."""
+"""Networks that are no chains: skips, concatenations, maxima and functions that bend twice, certified exactly."""
 
 from __future__ import annotations
 
@@ -119,8 +119,8 @@ def test_shapes_follow_from_a_first_linear_layer(name: str) -> None:
 
 
 @pytest.mark.parametrize("options", [
-    {"kernel_size": 2}, {"kernel_size": 3, "stride": 2, "padding": 1}, {"kernel_size": 3, "stride": 2, "ceil_mode": True},
-    {"kernel_size": 2, "stride": 1, "dilation": 2},
+    {"kernel_size": 2}, {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": 3, "stride": 2, "ceil_mode": True}, {"kernel_size": 2, "stride": 1, "dilation": 2},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("rank", [1, 2])
 def test_max_pooling_is_read_with_all_its_options(options: dict, rank: int) -> None:
