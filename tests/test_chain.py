@@ -168,7 +168,7 @@ class _Residual(InPlace):
 class _Branch(InPlace):
     def forward(self, x):
         y = self.layer(x)
-        return y + torch.relu(y)
+        return y * torch.relu(y)
 
 
 class _TwoInputs(InPlace):
@@ -214,8 +214,8 @@ class _MixesBatch(InPlace):
             nn.Sequential(nn.Linear(5, 5), nn.Sequential(nn.ReLU(), nn.Sigmoid())),
             r"layer 2 \('1.1', Sigmoid\): .*not",
         ),
-        (nn.LeakyReLU(), "LeakyReLU is not among them"),
-        (_Branch(), "node 'add': add combines two values"),
+        (nn.SELU(), "SELU is not among them"),
+        (_Branch(), "node 'mul': mul combines two values"),
         (_Residual(), "sum"),
         (_TwoInputs(), "node 'y': the network must have one input"),
         (_TwoOutputs(), "node 'output': the network must have one output"),

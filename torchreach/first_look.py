@@ -111,7 +111,7 @@ def _look(network: tuple[Step, ...], places: Places, clock: Clock, starts: int, 
     t = places.pull(t.flatten(1, 2))
     eye = torch.eye(n, dtype=like.dtype, device=like.device)
     sign = torch.cat((eye, -eye)).repeat_interleave(starts, 0)
-    best, at = torch.full_like(t[..., 0], -torch.inf), t
+    best, at = t.new_full(t.shape[:-1], -torch.inf), t
     for step in range(STEPS + 1):
         with torch.enable_grad():
             leaf = t.detach().requires_grad_()

@@ -319,7 +319,7 @@ class _Run:
             return
         try:
             everyone = torch.arange(len(self.stars), device=self.stars.device)
-            self.pair = Pair.of(*self.both, clock=clock)
+            self.pair = Pair.of(*self.both, (self.box[0].amin(0), self.box[1].amax(0)), clock=clock)
             self._cap(everyone, interval_difference(self.pair, *self.box))
             for index in torch.tensor(open_, device=self.stars.device).split(ROOT_STARS):
                 low, high = (end[index] for end in self.box)

@@ -144,7 +144,7 @@ class StarSearch:
         first, second = space.lifted(first), space.lifted(second)
         if pair is None or space.lift is not None:
             both = [steps(part, space.in_shape, dtype=COMPUTE_DTYPE, device=star.device) for part in (first, second)]
-            pair, root = Pair.of(both[0], both[1]), None
+            pair, root = Pair.of(both[0], both[1], (space.lower, space.upper)), None
         self.pair, self.clock = pair, clock
         self.module, self.memory = first if alone else merge(first, second, space.in_shape), memory
         self.split = options.split

@@ -34,8 +34,17 @@ from torchreach.bounds.pair import Pair
 from torchreach.bounds.zonotope import box_rows, relu_band
 from torchreach.clock import NO_LIMIT, Clock
 from torchreach.errors import InvalidNetworkError, ShapeError, UnsupportedLayerError
+from torchreach.networks.affine_graph import AffineGraph
 from torchreach.networks.arithmetic import Arithmetic
-from torchreach.networks.layers import PASS_THROUGH, RESHAPING, ElementwiseAffine, fan_in, linear, magnitude
+from torchreach.networks.layers import (
+    PASS_THROUGH,
+    RESHAPING,
+    ElementwiseAffine,
+    Rearrange,
+    fan_in,
+    linear,
+    magnitude,
+)
 from torchreach.networks.steps import Step
 from torchreach.networks.weights import torchao_kind
 from torchreach.tolerances import UNIT_ROUNDOFF
@@ -47,6 +56,10 @@ SCALED_AFTER = ("Int8Tensor", "IntxUnpackedToInt8Tensor")
 CODES = 128
 SINGLE = 2.0**-24  # unit roundoff of float32
 UNDERFLOW = 2.0**-149  # what one operation in float32 loses at most to gradual underflow
+
+
+# What is read from graphs that are no chains.
+UNKNOWN = (AffineGraph, Rearrange, nn.ConvTranspose1d, nn.ConvTranspose2d)
 
 
 @dataclass(frozen=True)
@@ -190,6 +203,12 @@ def _forward(
         for layer in step.block:
             if isinstance(layer, PASS_THROUGH):
                 continue
+            if isinstance(layer, UNKNOWN):
+                raise UnsupportedLayerError(
+                    f"{type(layer).__name__} before {step.name}: how it is executed is not known, only chains of "
+                    "Linear, convolution, average pooling and batch norm are; ask for the real-valued reading "
+                    "(arithmetic='real')"
+                )
             inputs, real = run.size, real.through(layer)
             run, product = run.through(layer), run.through(layer, biased=False)
             apart, own = apart.through(layer), own.through(layer)

@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torchreach.bounds._lirpa_compat import converting, load_auto_lirpa
 from torchreach.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.errors import ShapeError
-from torchreach.networks.layers import ElementwiseAffine, Reshape
+from torchreach.networks.affine_graph import AffineGraph
+from torchreach.networks.layers import ElementwiseAffine, MaskedReLU, Rearrange, Reshape
 from torchreach.networks.weights import as_parameter, linear_layer, refresh_pruned
 
 _log = logging.getLogger(__name__)
@@ -145,6 +146,8 @@ def _plain(layer: nn.Module, axes: int) -> nn.Module:
     """A float64 copy of `layer` in operations that auto_LiRPA knows; `axes` follow its channel axis."""
     if isinstance(layer, nn.ReLU):
         return nn.ReLU()  # never in place: the value it receives is compared below
+    if isinstance(layer, MaskedReLU | AffineGraph | Rearrange | nn.ConvTranspose1d | nn.ConvTranspose2d):
+        raise LirpaUnavailableError(f"{type(layer).__name__} is not handed to auto_LiRPA")
     if isinstance(layer, Reshape):
         return _FixedReshape(layer.shape)
     if isinstance(layer, nn.Unflatten) and layer.dim == 1:

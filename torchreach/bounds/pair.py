@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from torchreach.bounds.hexagon import relu_difference
+from torchreach.bounds.zonotope import box_rows, zonotope_bounds
 from torchreach.clock import NO_LIMIT, Clock
 from torchreach.errors import ShapeError, UnsupportedLayerError
 from torchreach.networks.layers import PASS_THROUGH, RESHAPING
 from torchreach.networks.steps import Step
-from torchreach.tolerances import UNIT_ROUNDOFF
+from torchreach.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF
 
 MAX_ENTRIES = 2**26  # of one affine layer as a matrix
 UNITS = 512  # unit vectors that are pushed through a layer at a time
@@ -44,7 +45,7 @@ class Pair:
         Raises:
             ShapeError: the networks differ in depth or in the size of a layer.
             UnsupportedLayerError: an affine layer would have more than `MAX_ENTRIES` entries as a matrix, or a
-                step leaves some features without ReLU (merged networks do: give the two networks instead).
+                step leaves other features without ReLU in one network than in the other.
         """
         sizes = [[s.in_shape, *(step.features for step in steps)] for steps in (first, second) for s in steps[:1]]
         if sizes[0] != sizes[1]:
@@ -52,11 +53,14 @@ class Pair:
                 "difference bounds require two networks of one architecture, that is equal input shapes and equal "
                 f"layer sizes; got {_sizes(first)} and {_sizes(second)}"
             )
-        for step in (*first, *second):
-            if step.relu is not None and not bool(step.relu.all()):
+        for one, other in zip(first, second, strict=True):
+            if (one.relu is None) != (other.relu is None) or (
+                one.relu is not None and other.relu is not None and not torch.equal(one.relu, other.relu)
+            ):
                 raise UnsupportedLayerError(
-                    f"difference bounds require ReLU on all features of a step, but {step.name} leaves some out"
+                    f"difference bounds require ReLU on the same features of both networks; in {one.name} they differ"
                 )
+        for step in (*first, *second):
             if _inputs(step) * step.features > MAX_ENTRIES:
                 raise UnsupportedLayerError(
                     f"difference bounds require affine layers of at most {MAX_ENTRIES} entries as matrices; "
@@ -64,25 +68,38 @@ class Pair:
                 )
 
     @staticmethod
-    def of(first: tuple[Step, ...], second: tuple[Step, ...], *, live: bool = False, clock: Clock = NO_LIMIT) -> Pair:
+    def of(
+        first: tuple[Step, ...],
+        second: tuple[Step, ...],
+        box: tuple[Tensor, Tensor] | None = None,
+        *,
+        live: bool = False,
+        clock: Clock = NO_LIMIT,
+    ) -> Pair:
         """Pair of two networks' steps (in float64, on one device). Raises as `check`; OutOfTime between two layers.
 
+        box: (lower, upper) [N_in] that contains every box the pair will be asked about; needed where ReLU leaves some
+        features of a step untouched. These are shifted to be positive over the box, in both networks alike, so that
+        ReLU may act on all: z + s for z, s taken off again in the next layer. The difference d does not see it.
         live: matrices carry gradients to the steps' weights, and no layer counts as shared, because gradients must
         reach equal layers too.
         """
         Pair.check(first, second)
         with torch.set_grad_enabled(live and torch.is_grad_enabled()):
             W, V = ([_dense(step, clock) for step in steps] for steps in (first, second))
-        b, c = [step.bias for step in first], [step.bias for step in second]
+        D = [w - v for w, v in zip(W, V, strict=True)]
+        db = [s.bias - t.bias for s, t in zip(first, second, strict=True)]
         same = [_same(s, t) for s, t in zip(first, second, strict=True)]
+        if any(step.relu is not None and not bool(step.relu.all()) for step in first):
+            first, second, db = _shifted(first, second, W, V, D, db, box)
         return Pair(
             first,
             second,
             W,
             V,
-            [w - v for w, v in zip(W, V, strict=True)],
-            b,
-            [x - y for x, y in zip(b, c, strict=True)],
+            D,
+            [step.bias for step in first],
+            db,
             [_is_matrix(s) and _is_matrix(t) for s, t in zip(first, second, strict=True)],
             0 if live else next((k for k, equal in enumerate(same) if not equal), len(same)),
         )
@@ -158,6 +175,45 @@ class Pair:
             on, off = (z - z_error >= 0) & (z2 - z2_error >= 0), (z + z_error <= 0) & (z2 + z2_error <= 0)
             e_error = torch.where(off, 0.0, torch.where(on, d_error + 4 * UNIT_ROUNDOFF * d.abs(), e_error))
         raise AssertionError("a network has at least one affine layer")
+
+
+def _shifted(
+    first: tuple[Step, ...],
+    second: tuple[Step, ...],
+    W: list[Tensor],
+    V: list[Tensor],
+    D: list[Tensor],
+    db: list[Tensor],
+    box: tuple[Tensor, Tensor] | None,
+) -> tuple[tuple[Step, ...], tuple[Step, ...], list[Tensor]]:
+    """Both networks with the features that ReLU leaves alone positive over the box, and their biases' differences.
+
+    The new biases are rounded once more than the old ones, by less than the spare factor of two in what
+    `Pair.error` allows, as their magnitudes include the shifts'; the differences never contain a shift of their own.
+    """
+    if box is None:
+        raise UnsupportedLayerError("difference bounds of steps that leave features without ReLU require a box")
+    rows = box_rows(*(end[None].to(COMPUTE_DTYPE) for end in box))
+    bounds = [zonotope_bounds(steps, *rows) for steps in (first, second)]
+    steps1, steps2, differences = [], [], []
+    before: Tensor | None = None
+    for k, (s, t) in enumerate(zip(first, second, strict=True)):
+        shift = torch.zeros_like(s.bias)
+        if s.relu is not None:
+            lowest = torch.minimum(*(bound[k][0].amin(0) for bound in bounds))
+            highest = torch.maximum(*(bound[k][1].amax(0) for bound in bounds))
+            shift = torch.where(
+                s.relu, 0.0, (-lowest).clamp(min=0) + 1e-3 * (highest - lowest) + 1e-6 * lowest.abs() + 1e-9
+            )
+        for step, matrix, result in ((s, W[k], steps1), (t, V[k], steps2)):
+            bias, size = step.bias + shift, step.bias_magnitude + shift
+            if before is not None:
+                bias, size = bias - matrix @ before, size + matrix.abs() @ before
+            relu = None if step.relu is None else torch.ones_like(step.relu)
+            result.append(replace(step, bias=bias, bias_magnitude=size, relu=relu))
+        differences.append(db[k] if before is None else db[k] - D[k] @ before)
+        before = shift
+    return tuple(steps1), tuple(steps2), differences
 
 
 def _sizes(steps: tuple[Step, ...]) -> str:

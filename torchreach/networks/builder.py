@@ -9,7 +9,7 @@ import copy
 import warnings
 from functools import partial
 from math import prod
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchreach.errors import InvalidNetworkError, ShapeError, UncalibratedWarning, UnsupportedLayerError
 from torchreach.networks.arithmetic import Arithmetic
 from torchreach.networks.calls import altered, keeps
+from torchreach.networks.joins import ADAPTIVE, POINTWISE, POOLING, max_pool, piecewise
 from torchreach.networks.layers import (
     AFFINE,
     PASS_THROUGH,
@@ -24,19 +25,27 @@ from torchreach.networks.layers import (
     ElementwiseAffine,
     MaskedReLU,
     MergedAffine,
+    Rearrange,
     Reshape,
     fan_in,
 )
+from torchreach.networks.lowering import RELU, Graph, Node, PiecewiseLinear, lower
 from torchreach.networks.quantizer import Quantizer
 from torchreach.networks.weights import FLOATS, check_values, is_packed, plain_layer, plain_tensor
 
 Shape = tuple[int, ...]
 
-LEAVES = (*(kind for kind in AFFINE if kind is not MergedAffine), Arithmetic, Quantizer, nn.ReLU)
-_OWN = (MergedAffine, ElementwiseAffine, Reshape)
+LEAVES = (
+    *(kind for kind in AFFINE if kind is not MergedAffine),
+    *(Arithmetic, Quantizer),
+    *(*POINTWISE, *POOLING, *ADAPTIVE),
+)
+_OWN = (MergedAffine, ElementwiseAffine, Reshape, Rearrange)
 # What torch computes on quantised tensors as it is; pooling rounds to the same grid again.
 _ON_QUANTIZED = (nn.ReLU, nn.AvgPool1d, nn.AvgPool2d, *PASS_THROUGH, *RESHAPING)
-SUPPORTED = ", ".join(kind.__name__ for kind in (*AFFINE, nn.ReLU) if not issubclass(kind, _OWN))
+SUPPORTED = ", ".join(
+    kind.__name__ for kind in (*AFFINE, *POINTWISE, *POOLING, *ADAPTIVE) if not issubclass(kind, _OWN)
+)
 # What keeps the order of the scores: without it the question of equal labels is the same.
 _KEEP_ORDER = ("softmax", "logsoftmax", "sigmoid", "tanh")
 
@@ -75,6 +84,9 @@ class ChainBuilder:
     def __init__(self, shape: Shape | None) -> None:
         self.layers: list[nn.Module] = []
         self.input_shape = self.shape = shape
+        # Every value of the network, and which of them the next layer takes.
+        self.nodes: list[Node] = [Node("input", (), shape, "input")]
+        self.at = 0
         self.position = 0  # of the layer being added, counted over all layers met, dropped ones too
         # Of deployed networks. `codes`: the grid of the value, while it is a quantised tensor; `raw`: while it is a
         # plain tensor of integer codes, which arithmetic would misread.
@@ -101,11 +113,71 @@ class ChainBuilder:
                 # A shallow copy shares parameters and buffers, but has its own mode: later training of the
                 # module must not switch the chain to batch statistics.
                 layer = copy.copy(layer).eval()
+            if isinstance(layer, POOLING):
+                if layer.return_indices:
+                    self.refuse(name, type(layer).__name__, "return_indices must be false")
+                sizes = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+                max_pool(self, name, *sizes, layer.ceil_mode)
+                return
+            if isinstance(layer, ADAPTIVE):
+                operation = "adaptive_avg_pool1d" if isinstance(layer, nn.AdaptiveAvgPool1d) else "adaptive_avg_pool2d"
+                layer = Rearrange(operation, layer.output_size, terms=prod(self.shape or (2**20,)))
             self._advance(layer, name)
             self.layers.append(layer)
+            bends = isinstance(layer, POINTWISE)
+            if isinstance(layer, nn.PReLU) and layer.weight.numel() > 1 and self.shape is None:
+                self.refuse(name, "PReLU", "input_shape=(...) is required for a slope of each channel")
+            value = piecewise(layer, len(self.shape or (1,))) if bends else layer
+            self._put("pointwise" if bends else "layer", (self.at,), name, value)
             if self.codes is not None and isinstance(layer, nn.AvgPool1d | nn.AvgPool2d):
                 self.layers.append(self.codes.of_means(pooled(layer)))
         self.position += 1
+
+    def pointwise(self, value: PiecewiseLinear, name: str) -> None:
+        """Adds a function of each feature that is no layer of its own."""
+        self._refuse_rounding(name, "a piecewise linear function")
+        self._put("pointwise", (self.at,), name, value)
+        self.position += 1
+
+    def join(self, op: str, inputs: tuple[int, ...], name: str, axis: int = 0) -> None:
+        """Adds a value made of several: "add", "sub", "maximum" (which broadcast as torch does) or "cat"."""
+        self._refuse_rounding(name, op)
+        known = [shape for i in inputs if (shape := self.nodes[i].shape) is not None]
+        if len(known) < len(inputs):
+            self.shape = None
+        else:
+            self.shape = self._joined(op, known, axis, name)
+            axis %= 1 + len(self.shape)
+        if op == "cat" and axis == 0:
+            self.refuse(name, op, "axis 0 is the batch")
+        self._put(op, inputs, name, axis)
+        self.position += 1
+
+    def _joined(self, op: str, shapes: list[Shape], axis: int, name: str) -> Shape:
+        shown = ", ".join(map(str, shapes))
+        if len({len(shape) for shape in shapes}) > 1:
+            self.refuse(name, op, f"values must have equally many axes, got {shown}")
+        if op == "maximum" and len(set(shapes)) > 1:
+            self.refuse(name, op, f"values must have equal shapes, got {shown}")
+        zeros = [torch.zeros(2, *shape, device="meta") for shape in shapes]
+        try:
+            return tuple((torch.cat(zeros, axis) if op == "cat" else sum(zeros[1:], zeros[0])).shape[1:])
+        except (RuntimeError, IndexError) as error:
+            raise ShapeError(f"layer {self.position} ({name!r}, {op}): {str(error).splitlines()[0]}") from None
+
+    def move(self, at: int, name: str) -> None:
+        """The next layer takes node `at`."""
+        if at != self.at:
+            self._refuse_rounding(name, "a value that is used again")
+            self.at, self.shape = at, self.nodes[at].shape
+
+    def _put(self, op: str, inputs: tuple[int, ...], name: str, value: Any) -> None:
+        self.nodes.append(Node(op, inputs, self.shape, name, value))
+        self.at = len(self.nodes) - 1
+
+    def _refuse_rounding(self, name: str, kind: str) -> None:
+        if self.deployed:
+            self.refuse(name, kind, "networks that round activations must be chains of layers with ReLU")
 
     def arithmetic(self, operation: str, operand: Tensor, name: str) -> None:
         """x (operation) operand, for an operand that must not reach into the batch axis."""
@@ -130,7 +202,26 @@ class ChainBuilder:
         self.append(Arithmetic(operation, operand), name)
 
     def sequential(self) -> nn.Sequential:
-        return nn.Sequential(*self.layers)
+        """Chains as they are; any other graph lowered to one."""
+        straight = all(node.inputs == (i,) for i, node in enumerate(self.nodes[1:])) and self.at == len(self.nodes) - 1
+        if straight and all(node.op == "layer" or node.value is RELU for node in self.nodes[1:]):
+            return nn.Sequential(*self.layers)
+        if self.deployed:
+            self.refuse("output", "graph", "networks that round activations must be chains of layers with ReLU")
+        if any(isinstance(layer, MaskedReLU) for layer in self.layers):
+            self.refuse("output", "graph", "merged or lowered networks must be chains")
+        graph = Graph.to(self.nodes, self.at)
+        return lower(self._shaped(graph) if any(node.shape is None for node in graph.nodes) else graph)
+
+    def _shaped(self, graph: Graph) -> Graph:
+        """The graph with shapes, where its inputs' follows from its first layer."""
+        first = next((layer for layer in self.layers if any(True for _ in layer.parameters())), None)
+        if not isinstance(first, nn.Linear):
+            self.refuse("output", "graph", "input_shape=(...) is required for networks that are no chains")
+        try:
+            return graph.shaped(first.weight.new_zeros(2, first.in_features))
+        except RuntimeError as error:
+            raise ShapeError(f"input_shape=(...) is required: {str(error).splitlines()[0]}") from None
 
     def finish(self, *, warn: bool = True) -> nn.Sequential:
         """The whole chain. A deployed network's is in float64, so that its float layers fit its exact weights.

@@ -127,14 +127,14 @@ def _check_traced(builder: ChainBuilder, module: nn.Module, layers: nn.Sequentia
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(max(BATCHES), *builder.input_shape, generator=generator, dtype=torch.float64)
     x = x.to(like.device, like.dtype)
-    for size in BATCHES:
+    for part in (part for size in BATCHES for part in x.split(size)):
         with torch.no_grad(), evaluation_mode(module):
             try:
-                found = module(x[:size].clone())
+                found = module(part.clone())
             except Exception as error:  # it may take batches of one size only
-                _log.debug("%s does not run on a batch of %d (%s)", type(module).__name__, size, error)
+                _log.debug("%s does not run on a batch of %d (%s)", type(module).__name__, len(part), error)
                 continue
-            wanted = layers(x[:size].clone())
+            wanted = layers(part.clone())
         off = found.shape != wanted.shape or float((found - wanted).abs().max()) if wanted.numel() else 0.0
         if not off <= AGREE[like.dtype] * (1 + float(wanted.abs().max() if wanted.numel() else 0.0)):
             builder.refuse(

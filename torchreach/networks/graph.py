@@ -1,8 +1,8 @@
-"""Reads a traced graph (torch.fx or torch.export) as a chain of layers.
+"""Reads a traced graph (torch.fx or torch.export) into a builder.
 
-The graph is walked once in evaluation order. Each operation must take the one value computed last (that is
-what makes it a chain) and constants: parameters, buffers, numbers, and what is computed from them alone.
-Everything else is refused by name, never skipped: a layer that is overlooked would make a certificate wrong.
+The graph is walked once in evaluation order. Each operation takes values computed before and constants: parameters,
+buffers, numbers, and what is computed from them alone. Everything else is refused by name, never skipped: a layer
+that is overlooked would make a certificate wrong.
 """
 
 # Handlers share the signatures of the torch functions they are named after.
@@ -24,14 +24,18 @@ from torch.fx.node import map_aggregate, map_arg
 from torchreach.errors import UnsupportedLayerError
 from torchreach.networks.builder import ChainBuilder
 from torchreach.networks.fake_quantized import is_quantization_part, prepared_weight
-from torchreach.networks.layers import Reshape
+from torchreach.networks.graph_operations import GraphOperations
+from torchreach.networks.layers import RESHAPING, Rearrange, Reshape
 from torchreach.networks.operations import CONSTANT, IDENTITIES, operation
 from torchreach.networks.quantized_graph import CONSTANT_QUANTIZED, check_weight, quantized_operation
 from torchreach.networks.weights import as_parameter, linear_layer
 
 
 class _Value:
-    """A value computed from the network's input."""
+    """A value computed from the network's input; `at` is its node in the builder."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,10 @@ class _Shape:
 
 
 _BATCH = object()  # x.shape[0]
-_IN_PLACE = (nn.ReLU, nn.modules.dropout._DropoutNd)
+_IN_PLACE = (nn.ReLU, nn.LeakyReLU, nn.Hardtanh, nn.Hardsigmoid, nn.modules.dropout._DropoutNd)
 
 
-class GraphReader:
+class GraphReader(GraphOperations):
     """Adds the layers of `graph`, traced from `root`, to `builder`; `add_module` adds a module it calls."""
 
     def __init__(
@@ -61,7 +65,7 @@ class GraphReader:
         self.root = root
         self.prefix = prefix
         self.add_module = add_module
-        self.head: _Value | None = None
+        self.started = False
         self.env: dict[fx.Node, Any] = {}
 
     def read(self) -> None:
@@ -71,21 +75,22 @@ class GraphReader:
     def _visit(self, node: fx.Node) -> Any:
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: self.env[n])
         if node.op == "placeholder":
-            if self.head is not None:
+            if self.started:
                 if node.args:
                     return node.args[0]  # an optional argument keeps its default
                 self._refuse_graph(node, "the network must have one input")
-            self.head = _Value()
-            return self.head
+            self.started = True
+            return _Value(self.builder.at)
         if node.op == "get_attr":
             return operator.attrgetter(str(node.target))(self.root)
         if node.op == "output":
-            if args[0] is not self.head and not (isinstance(args[0], tuple) and args[0] == (self.head,)):
-                several = isinstance(args[0], tuple | list | dict)
+            several = isinstance(args[0], tuple | list | dict)
+            output = args[0][0] if isinstance(args[0], tuple | list) and len(args[0]) == 1 else args[0]
+            if not isinstance(output, _Value):
                 self._refuse_graph(
-                    node,
-                    "the network must have one output" if several else "it does not return the last value",
+                    node, "the network must have one output" if several else "it does not return a value of its input"
                 )
+            self.builder.move(output.at, self._place(node))
             return None
         if node.op == "call_module":
             return self._call_module(node, args, kwargs)
@@ -102,7 +107,7 @@ class GraphReader:
             return prepared_weight(self.builder, layer, args[0], self._name(path))
         self._take(node, args[0])
         self.add_module(self.builder, layer, self._name(path))
-        return self._done(in_place=isinstance(layer, _IN_PLACE) and layer.inplace)
+        return self._done(node, args[0], in_place=isinstance(layer, _IN_PLACE) and layer.inplace)
 
     def _call(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         name = operation(node)
@@ -121,10 +126,15 @@ class GraphReader:
             return value
         if not values or name in ("getattr", "size", "sym_size", "dim"):
             return self._shape_query(node, name, args, kwargs)
-        if len(values) > 1:
+        if name == "getitem" and isinstance(args[0], tuple | list):
+            return args[0][args[1]]
+        joins = getattr(self, f"_join_{name.rstrip('_')}", None)
+        if len(values) > 1 and joins is None:
             self._refuse_graph(node, f"{name} combines two values that both depend on the input")
         self._take(node, values[0])
         handler = getattr(self, f"_op_{name.replace('.', '_').rstrip('_')}", None)
+        if joins is not None and (len(values) > 1 or handler is None):
+            handler = joins
         if name.rstrip("_") in IDENTITIES:
             handler = self._op_identity
         quantized = quantized_operation(name)
@@ -133,10 +143,12 @@ class GraphReader:
         if handler is None:
             self._refuse(node, name)
         try:
-            handler(node, *args, **kwargs)
+            parts = handler(node, *args, **kwargs)
         except TypeError as error:  # a call signature none of the handlers below knows
             self._refuse(node, name, f"called in a way torchreach does not know ({error})")
-        return self._done(in_place=name.endswith("_") or kwargs.get("inplace") is True)
+        if parts is not None:
+            return tuple(_Value(at) for at in parts)
+        return self._done(node, values[0], in_place=name.endswith("_") or kwargs.get("inplace") is True)
 
     @staticmethod
     def _evaluate(node: fx.Node, args: tuple, kwargs: dict) -> Any:
@@ -145,14 +157,34 @@ class GraphReader:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _take(self, node: fx.Node, value: Any) -> None:
-        if value is not self.head or not isinstance(value, _Value):
-            self._refuse_graph(node, "it reads a value that another layer has already used")
+        if not isinstance(value, _Value):
+            self._refuse_graph(node, "it reads something else than one value")
+        self.builder.move(value.at, self._place(node))
 
-    def _done(self, *, in_place: bool) -> _Value:
-        old, self.head = self.head, _Value()
+    def _done(self, node: fx.Node, old: _Value, *, in_place: bool) -> _Value:
+        new = _Value(self.builder.at)
         if in_place:  # whoever holds the old value sees the new one
-            self.env = {node: self.head if value is old else value for node, value in self.env.items()}
-        return self.head
+            if self._has_alias(old):
+                self._refuse_graph(node, "it changes a value in place that may share its memory with another one")
+            self.env = {key: new if value is old else value for key, value in self.env.items()}
+        return new
+
+    def _has_alias(self, value: _Value) -> bool:
+        """Whether another value that is still read may be a view of this one, or this one of it."""
+        now = list(self.env)
+        for other in now:
+            held = self.env[other]
+            read = any(user not in self.env for user in other.users)
+            if read and isinstance(held, _Value) and held is not value and self._view(held) == self._view(value):
+                return True
+        return False
+
+    def _view(self, value: _Value) -> int:
+        """The node that a value is a view of, by reshaping or selecting."""
+        at, nodes = value.at, self.builder.nodes
+        while isinstance(nodes[at].value, (*RESHAPING, Rearrange)):
+            at = nodes[at].inputs[0]
+        return at
 
     # Shapes.
 
@@ -163,9 +195,8 @@ class GraphReader:
             if name in ("size", "sym_size") and dim == 0:
                 return _BATCH  # of any value: no layer changes it
             if (name == "getattr" and dim == "shape") or (name in ("size", "sym_size") and dim is None):
-                return _Shape(self.builder.shape if first is self.head else None)
-            if first is not self.head:
-                self._refuse_graph(node, "it reads the shape of a value that another layer has already used")
+                return _Shape(self.builder.nodes[first.at].shape)
+            self._take(node, first)
             if name in ("size", "sym_size"):
                 return self._axis(dim, self._features(node))
             if (name == "getattr" and dim == "ndim") or name == "dim":
@@ -174,7 +205,7 @@ class GraphReader:
             if args[1] == 0:
                 return _BATCH
             if first.features is None:
-                self._refuse(node, "shape", "input_shape=(...) is required to know it, and it must be read at once")
+                self._refuse(node, "shape", "input_shape=(...) is required to know it")
             if isinstance(args[1], int):
                 return self._axis(args[1], first.features)
             if isinstance(args[1], slice):
@@ -202,17 +233,6 @@ class GraphReader:
             rounds = wanted not in (torch.float32, torch.float64) or (wide and wanted == torch.float32)
             if isinstance(wanted, torch.dtype) and rounds:
                 self._refuse(node, name, f"conversion to {wanted} rounds")
-
-    def _op_relu(self, node: fx.Node, x: Any, inplace: bool = False) -> None:
-        self.builder.append(nn.ReLU(), self._place(node))
-
-    def _op_clamp(self, node: fx.Node, x: Any, min: Any = None, max: Any = None) -> None:
-        if isinstance(min, Tensor) or min != 0 or max is not None:
-            self._refuse(node, "clamp", f"only clamp(min=0) is a ReLU, got min={min}, max={max}")
-        self._op_relu(node, x)
-
-    def _op_clamp_min(self, node: fx.Node, x: Any, min: Any) -> None:
-        self._op_clamp(node, x, min)
 
     def _op_add(self, node: fx.Node, a: Any, b: Any, alpha: Any = 1) -> None:
         const = a if isinstance(b, _Value) else b
@@ -379,7 +399,8 @@ class GraphReader:
         self.builder.arithmetic(operation, self._constant(node, operand), self._place(node))
 
     def _constant(self, node: fx.Node, value: Any) -> Tensor:
-        like = next(iter((*self.root.parameters(), *self.builder.sequential().parameters())), torch.zeros(()))
+        known = (p for layer in self.builder.layers for p in layer.parameters())
+        like = next(iter((*self.root.parameters(), *known)), torch.zeros(()))
         if isinstance(value, Tensor):
             # torch converts whole numbers to the dtype of the other operand
             whole = not value.is_floating_point() and not value.is_complex() and not value.is_quantized
@@ -404,8 +425,8 @@ class GraphReader:
 
     def _refuse_graph(self, node: fx.Node, reason: str) -> NoReturn:
         raise UnsupportedLayerError(
-            f"node {self._place(node)!r}: {reason}; torchreach needs a chain of layers, one value through "
-            "all of them (no residual connections, no branches)"
+            f"node {self._place(node)!r}: {reason}; torchreach reads graphs of one input and one output whose values "
+            "are joined by sums, concatenation and maxima"
         )
 
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from torchreach.errors import ShapeError, UnsupportedLayerError
+from torchreach.networks.affine_graph import AffineGraph
 from torchreach.networks.chain import chain
-from torchreach.networks.layers import MaskedReLU, MergedAffine, Reshape, linear, magnitude
+from torchreach.networks.layers import MaskedReLU, MergedAffine, Reshape, linear, magnitude, with_bias_magnitude
 from torchreach.networks.load import as_network
 from torchreach.networks.propagate import propagate
 from torchreach.networks.quantizer import Quantizer
@@ -57,6 +58,11 @@ class MergedLinear(MergedAffine):
         z1, z2 = self._branches(x)
         return torch.cat((magnitude(self.first, z1).flatten(1), magnitude(self.second, z2).flatten(1)), dim=1)
 
+    def size_part(self, x: Tensor) -> Tensor:
+        z1, z2 = self._branches(x)
+        sizes = with_bias_magnitude(self.first, z1), with_bias_magnitude(self.second, z2)
+        return torch.cat([size.flatten(1) for size in sizes], dim=1)
+
     def _branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.shared_input:
             return x, x
@@ -69,19 +75,16 @@ class MergedReLU(MaskedReLU):
     """ReLU on both halves of [z1; z2]; a half that already left its network passes untouched.
 
     Takes a tensor [B, n1 + n2] or a `StarBatch`, which it splits along z = 0 where that crosses a star.
+    sizes: (n1, n2). active: of each half, whether ReLU acts on it, or on which of its features [n].
     """
 
-    def __init__(self, sizes: tuple[int, int], active: tuple[bool, bool] = (True, True)) -> None:
-        super().__init__()
-        self.split = sizes
-        self.active = active
-        halves = [torch.full((size,), on) for size, on in zip(sizes, active, strict=True)]
-        self.register_buffer("mask", torch.cat(halves), persistent=False)
+    def __init__(self, sizes: tuple[int, int], active: tuple[bool | Tensor, bool | Tensor] = (True, True)) -> None:
+        halves = [on if isinstance(on, Tensor) else torch.full((n,), on) for n, on in zip(sizes, active, strict=True)]
+        super().__init__(torch.cat(halves))
+        self.split, self.active = sizes, active
 
     def forward(self, x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return propagate(x, self)
-        return x.relu() if all(self.active) else torch.where(self.mask, x.relu(), x)
+        return super().forward(x) if isinstance(x, Tensor) else propagate(x, self)
 
 
 class Comparison(MergedAffine):
@@ -148,7 +151,7 @@ def merge(original: nn.Module, compressed: nn.Module, input_shape: Shape | None 
                 "torchreach.discrepancy, or compare torchreach.weight_only(network)"
             )
     shape = _shared_input_shape(branches) if input_shape is None else tuple(input_shape)
-    blocks, shapes = zip(*(_blocks(branch, shape, i) for i, branch in enumerate(branches)), strict=True)
+    blocks, shapes, masks = zip(*(_blocks(branch, shape, i) for i, branch in enumerate(branches)), strict=True)
     out1, out2 = (prod(s[-1]) for s in shapes)
     if out1 != out2:
         raise ShapeError(f"networks must have equally many outputs: the original has {out1}, the compressed {out2}")
@@ -160,7 +163,7 @@ def merge(original: nn.Module, compressed: nn.Module, input_shape: Shape | None 
         layers.append(MergedLinear(parts[0], parts[1], (into[0], into[1]), shared_input=i == 0))
         if i < depth - 1:
             sizes = [prod(s[min(i + 1, len(s) - 1)]) for s in shapes]
-            on = [i < len(b) - 1 for b in blocks]
+            on = [m[i] if i < len(m) else False for m in masks]
             layers.append(MergedReLU((sizes[0], sizes[1]), (on[0], on[1])))
     layers.append(Comparison(out1))
     return MergedNetwork(layers, (branches[0], branches[1]))
@@ -173,12 +176,15 @@ def _read(network: nn.Module, name: str, input_shape: Shape | None) -> nn.Sequen
         raise ShapeError(f"the {name} network: {error}") from None
 
 
-def _blocks(branch: nn.Sequential, shape: Shape, index: int) -> tuple[list[nn.Sequential], list[Shape]]:
-    """Affine blocks between ReLUs, and the feature shape before each and after the last."""
-    blocks = [nn.Sequential()]
+def _blocks(
+    branch: nn.Sequential, shape: Shape, index: int
+) -> tuple[list[nn.Sequential], list[Shape], list[bool | Tensor]]:
+    """Affine blocks between ReLUs, the feature shape before each and after the last, and where ReLUs act."""
+    blocks, masks = [nn.Sequential()], []
     for layer in branch:
-        if isinstance(layer, nn.ReLU):
+        if isinstance(layer, nn.ReLU | MaskedReLU):
             blocks.append(nn.Sequential())
+            masks.append(layer.mask if isinstance(layer, MaskedReLU) else True)
         else:
             blocks[-1].append(layer)
     parameter = next(branch.parameters(), torch.zeros(()))
@@ -192,13 +198,15 @@ def _blocks(branch: nn.Sequential, shape: Shape, index: int) -> tuple[list[nn.Se
                 which = ("original", "compressed")[index]
                 raise ShapeError(f"the {which} network does not accept inputs of shape {shape}: {error}") from None
             shapes.append(tuple(z.shape[1:]))
-    return blocks, shapes
+    return blocks, shapes, masks
 
 
 def _shared_input_shape(branches: tuple[nn.Sequential, ...]) -> Shape:
     sizes = []
     for branch in branches:
         first = next((m for m in branch if isinstance(m, Reshape) or any(True for _ in m.parameters())), None)
+        if isinstance(first, AffineGraph) and len(first.parts) == 1:
+            return first.parts[0]
         if isinstance(first, Reshape):  # of a file that says what shape its input has
             sizes.append(prod(first.shape))
         elif isinstance(first, nn.Linear):

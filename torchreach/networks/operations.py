@@ -19,6 +19,18 @@ _FUNCTIONS: dict[Any, str] = {
     **{getattr(torch, n): n for n in ("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide")},
     **{getattr(torch, n): n for n in ("neg", "rsub", "matmul", "mm", "addmm", "t", "transpose", "dropout")},
     **{getattr(torch, n): n for n in ("conv1d", "conv2d", "squeeze", "unsqueeze", "clone", "tensor", "ones", "zeros")},
+    **{
+        getattr(torch, n): n
+        for n in ("cat", "maximum", "minimum", "max", "abs", "prelu", "chunk", "split", "mean", "sum")
+    },
+    **{getattr(torch, n): n for n in ("permute", "index_select", "select", "flip", "clamp_max", "prelu")},
+    **{getattr(torch, n): n for n in ("max_pool1d", "max_pool2d", "adaptive_avg_pool1d")},
+    **{getattr(torch, n): n for n in ("conv_transpose1d", "conv_transpose2d")},
+    torch.concat: "cat",
+    torch.swapaxes: "transpose",
+    **{getattr(functional, n): n for n in ("leaky_relu", "hardtanh", "relu6", "prelu", "hardsigmoid", "pad")},
+    **{getattr(functional, n): n for n in ("leaky_relu_", "hardtanh_", "max_pool1d", "max_pool2d")},
+    **{getattr(functional, n): n for n in ("adaptive_avg_pool1d", "adaptive_avg_pool2d")},
     torch.quantize_per_tensor: "quantize_per_tensor",
     torch.quantize_per_channel: "quantize_per_channel",
     torch.fake_quantize_per_tensor_affine: "fake_quantize_per_tensor_affine",
@@ -50,6 +62,8 @@ _METHODS = {
     *("relu", "relu_", "clamp", "clamp_", "clamp_min", "clamp_min_", "neg", "matmul", "mm"),
     *("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_"),
     *("flatten", "view", "reshape", "unflatten", "t", "transpose", "permute", "squeeze", "unsqueeze"),
+    *("abs", "abs_", "clamp_max", "clamp_max_", "maximum", "minimum", "max", "chunk", "split", "mean", "sum"),
+    *("index_select", "select", "flip", "prelu"),
     *("contiguous", "clone", "detach", "to", "float", "double", "size", "dim"),
     "dequantize",
 }
@@ -65,7 +79,14 @@ CONSTANT = {
     *("tensor", "ones", "zeros", "full", "getitem", "getattr", "size", "sym_size", "dim"),
     *IDENTITIES,
 }
-_SAME = {"subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div", "_unsafe_view": "view"}
+_SAME = {
+    "subtract": "sub",
+    "multiply": "mul",
+    "divide": "div",
+    "true_divide": "div",
+    "_unsafe_view": "view",
+    "concat": "cat",
+}
 
 
 def operation(node: fx.Node) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchreach.errors import ShapeError, UnsupportedLayerError
 from torchreach.networks.chain import chain
 from torchreach.networks.kernels import IntegerSums, Unfolded
-from torchreach.networks.layers import RESHAPING, MaskedReLU, fan_in, linear, magnitude
+from torchreach.networks.layers import RESHAPING, MaskedReLU, fan_in, linear, magnitude, with_bias_magnitude
 from torchreach.networks.quantizer import Quantizer
 
 
@@ -113,7 +113,7 @@ def steps(
                     block=block,
                     in_shape=shape,
                     bias=value.flatten(),
-                    bias_magnitude=_bias_magnitude(block, zero),
+                    bias_magnitude=with_bias_magnitude(block, zero).flatten(),
                     terms=sum(fan_in(layer) for layer in block),
                     relu=relu,
                     quantizer=quantizer,
@@ -153,16 +153,3 @@ def _fits(block: nn.Sequential, dtype: torch.dtype, device: torch.device) -> boo
     modes = nn.BatchNorm1d | nn.BatchNorm2d | nn.Dropout | nn.Dropout1d | nn.Dropout2d
     training = any(layer.training for layer in block.modules() if isinstance(layer, modes))
     return not training and all(t.dtype == dtype and t.device == device for t in tensors if t.is_floating_point())
-
-
-def _bias_magnitude(block: nn.Sequential, zero: Tensor) -> Tensor:
-    total = zero
-    for layer in block:
-        # layer(0) is the layer's own bias: every product vanishes. Batch norm's is itself a difference.
-        bias = layer(torch.zeros_like(total)).abs()
-        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-            assert layer.running_mean is not None
-            mean = layer.running_mean.abs().reshape(-1, *[1] * (total.ndim - 2)).expand_as(total)
-            bias = bias + 2 * magnitude(layer, mean)
-        total = magnitude(layer, total) + bias
-    return total.flatten()
