@@ -1,4 +1,4 @@
-"""Command line: `torchreach demo`, `torchreach compare A B`, `torchreach repair A B`.
+"""Command line: `torchreach demo`, `torchreach compare A B`, `torchreach equivalent A B`, `torchreach repair A B`.
 
 Exit status 0: within tolerance (or the target is met, or none was asked for); 1: not; 2: bad input, with one
 line on stderr; 130: Ctrl-C came before an answer. Nothing here imports torch before the work begins, so that help
@@ -25,6 +25,13 @@ _ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ 
 
 class _Group(TyperGroup):
     """Commands whose every bad input ends in one line and status 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """As typer's; Ctrl-C that no command has dealt with ends in one line."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Abort from None
 
     def main(self, args: Any = None, standalone_mode: bool = True, **extra: Any) -> Any:
         """As typer's; errors and warnings are printed here."""
@@ -239,6 +246,15 @@ def compare(
     dtype: Dtype = "float64",
     method: Method = "auto",
     arithmetic: Arithmetic = None,
+    kernels: Annotated[
+        str,
+        typer.Option(
+            help="Of int8 networks, whose integer arithmetic is covered: here (this machine's), exact sums, saturating "
+            "pairs of products (x86 without VNNI), or any of these.",
+            metavar="here|exact|...",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = "here",
 ) -> None:
     """Certify how far the outputs of networks A and B can differ over an input set.
 
@@ -248,11 +264,62 @@ def compare(
 
     check_networks(original, compressed)
     sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
-    asked = CompareSetup(tolerance, gap, arithmetic)
+    asked = CompareSetup(tolerance, gap, arithmetic, kernels)
     setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj)
     from torchreach import commands
 
     raise typer.Exit(commands.compare(setup, (original, compressed), sets, asked))
+
+
+@app.command(epilog="Exit status: 0 equivalent, 1 not equivalent or unknown, 2 bad input, 130 interrupted.")
+def equivalent(
+    ctx: typer.Context,
+    original: Original,
+    compressed: Compressed,
+    box: Box = None,
+    vnnlib: Vnnlib = None,
+    center: Center = None,
+    eps: Eps = None,
+    mask: Mask = None,
+    clip: Clip = None,
+    shape: Shape = None,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(
+            help="Whether |y1 - y2| is at most this for every output, in units of the output.", rich_help_panel=_ANSWER
+        ),
+    ] = None,
+    top1: Annotated[
+        bool,
+        typer.Option("--top1", help="Whether the largest output is the same one, the label.", rich_help_panel=_ANSWER),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for report.json, made if missing. Default: write no files.",
+            metavar="DIR",
+            rich_help_panel=_ANSWER,
+        ),
+    ] = None,
+    seconds: Seconds = None,
+    stars: Stars = None,
+    memory: Memory = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float64",
+) -> None:
+    """Are networks A and B equivalent on an input set: yes, no with an input that shows it, or unknown?
+
+    Example: torchreach equivalent net.onnx small.onnx --box "0,1; 0,1" --top1
+    """
+    from torchreach.arguments import EquivalentSetup, SetOptions, Setup, check_networks
+
+    check_networks(original, compressed)
+    sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
+    asked = EquivalentSetup(epsilon, top1)
+    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj)
+    from torchreach import commands
+
+    raise typer.Exit(commands.equivalent(setup, (original, compressed), sets, asked))
 
 
 Target = Annotated[
