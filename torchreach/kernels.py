@@ -157,6 +157,7 @@ def check_replay(run: Run, network: Executed, x: Tensor) -> None:
 
     Raises: KernelMismatchError.
     """
+    x = x.flatten(1).unique(dim=0).reshape(-1, *x.shape[1:])
     y = run(x)
     if y is None:
         return
