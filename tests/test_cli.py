@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+import torchreach as tr
 from torchreach.cli import app
 from torchreach.networks.save import save
 
@@ -55,7 +59,7 @@ def compare(files, *args, b="b.onnx"):
 
 def test_help_names_every_command_and_option():
     text = run("--help").output
-    for command in ("demo", "compare", "repair"):
+    for command in ("demo", "compare", "equivalent", "repair"):
         assert command in text
     for option in (
         "--box",
@@ -267,6 +271,215 @@ def test_bad_input_gives_one_line_and_leaves_nothing(files, tmp_path, case):
     assert list(tmp_path.iterdir()) == []
 
 
+def equivalent(files, *args, b="b.onnx"):
+    return run("equivalent", files / "a.onnx", files / b, *args)
+
+
+def test_equivalence_is_answered_by_exit_status_and_witness(files, tmp_path):
+    yes = equivalent(files, "--box", BOX, "--epsilon", 0.5, "--output", tmp_path / "out")
+    assert yes.exit_code == 0, yes.output
+    assert yes.stdout.splitlines()[-1].startswith("equivalent: certified |y1 - y2| <= 0.5 for every input, at most ")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["answer"], report["settings"]["epsilon"]) == ("equivalent", 0.5)
+    assert report["stars"][0]["upper"] <= 0.5
+    no = equivalent(files, "--box", BOX, "--epsilon", 1e-6)
+    assert no.exit_code == 1
+    assert no.stdout.splitlines()[-1].startswith("not equivalent: |y1 - y2| >= ")
+    x, y1, y2 = (
+        torch.tensor(json.loads(no.stdout.split(f"{name} = ")[1].split("\n")[0])) for name in ("x ", "y1", "y2")
+    )
+    assert float((y1 - y2).abs().max()) > 1e-6
+    assert x.shape == (3,)
+
+
+def test_labels_are_compared(files):
+    point = ("--center", files / "two.npy", "--eps", 0)
+    same = equivalent(files, *point, "--top1", b="a.onnx")
+    assert same.exit_code == 0, same.output
+    assert "equivalent: certified the same label for every input (float, 2 stars" in same.stdout
+    save(_negated(files / "a.onnx"), files / "negated.onnx", (3,))
+    other = equivalent(files, *point, "--top1", b="negated.onnx")
+    assert other.exit_code == 1
+    assert "not equivalent: the labels differ at an input of star 0, 2 stars in all" in other.stdout
+
+
+def _negated(path):
+    from torchreach.networks.load import load
+
+    network = load(path)
+    with torch.no_grad():
+        for parameter in network[-1].parameters():
+            parameter.neg_()
+    return network
+
+
+def test_unknown_is_not_equivalent(files, monkeypatch):
+    from torchreach import commands
+
+    def equivalence(*args, **options):
+        found = tr.equivalent(*args, **options)
+        return replace(found, answer=(tr.Answer.UNKNOWN,), reasons=(tr.Reason.BUDGET,))
+
+    monkeypatch.setattr(commands, "equivalence", equivalence)
+    result = equivalent(files, "--box", BOX, "--epsilon", 0.5)
+    assert result.exit_code == 1
+    asked = "unknown: |y1 - y2| <= 0.5 is not decided on 1 star; a larger budget"
+    assert result.stdout.splitlines()[-1].startswith(asked)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "exactly one of --epsilon and --top1 is required, got neither"),
+        (("--epsilon", 1, "--top1"), "exactly one of --epsilon and --top1 is required, got both"),
+        (("--epsilon", "nan"), "--epsilon must be a number >= 0, got nan"),
+    ],
+)
+def test_bad_questions_of_equivalence(files, args, message):
+    result = equivalent(files, "--box", BOX, *args)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_options_reach_the_comparison(files, monkeypatch):
+    """Every option that says what to certify arrives at `discrepancy` as typed."""
+    from torchreach import commands
+
+    seen = {}
+
+    def discrepancy(*_, **options):
+        seen.update(options)
+        raise OSError("enough")
+
+    monkeypatch.setattr(commands, "discrepancy", discrepancy)
+    options = ("--tolerance", 0.1, "--gap", 0.01, "--arithmetic", "executed", "--kernels", "any", "--seconds", 5)
+    assert compare(files, "--box", BOX, *options, "--stars", 7, "--memory", "2GB").exit_code == 2
+    assert (seen["tolerance"], seen["gap"], seen["arithmetic"], seen["kernels"]) == (0.1, 0.01, "executed", "any")
+    budget = seen["budget"]
+    assert (budget.seconds, budget.stars, budget.memory) == (5, 7, 2_000_000_000)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_ctrl_c_gives_the_interval_so_far_and_status_130(files, monkeypatch):
+    from torchreach import commands
+
+    def discrepancy(*args, **options):
+        found = tr.discrepancy(*args, **options)
+        os.kill(os.getpid(), signal.SIGINT)
+        reasons, status = (tr.Reason.INTERRUPTED,), (tr.Status.BOUNDED,)
+        return replace(found, lower=0.01 * found.lower, upper=5 * found.upper, reasons=reasons, status=status)
+
+    monkeypatch.setattr(commands, "discrepancy", discrepancy)
+    result = compare(files, "--box", BOX, "--tolerance", 0.005)
+    assert result.exit_code == 130, result.output
+    assert result.stderr == "torchreach: interrupted; what is certified so far holds\n"
+    assert "undecided: max |y1 - y2| lies in [" in result.stdout
+    assert "interrupted" in result.stdout
+    decided = compare(files, "--box", BOX, "--tolerance", 100)
+    assert decided.exit_code == 0
+    assert decided.stderr == ""
+
+
+def test_ctrl_c_before_the_work_is_said(files, monkeypatch):
+    from torchreach import commands
+
+    def load(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "load", load)
+    result = compare(files, "--box", BOX)
+    assert result.exit_code == 130
+    assert result.stderr.strip() == "torchreach: interrupted"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A convolutional network as a .pt2 file, and the numbers of its inputs in a row."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = torch.Generator().manual_seed(3)
+    network = nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)).double()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.rand(parameter.shape, generator=generator) - 0.5)
+    save(network, folder / "a.pt2", (1, 3, 3))
+    (folder / "box.json").write_text(json.dumps([[0.0, 0.25], [0.5, 0.75], *[[0.3, 0.3]] * 7]))
+    names = "".join(f"(declare-const X_{i} Real)" for i in range(9))
+    rows = "".join(f"(assert (>= X_{i} 0.5))(assert (<= X_{i} 0.5))" for i in range(9))
+    (folder / "box.vnnlib").write_text(names + "(declare-const Y_0 Real)" + rows)
+    return folder
+
+
+def test_flat_boxes_take_the_shape_that_the_file_says(pictures, tmp_path):
+    a = pictures / "a.pt2"
+    for args in (("--box", pictures / "box.json"), ("--vnnlib", pictures / "box.vnnlib")):
+        result = run("compare", a, a, *args, "--output", tmp_path / "out")
+        assert result.exit_code == 0, result.output
+        assert json.loads((tmp_path / "out" / "report.json").read_text())["input_set"]["shape"] == [1, 3, 3]
+    short = run("compare", a, a, "--box", "0,1;0,1")
+    assert short.exit_code == 2
+    assert "--box must give bounds for 9 inputs, as the networks of input shape [1, 3, 3] do, got 2" in short.stderr
+
+
+def test_a_shape_can_be_given_where_no_file_says_it():
+    from torchreach.arguments import SetOptions
+    from torchreach.errors import OptionError, ShapeError
+    from torchreach.input_sets import read_input_set
+
+    network, box = nn.Sequential(nn.Conv2d(1, 1, 2)), ";".join(["0,1"] * 6)
+    stars = read_input_set(SetOptions(box, shape="1,2,3"), network, torch.float64).stars
+    assert (stars.shape, stars.dim) == ((1, 2, 3), 6)
+    assert stars.basis[0, 1].flatten().tolist() == [1, 0, 0, 0, 0, 0]
+    with pytest.raises(
+        ShapeError, match="--box gives 6 numbers in a row.* give it with --shape, for example --shape 1,28"
+    ):
+        read_input_set(SetOptions(box), network, torch.float64)
+    with pytest.raises(ShapeError, match="--shape 1,2,3 must hold 5 values, as the networks take, got 6"):
+        read_input_set(SetOptions(box, shape="1,2,3"), nn.Sequential(nn.Linear(5, 1)), torch.float64)
+    for shape in ("", "1,x", "0,3", "-1,2", "1.5"):
+        with pytest.raises(OptionError, match="--shape must be the sizes of one input without a batch axis"):
+            SetOptions(box, shape=shape)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch announces the end of its eager-mode quantisation
+def test_a_state_dict_of_int8_is_repaired_and_saved_as_one(tmp_path):
+    class Named(nn.Module):
+        def __init__(self, *around):
+            super().__init__()
+            self.first, self.last = nn.Linear(2, 4), nn.Linear(4, 1)
+            self.relu, self.around = nn.ReLU(), nn.ModuleList(around)
+
+        def forward(self, x):
+            before, after = self.around or (nn.Identity(), nn.Identity())
+            return after(self.last(self.relu(self.first(before(x)))))
+
+    quantise = torch.ao.quantization
+    plain, stubbed = Named(), Named(quantise.QuantStub(), quantise.DeQuantStub())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for one, two in zip(plain.parameters(), stubbed.parameters(), strict=True):
+            one.copy_(torch.rand(one.shape, generator=generator) - 0.5)
+            two.copy_(one)
+    stubbed.eval().qconfig = quantise.get_default_qconfig("fbgemm")
+    quantise.prepare(stubbed, inplace=True)
+    stubbed(3 * torch.rand(50, 2, generator=generator))  # calibrated on more than the box: too coarse for it
+    torch.save(quantise.convert(stubbed).state_dict(), tmp_path / "small.pth")
+    example, batch = torch.zeros(2, 2), torch.export.Dim("batch")
+    torch.export.save(torch.export.export(plain, (example,), dynamic_shapes=({0: batch},)), tmp_path / "a.pt2")
+    paths, better = (tmp_path / "a.pt2", tmp_path / "small.pth"), tmp_path / "better.pth"
+    options = ("--box", "0.2,0.3;0.4,0.5", "--iterations", 2, "--epochs", 2, "--target", 0.9)
+    result = run("repair", *paths, *options, "--save", better, "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["semantics"]["name"] == "deployed int8"
+    again = run("compare", paths[0], better, "--box", "0.2,0.3;0.4,0.5", "--output", tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    found = json.loads((tmp_path / "again" / "report.json").read_text())["discrepancy"]
+    assert found["max_upper"] == pytest.approx(report["repair"]["after"]["max_upper"], abs=1e-9)
+    refused = run("repair", *paths, *options, "--save", tmp_path / "better.onnx")
+    assert refused.exit_code == 2
+    assert "a network is saved as .pth or .pt, got '.onnx'" in refused.stderr
+
+
 def test_unknown_command_is_one_line():
     result = run("compere")
     assert result.exit_code == 2
@@ -325,12 +538,24 @@ def test_help_and_what_is_typed_wrongly_are_answered_without_torch(files):
         [*right, "--method", "magic"],
         [*right, "--device", "tpu"],
         [*right, "--output", a],
+        [*right, "--shape", "3,x"],
+        [*right, "--arithmetic", "imagined"],
+        [*right, "--kernels", "all"],
+        ["equivalent", *right[1:]],
         ["repair", *right[1:], "--save", "better.txt"],
         ["repair", *right[1:], "--alpha", "0"],
         ["demo", "--data", "letters"],
         ["compere"],
     ]
-    helped = [["--help"], ["--version"], ["compare", "--help"], ["repair", "--help"], ["demo", "--help"], []]
+    helped = [
+        ["--help"],
+        ["--version"],
+        ["compare", "--help"],
+        ["repair", "--help"],
+        ["equivalent", "--help"],
+        ["demo", "--help"],
+        [],
+    ]
     code = TYPED.format(commands=[*helped, *wrong])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.endswith("False")]

@@ -29,24 +29,24 @@ def test_all_acasxu_networks_agree_with_onnxruntime():
             torch.testing.assert_close(network(x.reshape(10, 1, 1, 5)).numpy(), expected, rtol=0, atol=1e-6)
 
 
-def _onnx(path, nodes, tensors, shape):
+def _onnx(path, nodes, tensors, shape, opset=17, kind="FLOAT"):
     """Saves a network. A node is (kind, inputs, attributes), "_" the value computed last."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
     last, made = "x", []
-    for k, (kind, inputs, *attributes) in enumerate(nodes):
+    for k, (operator, inputs, *attributes) in enumerate(nodes):
         names = [last if name == "_" else name for name in inputs.split()]
-        last = "noise" if kind == "RandomNormal" else f"v{k}"
-        made.append(helper.make_node(kind, names, [last], name=f"n{k}", **(attributes[0] if attributes else {})))
+        last = "noise" if operator == "RandomNormal" else f"v{k}"
+        made.append(helper.make_node(operator, names, [last], name=f"n{k}", **(attributes[0] if attributes else {})))
     graph = helper.make_graph(
         made,
         "graph",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info(last, TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info("x", getattr(TensorProto, kind), shape)],
+        [helper.make_empty_tensor_value_info(last)],
         [numpy_helper.from_array(value, name) for name, value in tensors.items()],
     )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8), str(path))
     return path
 
 
@@ -128,6 +128,118 @@ def test_onnx_operators_agree_with_onnxruntime(tmp_path, name):
         torch.testing.assert_close(network(rows).numpy().reshape(expected.shape), expected, rtol=1e-5, atol=1e-5)
         if name == "normalised":
             torch.testing.assert_close(network(rows.reshape(1, 5)), network(rows))
+
+
+_DOUBLE = {name: value.astype(np.float64) for name, value in _random(E=(4, 3)).items()}
+_AXES = {"row": np.array([0]), "one": np.array([1]), "two": np.array([2, 3]), "rows": np.array([-1, 5])}
+_MORE = {
+    "old unsqueeze": ([("Unsqueeze", "a", {"axes": [0]}), ("MatMul", "x A"), ("Add", "_ v0")], _DENSE, (1, 5), 9),
+    "unsqueeze": ([("Unsqueeze", "a row"), ("MatMul", "x A"), ("Add", "_ v0")], {**_DENSE, **_AXES}, (1, 5), 13),
+    "old axes": (
+        [("MatMul", "_ A"), ("Unsqueeze", "_", {"axes": [1]}), ("Relu", "_"), ("Squeeze", "_", {"axes": [1]})],
+        _DENSE,
+        (1, 5),
+        11,
+    ),
+    "axes": (
+        [("MatMul", "_ A"), ("Unsqueeze", "_ one"), ("Relu", "_"), ("Squeeze", "_ one"), ("MatMul", "_ B")],
+        {**_DENSE, **_AXES},
+        (1, 5),
+        17,
+    ),
+    "allowzero": ([("Reshape", "_ rows", {"allowzero": 1}), ("MatMul", "_ A")], {**_DENSE, **_AXES}, (1, 1, 5), 17),
+    "wider": ([("MatMul", "_ A"), ("Cast", "_", {"to": 11}), ("MatMul", "_ E")], {**_DENSE, **_DOUBLE}, (1, 5), 17),
+    "places": (
+        [("Conv", "_ K k"), ("GlobalAveragePool", "_"), ("Flatten", "_"), ("Relu", "_")],
+        _PICTURE,
+        (1, 1, 8, 8),
+        17,
+    ),
+    "means": ([("Conv", "_ K k"), ("ReduceMean", "_", {"axes": [2, 3]})], _PICTURE, (1, 1, 8, 8), 13),
+    "means flat": (
+        [("Conv", "_ K k"), ("ReduceMean", "_ two", {"keepdims": 0}), ("Relu", "_")],
+        {**_PICTURE, **_AXES},
+        (1, 1, 8, 8),
+        18,
+    ),
+    "same size": ([("Conv", "_ K k", {"auto_pad": "SAME_UPPER", "kernel_shape": [3, 3]})], _PICTURE, (1, 1, 8, 8), 17),
+    "part of a shape": (
+        [("Shape", "x", {"end": 1}), ("Concat", "v0 minus", {"axis": 0}), ("Reshape", "x v1"), ("MatMul", "_ A")],
+        {**_DENSE, "minus": np.array([-1])},
+        (1, 1, 5),
+        17,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _MORE)
+def test_onnx_files_of_all_opsets_agree_with_onnxruntime_on_flat_inputs_too(tmp_path, name):
+    import onnxruntime
+
+    nodes, tensors, shape, opset = _MORE[name]
+    path = _onnx(tmp_path / "net.onnx", nodes, tensors, shape, opset)
+    network = load(path)
+    x = np.random.default_rng(2).standard_normal(shape).astype(np.float32)
+    expected = onnxruntime.InferenceSession(str(path)).run(None, {"x": x})[0]
+    dtype = next(network.parameters()).dtype
+    with torch.no_grad():
+        for rows in (torch.from_numpy(x), torch.from_numpy(x).flatten(1)):
+            torch.testing.assert_close(
+                network(rows.to(dtype)).numpy(), expected, rtol=1e-6, atol=1e-6, check_dtype=False
+            )
+
+
+@pytest.mark.parametrize("free", [False, True])
+@pytest.mark.filterwarnings("ignore")  # torch announces the end of its older exporter, the one without dependencies
+def test_what_torch_exports_agrees_with_onnxruntime(tmp_path, free):
+    import onnxruntime
+
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(1, 2, 3, padding="same"), nn.BatchNorm2d(2), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten())
+    nets = {
+        "dense": nn.Sequential(
+            nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 3)
+        ),
+        "picture": nn.Sequential(*layers, nn.Linear(8, 3)),
+        "groups": nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 2, groups=4), nn.AdaptiveAvgPool2d(1)),
+    }
+    x = torch.rand(1, 1, 4, 4)
+    for name, net in nets.items():
+        path = tmp_path / f"{name}.onnx"
+        axes = {"dynamic_axes": {"x": {0: "batch"}}} if free else {}
+        torch.onnx.export(net.eval(), (x,), path, dynamo=False, input_names=["x"], **axes)
+        expected = onnxruntime.InferenceSession(str(path)).run(None, {"x": x.numpy()})[0]
+        with torch.no_grad():
+            torch.testing.assert_close(load(path)(x).numpy(), expected, rtol=0, atol=1e-6)
+            torch.testing.assert_close(load(path)(x.flatten(1)).numpy(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "kind", "message"),
+    [
+        ([("Cast", "_", {"to": 10}), ("MatMul", "_ A")], "FLOAT", r"'n0', Cast\): from FLOAT to FLOAT16 it rounds"),
+        ([("MatMul", "_ A"), ("Cast", "_", {"to": 6})], "FLOAT", "Cast.*from FLOAT to INT32 it rounds"),
+        ([("Cast", "_", {"to": 5})], "FLOAT16", "from FLOAT16 to INT16 it rounds"),
+        ([("Cast", "_", {"to": 1})], "INT32", "from INT32 to FLOAT it rounds"),
+        ([("Cast", "_", {"to": 1})], "STRING", "input 'x' must hold numbers, got STRING"),
+        ([("Reshape", "_ zero", {"allowzero": 1})], "FLOAT", r"does not fit into \[0, 5\] with allowzero"),
+        ([("Squeeze", "_")], "FLOAT", "Squeeze.*must keep axis 0, the batch"),
+        ([("Gemm", "_ A column")], "FLOAT", r"its bias must have shape \[1, 4\], got \[4, 1\]"),
+        ([("MatMul", "_ A"), ("Softmax", "_")], "FLOAT", "Softmax.*compare the scores before it"),
+        ([("MatMul", "_ A"), ("LogSoftmax", "_")], "FLOAT", "LogSoftmax.*compare the scores before it"),
+    ],
+)
+def test_onnx_files_that_compute_something_else_are_refused(tmp_path, nodes, kind, message):
+    tensors = {**_DENSE, "zero": np.array([0, 5]), "column": np.ones((4, 1), np.float32)}
+    with pytest.raises(UnsupportedLayerError, match=message):
+        load(_onnx(tmp_path / "net.onnx", nodes, tensors, (1, 5), kind=kind))
+
+
+def test_whole_numbers_become_floats_exactly(tmp_path):
+    network = load(
+        _onnx(tmp_path / "net.onnx", [("Cast", "_", {"to": 1}), ("MatMul", "_ A")], _DENSE, (1, 5), kind="UINT8")
+    )
+    assert [type(layer) for layer in network] == [nn.Linear]
 
 
 @pytest.mark.parametrize(

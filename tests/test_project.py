@@ -39,7 +39,7 @@ ANALYSES = {
     "portfolio",
     "equivalence",
 }
-REPORTS = {"arguments", "input_sets", "report", "page", "pictures", "provenance", "verdict"}
+REPORTS = {"arguments", "equivalence_report", "input_sets", "report", "page", "pictures", "provenance", "verdict"}
 FOLDERS = {"networks", "lp", "sets", "bounds", "search", "reach"}
 # What each group may import, itself aside. Any other top-level file belongs to the command line, which may
 # import everything and which nothing else imports.

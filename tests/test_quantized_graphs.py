@@ -170,7 +170,7 @@ def test_dynamic_pt2e_graphs_are_refused_by_name():
         chain(module)
 
 
-def test_weight_only_layers_of_torchao_are_their_dequantised_weights():
+def test_weight_only_layers_of_torchao_are_their_dequantised_weights(tmp_path):
     tools = pytest.importorskip("torchao.quantization")
     x = samples((64,))
     for scheme, levels in (
@@ -185,6 +185,8 @@ def test_weight_only_layers_of_torchao_are_their_dequantised_weights():
         assert network[0].weight[0].unique().numel() <= levels
         with torch.no_grad():
             torch.testing.assert_close(network(x), module(x), rtol=0, atol=1e-5)
+            torch.export.save(torch.export.export(module, (x[:1],)), tmp_path / "net.pt2")
+            torch.testing.assert_close(tr.load(tmp_path / "net.pt2")(x), module(x), rtol=0, atol=1e-5)
     module = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
     tools.quantize_(module, tools.Int8DynamicActivationInt8WeightConfig())
     with pytest.raises(UnsupportedLayerError, match=r"'0', Linear\): Int8Tensor quantises its input: dynamic"):

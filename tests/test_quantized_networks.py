@@ -340,9 +340,9 @@ def test_the_published_network_agrees_with_its_kernels_around_the_ten_images(eng
         ),
         (lambda s: s.update({"fc3.weight": torch.ones(4, 15)}), UnsupportedLayerError, None),
         (
-            lambda s: s.update({"fc4" + key[3:]: s.pop(key) for key in list(s) if key.startswith("fc3.")}),
+            lambda s: s.update({"fc4" + key[3:]: s.pop(key) for key in list(s) if key.startswith("fc1.")}),
             InvalidNetworkError,
-            "required fc1, fc2, fc4, got fc1, fc2, fc3",
+            "by name or in order and of the same shapes: required fc2, fc3, fc4, got fc1, fc2, fc3",
         ),
         (
             lambda s: s.update({"fc3" + key[3:]: s[key] for key in list(s) if key.startswith("fc1.")}),
@@ -359,6 +359,22 @@ def test_a_bad_state_dict_is_refused(change, error, message, engine):  # noqa: A
         message = "'fc3' must be statically quantised"
     with pytest.raises(error, match=message):
         tr.load_int8(state, Dense())
+
+
+def test_layers_named_otherwise_are_matched_in_order_and_said_to_be(engine):
+    """A QuantStub in front moves the names of a Sequential by one."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(10, 6), nn.ReLU(), nn.Linear(6, 3))
+    stubbed = nn.Sequential(tq.QuantStub(), *network, tq.DeQuantStub()).eval()
+    stubbed.qconfig = tq.get_default_qconfig(engine)
+    ready = tq.prepare(stubbed)
+    x = samples((10,))
+    ready(x)
+    module = tq.convert(ready)
+    with pytest.warns(UserWarning, match="matched in order, by shape: '0' is '1', '2' is '3'"):
+        again = tr.load_int8(module.state_dict(), network)
+    assert torch.equal(again(x), module(x))
+    assert set(again.state_dict()) == set(module.state_dict())
 
 
 def test_pickled_modules_and_other_files_are_refused(engine, tmp_path):  # noqa: ARG001

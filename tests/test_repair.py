@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 from functools import partial
 
 import numpy as np
@@ -12,7 +14,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from tests.data import require_data
-from torchreach import Exact, RepairStep, StarBatch, Status, discrepancy
+from torchreach import Exact, RepairStep, StarBatch, Status, discrepancy, training
 from torchreach.errors import InvalidNetworkError, OptionError, ShapeError
 from torchreach.networks.quantized import Constraints, FloatGrid, prune_weights, quantize_weights
 from torchreach.options import Budget
@@ -552,3 +554,28 @@ def test_convolutions_and_image_stars_are_repaired():
     result = FAST(original, small, stars, target=0.5)
     assert result.satisfied
     Constraints.read(small).check(result.network)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize("when", ["evaluated", "trained"])
+def test_ctrl_c_gives_the_best_network_so_far(monkeypatch, when):
+    """It comes after the first evaluation, or in the middle of training: neither is followed by another."""
+    original = network()
+    compressed, batches = quantize_weights(original, 4), []
+
+    def press(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def loss(output, x, y):
+        batches.append(len(x))
+        press()
+        return nn.functional.mse_loss(output(x), y)
+
+    monkeypatch.setattr(training, "_loss", loss)
+    result = FAST(
+        original, compressed, boxes(), target=1e-9, iterations=5, progress=press if when == "evaluated" else None
+    )
+    assert len(result.history) == 1
+    assert len(batches) == (when == "trained")
+    assert same(state(result.network), state(compressed))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

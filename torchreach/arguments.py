@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 TARGET = 0.5  # factor of the first certified bound
 DTYPES = ("float32", "float64")
+ARITHMETICS = ("real", "executed")
+KERNELS = ("here", "exact", "saturating", "any")
 METHODS = {
     "auto": None,
     "exact": Exact(),
@@ -161,14 +163,31 @@ class CompareSetup:
     tolerance: float | None
     gap: float | None
     arithmetic: str | None = None
+    kernels: str = "here"
 
     def __post_init__(self) -> None:
+        if self.arithmetic is not None:
+            _check_choice("--arithmetic", self.arithmetic, ARITHMETICS)
+        _check_choice("--kernels", self.kernels, KERNELS)
         if self.tolerance is not None and not 0 <= self.tolerance < float("inf"):
             raise OptionError(f"--tolerance must be a number >= 0, got {self.tolerance:g}")
         if self.gap is not None and not 0 < self.gap < float("inf"):
             raise OptionError(f"--gap must be a positive number, got {self.gap:g}")
-        if self.arithmetic not in (None, "real", "executed"):
-            raise OptionError(f"--arithmetic must be real or executed, got {self.arithmetic!r}")
+
+
+@dataclass(frozen=True)
+class EquivalentSetup:
+    """What `torchreach equivalent` asks: outputs within epsilon, or the same label."""
+
+    epsilon: float | None
+    top1: bool
+
+    def __post_init__(self) -> None:
+        if (self.epsilon is not None) == self.top1:
+            given = "both" if self.top1 else "neither"
+            raise OptionError(f"exactly one of --epsilon and --top1 is required, got {given}")
+        if self.epsilon is not None and not 0 <= self.epsilon < float("inf"):
+            raise OptionError(f"--epsilon must be a number >= 0, got {self.epsilon:g}")
 
 
 @dataclass(frozen=True)

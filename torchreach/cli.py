@@ -1,4 +1,4 @@
-"""Command line: `torchreach demo`, `torchreach compare A B`, `torchreach repair A B`.
+"""Command line: `torchreach demo`, `torchreach compare A B`, `torchreach equivalent A B`, `torchreach repair A B`.
 
 Exit status 0: within tolerance (or the target is met, or none was asked for); 1: not; 2: bad input, with one
 line on stderr; 130: Ctrl-C came before an answer. Nothing here imports torch before the work begins, so that help
@@ -17,6 +17,33 @@ import typer
 from typer.core import TyperGroup
 
 import torchreach
+from torchreach.cli_options import (
+    ANSWER,
+    ENGINE,
+    REPAIR,
+    Alpha,
+    Arithmetic,
+    Box,
+    Center,
+    Clip,
+    Compressed,
+    Device,
+    Dtype,
+    Eps,
+    Iterations,
+    Mask,
+    Memory,
+    Method,
+    Original,
+    Output,
+    Rate,
+    Seconds,
+    Shape,
+    Stars,
+    Target,
+    TargetMax,
+    Vnnlib,
+)
 from torchreach.errors import TorchreachError
 
 # typer carries its own copy of click since 0.2x; before that it used the package.
@@ -25,6 +52,13 @@ _ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ 
 
 class _Group(TyperGroup):
     """Commands whose every bad input ends in one line and status 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """As typer's; Ctrl-C that no command has dealt with ends in one line."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Abort from None
 
     def main(self, args: Any = None, standalone_mode: bool = True, **extra: Any) -> Any:
         """As typer's; errors and warnings are printed here."""
@@ -56,128 +90,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-_SET, _ANSWER, _ENGINE, _REPAIR = "Input set (exactly one)", "Answer", "How to compute", "Repair"
-
-Original = Annotated[Path, typer.Argument(metavar="A", help="The original network: an .onnx or .pt2 file.")]
-Compressed = Annotated[
-    Path,
-    typer.Argument(
-        metavar="B",
-        help="The compressed network: an .onnx or .pt2 file, or a .pth state dict of an eager-mode int8 network; A "
-        "must then be a .pt2 file with layers of the same names.",
-    ),
-]
-Box = Annotated[
-    str | None,
-    typer.Option(
-        help="One box: 'lower,upper' per input, separated by ';', for example '0,1; -0.5,0.5'. Or a .json, .npy or "
-        ".csv file with the same numbers as an array of shape (inputs, 2).",
-        metavar="PAIRS|FILE",
-        rich_help_panel=_SET,
-    ),
-]
-Vnnlib = Annotated[
-    Path | None,
-    typer.Option(
-        help="The input boxes of a VNN-LIB file; its output constraints are not read.",
-        metavar="FILE",
-        rich_help_panel=_SET,
-    ),
-]
-Center = Annotated[
-    Path | None,
-    typer.Option(
-        help="Inputs to look around: a .npy, .json or .csv array of one input, or of several along its first axis. "
-        "Needs --eps.",
-        metavar="FILE",
-        rich_help_panel=_SET,
-    ),
-]
-Eps = Annotated[
-    float | None,
-    typer.Option(help="With --center: how far each value may move, in units of the input.", rich_help_panel=_SET),
-]
-Mask = Annotated[
-    Path | None,
-    typer.Option(
-        help="With --center: array of 0 and 1, the values that may move. Default: all of them.",
-        metavar="FILE",
-        rich_help_panel=_SET,
-    ),
-]
-Clip = Annotated[
-    str | None,
-    typer.Option(
-        help="With --center: valid range of an input value, for example 0,1. Default: none.",
-        metavar="LO,HI",
-        rich_help_panel=_SET,
-    ),
-]
-Shape = Annotated[
-    str | None,
-    typer.Option(
-        help="Shape of one input without its batch axis, for example 1,28,28, where the networks take pictures and "
-        "their files do not say it. The numbers of a set are in the order of the flattened input.",
-        metavar="SIZES",
-        rich_help_panel=_SET,
-    ),
-]
-Seconds = Annotated[
-    float | None,
-    typer.Option(
-        help="Time limit of one analysis, in seconds. When it ends the answer is still certified, only wider "
-        "(BOUNDED). Default: no limit.",
-        rich_help_panel=_ENGINE,
-    ),
-]
-Stars = Annotated[
-    int | None,
-    typer.Option(help="The same as a limit on enumerated linear regions. Default: no limit.", rich_help_panel=_ENGINE),
-]
-Memory = Annotated[
-    str | None,
-    typer.Option(
-        help="The same as a limit on memory for the enumeration, such as 2GB or 500MB; with little, it first works "
-        "in smaller pieces. Default: half of what is free.",
-        metavar="SIZE",
-        rich_help_panel=_ENGINE,
-    ),
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", rich_help_panel=_ENGINE)]
-Dtype = Annotated[
-    str,
-    typer.Option(
-        help="float64 or float32, of the input set and the results; the geometry is computed in float64 either way.",
-        rich_help_panel=_ENGINE,
-    ),
-]
-Method = Annotated[
-    str,
-    typer.Option(
-        help="auto; exact (enumerates all linear regions, by vertices where few inputs vary, by linear programs where "
-        "many do; vertices and programs name one of the two); or search (branch and bound, for sets of very many "
-        "regions; not in repair).",
-        rich_help_panel=_ENGINE,
-    ),
-]
-Arithmetic = Annotated[
-    str | None,
-    typer.Option(
-        help="real: networks as exact functions of their weights; executed: as their own format (float16, bfloat16, "
-        "float32) executes them, rounding included. Default: executed for half precision, real for the others.",
-        metavar="real|executed",
-        rich_help_panel=_ENGINE,
-    ),
-]
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder for report.json, report.html and the pictures, made if missing. Default: write no files.",
-        metavar="DIR",
-        rich_help_panel=_ANSWER,
-    ),
-]
 
 
 def _version(asked: bool) -> None:
@@ -220,7 +132,7 @@ def compare(
         typer.Option(
             help="Largest |y1 - y2| allowed for any output, in units of the output; the work ends as soon as that is "
             "decided. Default: none, the interval is reported and the exit status is 0.",
-            rich_help_panel=_ANSWER,
+            rich_help_panel=ANSWER,
         ),
     ] = None,
     gap: Annotated[
@@ -228,7 +140,7 @@ def compare(
         typer.Option(
             help="End as soon as the upper bound is within this of what is attained, in units of the output. "
             "Default: as close as numbers allow.",
-            rich_help_panel=_ANSWER,
+            rich_help_panel=ANSWER,
         ),
     ] = None,
     output: Output = None,
@@ -239,6 +151,15 @@ def compare(
     dtype: Dtype = "float64",
     method: Method = "auto",
     arithmetic: Arithmetic = None,
+    kernels: Annotated[
+        str,
+        typer.Option(
+            help="Of int8 networks, whose integer arithmetic is covered: here (this machine's), exact sums, saturating "
+            "pairs of products (x86 without VNNI), or any of these.",
+            metavar="here|exact|...",
+            rich_help_panel=ENGINE,
+        ),
+    ] = "here",
 ) -> None:
     """Certify how far the outputs of networks A and B can differ over an input set.
 
@@ -248,37 +169,62 @@ def compare(
 
     check_networks(original, compressed)
     sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
-    asked = CompareSetup(tolerance, gap, arithmetic)
+    asked = CompareSetup(tolerance, gap, arithmetic, kernels)
     setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj)
     from torchreach import commands
 
     raise typer.Exit(commands.compare(setup, (original, compressed), sets, asked))
 
 
-Target = Annotated[
-    float | None,
-    typer.Option(
-        help="Certified bound on |y1 - y2| to reach, as a factor of the one before repair. Default: 0.5.",
-        metavar="FACTOR",
-        rich_help_panel=_REPAIR,
-    ),
-]
-TargetMax = Annotated[
-    float | None,
-    typer.Option(
-        help="Instead of --target: the bound itself, in units of the output.",
-        rich_help_panel=_REPAIR,
-    ),
-]
-Alpha = Annotated[
-    float,
-    typer.Option(
-        help="Each iteration trains the network to move 1/alpha of the way to the original.",
-        rich_help_panel=_REPAIR,
-    ),
-]
-Iterations = Annotated[int, typer.Option(help="Most retrainings.", rich_help_panel=_REPAIR)]
-Rate = Annotated[float, typer.Option(help="Learning rate of Adam at first; it adapts.", rich_help_panel=_REPAIR)]
+@app.command(epilog="Exit status: 0 equivalent, 1 not equivalent or unknown, 2 bad input, 130 interrupted.")
+def equivalent(
+    ctx: typer.Context,
+    original: Original,
+    compressed: Compressed,
+    box: Box = None,
+    vnnlib: Vnnlib = None,
+    center: Center = None,
+    eps: Eps = None,
+    mask: Mask = None,
+    clip: Clip = None,
+    shape: Shape = None,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(
+            help="Whether |y1 - y2| is at most this for every output, in units of the output.", rich_help_panel=ANSWER
+        ),
+    ] = None,
+    top1: Annotated[
+        bool,
+        typer.Option("--top1", help="Whether the largest output is the same one, the label.", rich_help_panel=ANSWER),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for report.json, made if missing. Default: write no files.",
+            metavar="DIR",
+            rich_help_panel=ANSWER,
+        ),
+    ] = None,
+    seconds: Seconds = None,
+    stars: Stars = None,
+    memory: Memory = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float64",
+) -> None:
+    """Are networks A and B equivalent on an input set: yes, no with an input that shows it, or unknown?
+
+    Example: torchreach equivalent net.onnx small.onnx --box "0,1; 0,1" --top1
+    """
+    from torchreach.arguments import EquivalentSetup, SetOptions, Setup, check_networks
+
+    check_networks(original, compressed)
+    sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
+    asked = EquivalentSetup(epsilon, top1)
+    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj)
+    from torchreach import commands
+
+    raise typer.Exit(commands.equivalent(setup, (original, compressed), sets, asked))
 
 
 @app.command(epilog="Exit status: 0 target met, 1 not met, 2 bad input, 130 interrupted.")
@@ -298,14 +244,14 @@ def repair(
     alpha: Alpha = 2.0,
     iterations: Iterations = 20,
     rate: Rate = 1e-3,
-    epochs: Annotated[int, typer.Option(help="Epochs of each retraining.", rich_help_panel=_REPAIR)] = 50,
-    seed: Annotated[int, typer.Option(help="Seed of the training points.", rich_help_panel=_REPAIR)] = 0,
+    epochs: Annotated[int, typer.Option(help="Epochs of each retraining.", rich_help_panel=REPAIR)] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the training points.", rich_help_panel=REPAIR)] = 0,
     save: Annotated[
         Path | None,
         typer.Option(
             help="File for the repaired network, .onnx or .pt2; .pth where B is one. Default: it is not kept.",
             metavar="FILE",
-            rich_help_panel=_ANSWER,
+            rich_help_panel=ANSWER,
         ),
     ] = None,
     output: Output = None,
@@ -381,7 +327,7 @@ def demo(
         typer.Option(
             help="Folder for report.json, report.html, the pictures and the three networks (.onnx), made if missing.",
             metavar="DIR",
-            rich_help_panel=_ANSWER,
+            rich_help_panel=ANSWER,
         ),
     ] = Path("torchreach-demo"),
     seconds: Seconds = None,

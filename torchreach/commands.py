@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from torchreach import console as show
-from torchreach.arguments import METHODS, CompareSetup, DemoSetup, RepairSetup, SetOptions, Setup, is_state_dict
+from torchreach.arguments import (
+    METHODS,
+    CompareSetup,
+    DemoSetup,
+    EquivalentSetup,
+    RepairSetup,
+    SetOptions,
+    Setup,
+    is_state_dict,
+)
 from torchreach.clock import first_interrupt
 from torchreach.deployed import rounds
 from torchreach.discrepancy import discrepancy
+from torchreach.equivalence import equivalent as equivalence
+from torchreach.equivalence_report import answer, equivalence_json, sentence, worst
 from torchreach.errors import OptionError
 from torchreach.files import whole, write_files
 from torchreach.input_sets import InputSet, read_input_set
@@ -26,7 +38,7 @@ from torchreach.networks.save import onnx_bytes, save
 from torchreach.options import Search
 from torchreach.provenance import file_hashes
 from torchreach.report import NetworkInfo, Report, render
-from torchreach.results import Discrepancy, RepairResult
+from torchreach.results import Answer, Discrepancy, Equivalence, RepairResult
 from torchreach.terms import Semantics
 from torchreach.verdict import State, compare_verdict, repair_verdict
 
@@ -52,6 +64,7 @@ def compare(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: Com
             arithmetic=asked.arithmetic,
             budget=setup.budget,
             progress=live and live.stars,
+            kernels=asked.kernels,
         )
     report = Report(
         "compare",
@@ -65,7 +78,7 @@ def compare(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: Com
         found,
         evaluate(original, inputs.stars.center),
         values={"compressed": at_witnesses(original, runs, found)},
-        settings=setup.settings(tolerance=asked.tolerance, gap=asked.gap, arithmetic=asked.arithmetic),
+        settings=setup.settings(**asdict(asked)),
         seconds=time.monotonic() - setup.began,
     )
     show.print_line(setup.out, f"input set: {inputs.text}")
@@ -78,6 +91,34 @@ def compare(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: Com
     finish(setup, report)
     decided = report.verdict.state in (State.WITHIN, State.EXCEEDED)
     return _status(setup, report.verdict.ok, bool(pressed) and not decided)
+
+
+def equivalent(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: EquivalentSetup) -> int:
+    """Runs `torchreach equivalent`; the exit status."""
+    device = _device(setup)
+    original, runs = load(paths[0]).to(device), _compressed(paths)
+    inputs = _inputs(setup, sets, paths, original, device)
+    with first_interrupt() as pressed, show.live(setup.err, "equivalent"):
+        found = equivalence(original, runs, inputs.stars, asked.epsilon, top1=asked.top1, budget=setup.budget)
+    show.print_line(setup.out, f"input set: {inputs.text}")
+    show.print_equivalence(setup.out, found, inputs.labels)
+    whole = answer(found)
+    if whole is Answer.NOT_EQUIVALENT:
+        x = found.witness[worst(found)][None]
+        values = evaluate(original, x, found)[0], evaluate(runs, x, found)[0]
+        show.print_values(setup.out, f"witness, an input of {inputs.labels[worst(found)]}", x[0], values)
+    if setup.output is not None:
+        networks = {
+            role: NetworkInfo.of(str(path), load(network), sha256=file_hashes(path))
+            for role, path, network in zip(("original", "compressed"), paths, (original, runs), strict=True)
+        }
+        settings = setup.settings(**asdict(asked))
+        seconds = time.monotonic() - setup.began
+        text = equivalence_json(found, inputs, networks, setup.command_line, settings, seconds)
+        write_files(setup.output, {"report.json": text})
+        show.print_line(setup.out, f"report: {setup.output / 'report.json'}")
+    show.print_sentence(setup.out, sentence(found), whole is Answer.EQUIVALENT, whole is Answer.UNKNOWN)
+    return _status(setup, whole is Answer.EQUIVALENT, bool(pressed) and whole is Answer.UNKNOWN)
 
 
 def repair(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, options: RepairSetup, saved: Path | None) -> int:
@@ -253,7 +294,7 @@ def finish(setup: Setup, report: Report, files: Mapping[str, bytes] | None = Non
     show.print_verdict(setup.out, report.verdict)
 
 
-def evaluate(network: nn.Module, x: Tensor, found: Discrepancy | None = None) -> Tensor:
+def evaluate(network: nn.Module, x: Tensor, found: Discrepancy | Equivalence | None = None) -> Tensor:
     """The network's outputs [B, N] at x [B, *shape], in float64.
 
     Of a float64 copy, close to what a certificate of real arithmetic speaks of; where `found` speaks of a network as

@@ -14,7 +14,7 @@ from rich.text import Text
 from torch import Tensor
 
 from torchreach.outward import at_most, counted, span
-from torchreach.results import Discrepancy, Progress, RepairStep
+from torchreach.results import Discrepancy, Equivalence, Progress, RepairStep
 from torchreach.terms import Kernels, Status
 from torchreach.verdict import Verdict, open_reasons, star_status, uncovered, work, worst_first
 
@@ -123,15 +123,39 @@ def print_line(console: Console, text: str) -> None:
 
 def print_verdict(console: Console, verdict: Verdict) -> None:
     """The answer in one line, unwrapped, so that it can be searched for."""
-    color = "green" if verdict.ok else "yellow" if verdict.open else "red"
-    console.print(Text(verdict.text, style=f"bold {color}"), soft_wrap=True)
+    print_sentence(console, verdict.text, verdict.ok, verdict.open)
+
+
+def print_sentence(console: Console, text: str, ok: bool, undecided: bool) -> None:
+    """An answer in one line, in the colour of yes, no or neither."""
+    color = "green" if ok else "yellow" if undecided else "red"
+    console.print(Text(text, style=f"bold {color}"), soft_wrap=True)
+
+
+def print_equivalence(console: Console, found: Equivalence, labels: tuple[str, ...]) -> None:
+    """A row per input star: the answer, and the interval it rests on."""
+    what = "lead over the label in" if found.epsilon is None else "max |y1 - y2| in"
+    table = _table("input star", "answer", what, "label" if found.label is not None else "")
+    for s, label in enumerate(labels[:MOST_ROWS]):
+        interval = span(float(found.lower[s]), float(found.upper[s]))
+        own = "" if found.label is None else str(int(found.label[s]))
+        table.add_row(Text(label), found.answer[s].value, interval, own)
+    if len(labels) > MOST_ROWS:
+        table.caption = f"the first {MOST_ROWS} of {len(labels)} stars; --output writes all"
+    console.print(table)
 
 
 def print_witness(console: Console, report: Report, found: Discrepancy, values: tuple[Tensor, Tensor]) -> None:
     """The input that attains the verdict's lower bound, and both networks' outputs there."""
     star, output = report.verdict.witness
-    print_line(console, f"witness, an input of {report.inputs.labels[star]} for output {output}:")
-    print_line(console, f"  x  = {_vector(found.witness[star, output])}")
+    title = f"witness, an input of {report.inputs.labels[star]} for output {output}"
+    print_values(console, title, found.witness[star, output], values)
+
+
+def print_values(console: Console, title: str, x: Tensor, values: tuple[Tensor, Tensor]) -> None:
+    """An input, and both networks' outputs there."""
+    print_line(console, f"{title}:")
+    print_line(console, f"  x  = {_vector(x)}")
     for name, value in zip(("y1", "y2"), values, strict=True):
         print_line(console, f"  {name} = {_vector(value)}")
 

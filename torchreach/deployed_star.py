@@ -156,9 +156,8 @@ class DeployedStar:
         if self.looked_at:
             return
         self.looked_at = True
-        closely = self._room and not self.clock.over
         for network, steps in zip(self.networks.executed, self.varied[:2], strict=True):
-            network.look_at(steps, *self._ends(), closely=closely)
+            network.look_at(steps, *self._ends(), closely=self._room, clock=self.clock)
 
     def run(self, *, cells: bool, relaxation: bool, split: str) -> None:
         """Better bounds, for as long as the question is open and there is time.
@@ -168,7 +167,6 @@ class DeployedStar:
         self._restrict()
         if self.answered or self.clock.over or self.own is None:
             return
-        self.look_at_kernels()
         first, second, index = self.own
         grid = None if quantised(first) else InputGrid.of(second[0])
         few = len(index) <= VERTEX_DIM
@@ -357,6 +355,10 @@ class DeployedStar:
             self.fallback = str(error)
             log.info("no relaxation: %s", error)
             return
+        if not self.looked_at:  # the first box is the whole one
+            self.looked_at = True
+            for network, names in zip(self.networks.executed, relaxed.saturable, strict=True):
+                network.saturable.update(names)
         yield relaxed.upper
         if search and relaxed.pair is not None:
             for state in self._search(relaxed.pair, relaxed.low, relaxed.high, self.clock, root=relaxed.root):
@@ -396,7 +398,7 @@ class DeployedStar:
         low, high = self._ends()
         count = max(min(SAMPLES, self.few // max(len(low), 1)), 1)
         share = torch.rand(count, len(low), generator=torch.Generator().manual_seed(self.seed), dtype=low.dtype)
-        self._offer(low + (high - low) * share.to(low.device))
+        self._offer(low + (high - low) * share.to(low.device), clock=self.clock.part(FIRST * self.clock.left))
 
     def _offer_states(self, value: Tensor, x: Tensor) -> None:
         """Values [2, N_out] that hold whatever the kernel, at inputs x [2, N_out, M]; and what else is attained there.
@@ -412,8 +414,11 @@ class DeployedStar:
     def _offer_whole(self, x: Tensor) -> None:
         self._offer(x[:, self.varied[2]], whole=x)
 
-    def _offer(self, x: Tensor, whole: Tensor | None = None) -> None:
-        """Takes inputs x [B, M] as numbers of the dtype in which inputs are attained. whole: [B, N_in] as they are."""
+    def _offer(self, x: Tensor, whole: Tensor | None = None, clock: Clock | None = None) -> None:
+        """Takes inputs x [B, M] as numbers of the dtype in which inputs are attained. whole: [B, N_in] as they are.
+
+        clock: ends it after a part of them.
+        """
         first, second, _ = self.varied
         if whole is None:
             x = representable(x, *self._ends(), self.networks.dtype)
@@ -422,7 +427,7 @@ class DeployedStar:
             inputs = self._whole(x[part]) if whole is None else whole[part]
             value, at = self.networks.attained(first, second, x[part], inputs).max(0)
             self.take(value, inputs[at])
-            if self.clock.over:
+            if (clock or self.clock).over:
                 return
 
     def take(self, value: Tensor, x: Tensor) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from torchreach.bounds.rounding import InputGrid, outputs, relax
+from torchreach.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.errors import KernelMismatchError, UncoveredKernelsWarning, UnsupportedLayerError
 from torchreach.networks.chain import evaluation_mode
 from torchreach.networks.fake_quantized import observers
@@ -61,10 +62,18 @@ class Executed:
         """Whether the steps cover what this machine's kernels do."""
         return self.choice not in ("exact", "saturating") and () not in self.own.values()
 
-    def look_at(self, steps: tuple[Step, ...], lower: Tensor, upper: Tensor, *, closely: bool = True) -> None:
+    def look_at(
+        self,
+        steps: tuple[Step, ...],
+        lower: Tensor,
+        upper: Tensor,
+        *,
+        closely: bool = True,
+        clock: Clock = NO_LIMIT,
+    ) -> None:
         """Notes layers in which a pair may leave int16 over a box [M] of `steps`, these steps on M inputs.
 
-        closely: from what the codes can be there; else any code is taken to be possible, which costs nothing.
+        closely: from what the codes can be there; else, and where the clock is over, any code is taken to be possible.
         """
         sums = [step.sums for step in steps if step.sums is not None]
         possible = tuple(part.name for part in sums if any(len(part.at.saturable[p]) for p in ENGINES))
@@ -72,8 +81,8 @@ class Executed:
             self.saturable.update(possible)
             return
         try:
-            self.saturable.update(relax(steps, lower, upper, InputGrid.of(steps[0])).saturable)
-        except UnsupportedLayerError as error:
+            self.saturable.update(relax(steps, lower, upper, InputGrid.of(steps[0]), clock=clock).saturable)
+        except (UnsupportedLayerError, OutOfTime) as error:
             log.info("any code is taken to be possible: %s", error)
             self.saturable.update(possible)
 
@@ -157,6 +166,7 @@ def check_replay(run: Run, network: Executed, x: Tensor) -> None:
 
     Raises: KernelMismatchError.
     """
+    x = x.flatten(1).unique(dim=0).reshape(-1, *x.shape[1:])
     y = run(x)
     if y is None:
         return

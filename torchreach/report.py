@@ -277,6 +277,11 @@ def render(report: Report) -> dict[str, bytes]:
     return {**{name: text.encode() for name, text in texts.items()}, **pictures}
 
 
+def json_bytes(values: dict[str, Any]) -> bytes:
+    """The contents of a .json file."""
+    return (json.dumps(_finite(values), indent=1, allow_nan=False) + "\n").encode()
+
+
 def _finite(value: Any) -> Any:
     """JSON has no infinity: a bound that a spent budget left open becomes null."""
     if isinstance(value, float):

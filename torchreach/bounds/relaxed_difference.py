@@ -30,7 +30,8 @@ class RelaxedDifference:
     """A relaxation over one box; `upper` [2, N_out] bounds y1 - y2 and y2 - y1.
 
     pair: both networks on the box [low, high] of the inputs and of the errors of input quantisers, and `root` its
-    bounds; None where the architectures differ, and each network is bounded by itself.
+    bounds; None where the architectures differ, and each network is bounded by itself. saturable: of each network, as
+    `relax` says.
     """
 
     pair: Pair | None
@@ -42,6 +43,7 @@ class RelaxedDifference:
     lowest: Tensor  # [2, 1] the clamps
     highest: Tensor
     upper: Tensor
+    saturable: tuple[tuple[str, ...], tuple[str, ...]]
 
     @staticmethod
     def of(
@@ -87,7 +89,16 @@ class RelaxedDifference:
             bottom, top = torch.cat((output.l1, output.l2)), torch.cat((output.u1, output.u2))
             upper = torch.cat((output.du, -output.dl))
         return RelaxedDifference(
-            pair, low, high, root, bottom, top, lowest, highest, _clamped(upper, bottom, top, lowest, highest)
+            pair,
+            low,
+            high,
+            root,
+            bottom,
+            top,
+            lowest,
+            highest,
+            _clamped(upper, bottom, top, lowest, highest),
+            (() if relaxed1 is None else relaxed1.saturable, relaxed2.saturable),
         )
 
     def clamped(self, upper: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from torchreach.bounds.zonotope import box_rows, relu_band
+from torchreach.bounds.zonotope import box_rows, mapped, relu_band
 from torchreach.clock import NO_LIMIT, Clock
 from torchreach.errors import UnsupportedLayerError
 from torchreach.networks.arithmetic import Arithmetic
@@ -236,7 +236,7 @@ def relax(
         if step.sums is not None and step.sums.saturates(*values):
             saturable.append(step.sums.name)
         step = _with_loss(step, *values)
-        low, high = _range(*_mapped(step, rows, slack))
+        low, high = _range(*_mapped(step, rows, slack, clock))
         last = not rest or (len(rest) == 1 and step.quantizer is not None and _is_identity(rest[0]))
         step, values = _relaxed_step(step, low[0], high[0], size, last=last)
         size = torch.maximum(*(end.abs() for end in values))
@@ -249,17 +249,17 @@ def relax(
                     quantizer.value(slack.new_tensor(end)) for end in (quantizer.lowest, quantizer.highest)
                 )
             return Relaxed(tuple(result), extra, lowest, highest, tuple(saturable))
-        rows, slack = _mapped(step, rows, slack)
+        rows, slack = _mapped(step, rows, slack, clock)
         if step.relu is not None and bool(step.relu.any()):
             rows, slack = relu_band(rows, slack, *_range(rows, slack), step.relu)
         step = rest.pop(0)
 
 
-def _mapped(step: Step, rows: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
+def _mapped(step: Step, rows: Tensor, slack: Tensor, clock: Clock) -> tuple[Tensor, Tensor]:
     """Zonotopes [B, 1 + G, N] and their error [B, N] after the step's affine block, rounding and noise included."""
     gamma = (step.terms + rows.shape[1] + 8) * UNIT_ROUNDOFF
     slack = step.magnitude(slack + gamma * rows.abs().sum(1)) + gamma * step.bias_magnitude
-    rows = step.map_rows(rows)
+    rows = mapped(step, rows, clock)
     slack = slack + gamma * rows.abs().sum(1)
     return rows, step.with_noise(slack)
 

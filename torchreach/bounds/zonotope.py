@@ -47,7 +47,7 @@ def zonotope_bounds(
     for index in range(start, len(steps)):
         step = steps[index]
         try:
-            image = _mapped(step, rows, clock)
+            image = mapped(step, rows, clock)
         except OutOfTime:
             return result + interval_bounds(steps[index:], rows, slack)
         gamma = (step.terms + rows.shape[1] + 8) * UNIT_ROUNDOFF
@@ -67,7 +67,7 @@ def zonotope_bounds(
     return result
 
 
-def _mapped(step: Step, rows: Tensor, clock: Clock) -> Tensor:
+def mapped(step: Step, rows: Tensor, clock: Clock) -> Tensor:
     """`Step.map_rows`, a part of the rows at a time where they are many. Raises OutOfTime between two parts."""
     flat = rows.flatten(0, 1)
     size = max(1, WORK // max(1, step.terms * step.features))

@@ -72,7 +72,8 @@ def load_int8(
         source: path of a `.pth` or `.pt` file written by `torch.save(module.state_dict(), path)`, or the state dict.
             The file is read with `weights_only=True`: nothing in it is executed.
         network: the float network it was converted from (its numbers do not matter), or the path of a `.pt2` file
-            of it: linear and convolution layers of the same names and shapes, ReLU, average pooling and reshaping.
+            of it: linear and convolution layers of the same shapes, and the same names or the same order (which warns),
+            ReLU, average pooling and reshaping.
             The input is quantised first, as quint8, and the output of the last layer is dequantised.
         input_shape: shape of one input, no batch axis; needed only where a layer's meaning depends on it.
 
@@ -98,16 +99,13 @@ def load_int8(
     layers: list[tuple[str, nn.Module]] = [(inputs[0], quantize)]
     named = {id(value): name for name, value in network.named_parameters()}
     flat = chain(network, input_shape)
-    names = [named[id(layer.weight)].removesuffix(".weight") for layer in flat if _is_weighted(layer)]
-    if sorted(names) != sorted(packed):
-        raise InvalidNetworkError(
-            "the network must have the layers that the state dict has, each once: "
-            f"required {', '.join(packed)}, got {', '.join(names) or 'none'}"
-        )
+    weighted: list[Any] = [layer for layer in flat if _is_weighted(layer)]
+    names = [named.get(id(layer.weight), type(layer).__name__).removesuffix(".weight") for layer in weighted]
+    order = iter(_matched(names, weighted, packed))
     with _quiet():
         for index, layer in enumerate(flat):
             if _is_weighted(layer):
-                name = named[id(layer.weight)].removesuffix(".weight")
+                name = next(order)
                 layers.append((name, _int8_layer(name, packed[name], layer)))
             elif isinstance(layer, _KEPT):
                 layers.append((f"{type(layer).__name__.lower()}_{index}", layer))
@@ -118,6 +116,28 @@ def load_int8(
                 )
         layers.append(("dequantize_output", torch.ao.nn.quantized.DeQuantize()))
     return Int8Network(layers).eval()
+
+
+def _matched(names: list[str], layers: list[Any], packed: Mapping[str, _Packed]) -> list[str]:
+    """For each layer of the float network, in evaluation order, the name of its numbers in the state dict.
+
+    Names that differ (a QuantStub in front moves those of a Sequential by one) are matched in order, where shapes fit.
+    """
+    if sorted(names) == sorted(packed):
+        return names
+    found = [part.weight.shape for part in packed.values() if part.weight is not None]
+    if [layer.weight.shape for layer in layers] != found:
+        raise InvalidNetworkError(
+            "the network must have the layers that the state dict has, each once, by name or in order and of the same "
+            f"shapes: required {', '.join(packed)}, got {', '.join(names) or 'none'}"
+        )
+    pairs = ", ".join(f"{name!r} is {key!r}" for name, key in zip(names, packed, strict=True))
+    warnings.warn(
+        "layers of the network and of the state dict have different names; matched in order, by shape: " + pairs,
+        UserWarning,
+        stacklevel=3,
+    )
+    return list(packed)
 
 
 def _is_weighted(layer: nn.Module) -> bool:

@@ -363,6 +363,14 @@ class _Reader:
         kind = (nn.AvgPool1d, nn.AvgPool2d)[len(self.shape) - 2]
         self.builder.append(kind(self.shape[1:]), name)  # type: ignore[arg-type]
 
+    def _reducemean(self, node: onnx.NodeProto, name: str, values: list, attributes: dict[str, Any]) -> None:
+        axes = {a % (len(self.shape) + 1) for a in self._axes(values, attributes) or ()}
+        if not self.batched or axes != set(range(2, len(self.shape) + 1)):
+            self.builder.refuse(name, "ReduceMean", "only the mean over all places of each channel is average pooling")
+        self._globalaveragepool(node, name, values, attributes)
+        if not attributes.get("keepdims", 1):
+            self.builder.append(nn.Flatten(), name)
+
     def _batchnormalization(self, node: onnx.NodeProto, name: str, values: list, attributes: dict[str, Any]) -> None:
         if values[0] is not None or attributes.get("training_mode"):
             self.builder.refuse(name, "BatchNormalization", "it must be in inference mode, with constant statistics")

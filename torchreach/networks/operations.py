@@ -76,6 +76,7 @@ CONSTANT = {
     *("add", "sub", "rsub", "mul", "div", "neg", "matmul", "mm", "linear", "relu", "clamp", "clamp_min"),
     *("t", "transpose", "permute", "reshape", "view", "flatten", "squeeze", "unsqueeze", "expand"),
     *("sqrt", "zeros_like"),
+    "export.access_subclass_inner_tensor",  # of weights of torchao
     *("tensor", "ones", "zeros", "full", "getitem", "getattr", "size", "sym_size", "dim"),
     *IDENTITIES,
 }

@@ -267,7 +267,8 @@ class VertexEngine:
 
     def finish(self, chunk: Chunk, record: RangeRecord, clock: Clock = NO_LIMIT, room: float = math.inf) -> None:
         """Take the output range of stars at the last layer into the record. Raises OutOfTime."""
-        for part in chunk.parts(chunk.rows.shape[2], self._numbers(chunk, room)):
+        numbers = self._numbers(chunk, room) // chunk.rows.shape[2]
+        for part in (block for whole in chunk.pieces for block in whole.blocks(max(1, numbers // whole.slots))):
             clock.check()
             rows, origin = chunk.rows.index_select(0, part.star), chunk.origin.index_select(0, part.star)
             values = rows.mT.contiguous() @ part.body.vertices.mT  # [S', N, K]
