@@ -19,6 +19,7 @@ from torchreach.bounds.zonotope import zonotope_bounds
 from torchreach.errors import InvalidSetError, ShapeError, UnsupportedLayerError
 from torchreach.networks.merge import merge
 from torchreach.networks.steps import steps
+from torchreach.search.signs import search_signs
 from torchreach.search.witness import ascend
 
 SHAPES = ([3, 4], [4, 12, 8, 3], [6, 10, 10, 10, 2], [20, 16, 12, 4], [3, 6, 6, 6, 6, 6, 2])
@@ -336,3 +337,21 @@ def test_a_layer_too_large_for_a_matrix_is_named(monkeypatch: pytest.MonkeyPatch
     a = random_network(0, [3, 5, 2])
     with pytest.raises(UnsupportedLayerError, match="at most 14 entries.*relu 1 has 5 x 3"):
         pair_of(a, rounded_copy(a, 8), (3,))
+
+
+def test_a_layer_that_is_off_everywhere_leaves_the_biases() -> None:
+    original = random_network(2, [3, 5, 4, 4, 2])
+    with torch.no_grad():
+        original[2].bias.fill_(-100.0)
+    pair = pair_of(original, noisy_copy(original, 1e-2, 2), (3,))
+    lower, upper = boxes(2, 3, 3)
+    y = pair.evaluate(lower)[0]
+    *_, h = difference_bounds(pair, lower, upper)
+    for low, high in (
+        (h.dl, h.du),
+        (-quick_bounds(pair, lower, upper)[1][:, 1], quick_bounds(pair, lower, upper)[1][:, 0]),
+    ):
+        torch.testing.assert_close(low, y, atol=1e-12, rtol=0)
+        torch.testing.assert_close(high, y, atol=1e-12, rtol=0)
+    states = list(search_signs(pair, lower[0], upper[0]))
+    assert states[-1].closed

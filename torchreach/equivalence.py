@@ -163,7 +163,7 @@ class _Labels:
         self.outputs = self.networks[0][-1].features
         if self.outputs < 2:
             raise ShapeError("top1 needs networks of at least two outputs, got one")
-        self.branches, self.reported = 0, 0.0
+        self.branches, self.reported = 0, -math.inf
 
     def run(self) -> Equivalence:
         size, stars = len(self.stars), self.stars
@@ -182,6 +182,7 @@ class _Labels:
         same = self.same or (identical(*self.networks) and self.kinds == (None, None))
         yes, no = [same] * size, [False] * size
         for s in range(size) if not same else ():
+            self._report()
             if self.clock.over:
                 break
             clock = self.clock.part(self.clock.left / (size - s))
@@ -269,10 +270,7 @@ class _Labels:
 
     def _enough(self, state: SearchResult, clock: Clock, margin: float) -> bool:
         """Whether the search for a lead has to stop; reports progress."""
-        if self.progress is not None and self.clock.elapsed - self.reported >= REPORT_SECONDS:
-            self.reported = self.clock.elapsed
-            low, high = (torch.stack((self.lower, part), 1) for part in (self.lower, self.upper))
-            self.progress(Progress(self.branches + state.branches, state.open, low, high, low, low, self.clock.elapsed))
+        self._report(state)
         spent = self.budget.stars is not None and state.branches >= self.budget.stars
         return clock.over or spent or state.closed or float(state.lower[0].max()) >= -margin
 
@@ -281,6 +279,14 @@ class _Labels:
         if kind is not None:
             return SEMANTICS[kind.dtype]
         return Semantics.WEIGHT_ONLY if is_weight_only(self.compressed) else Semantics.FLOAT
+
+    def _report(self, state: SearchResult | None = None) -> None:
+        if self.progress is None or self.clock.elapsed - self.reported < REPORT_SECONDS:
+            return
+        self.reported = self.clock.elapsed
+        done, open_ = (state.branches, state.open) if state else (0, 0)
+        low, high = self.lower[:, None], self.upper[:, None]
+        self.progress(Progress(self.branches + done, open_, low, high, low, low, self.clock.elapsed))
 
     def _reason(self, answer: Answer) -> Reason:
         if answer is not Answer.UNKNOWN:

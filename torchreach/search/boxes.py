@@ -33,6 +33,7 @@ from torchreach.search.witness import ascend
 FEW, FEW_AT_THRESHOLD = 40, 12
 # Copies of the open boxes that one round holds at most.
 COPIES = 3
+WORKING = 24  # copies of one layer's coefficients that bounding boxes holds at most
 
 
 @torch.no_grad()
@@ -69,7 +70,7 @@ def search_boxes(
     output = (difference_bounds(pair, low, high, clock=clock) if root is None else root)[-1]
     best = ascend(pair, low, high, constraints, starts=starts, seed=seed, clock=clock)
     caps = torch.stack((output.du, -output.dl), 1)
-    work = _Work(pair, best, question, constraints, finish, clock)
+    work = _Work(pair, best, question, constraints, finish, clock, memory)
     try:
         left = work.bounded(low, high, caps)
     except OutOfTime:
@@ -136,11 +137,12 @@ class _Work:
     constraints: Constraints | None
     finish: Finish | None
     clock: Clock
+    memory: float
 
     def bounded(self, low: Tensor, high: Tensor, caps: Tensor) -> Boxes:
         """Boxes with bounds, at most `caps`; offers corners and centres to `best`. OutOfTime with the clock."""
         width = max(max(w.shape) for w in self.pair.W)
-        limit = max(CHUNK // (4 * width * width), 1)
+        limit = max(int(min(CHUNK, self.memory / (8 * WORKING)) // (4 * width * width)), 1)
         parts = [self._chunk(*part) for part in zip(*(x.split(limit) for x in (low, high, caps)), strict=True)]
         return Boxes(*map(torch.cat, zip(*(part.parts() for part in parts), strict=True)))
 

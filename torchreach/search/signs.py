@@ -37,7 +37,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from torchreach.bounds.difference import Backward, difference_bounds
+from torchreach.bounds.difference import CHUNK, Backward, difference_bounds
 from torchreach.bounds.hexagon import Graph, Hexagon, height, start_slopes
 from torchreach.bounds.pair import Pair
 from torchreach.clock import NO_LIMIT, Clock, OutOfTime
@@ -51,6 +51,8 @@ ROOT_STEPS, STEPS, LEAF_STEPS = 150, 30, 200
 RATE = 0.3
 ROOT_DECAY, DECAY, LEAF_DECAY = 0.98, 0.92, 0.98
 COPIES = 4  # of the open branches that one round holds at most
+WORKING = 24  # copies of a neuron's vertices that a descent holds at most
+VERTICES = 11  # of a neuron's graph
 AVERAGE = 0.15  # share of the newest touching point in the mean that chooses splits
 
 
@@ -296,13 +298,11 @@ def search_signs(
     eye = torch.eye(n, dtype=low.dtype, device=low.device)
     objectives = torch.cat((torch.zeros_like(torch.cat((eye, eye))), torch.cat((eye, -eye))), 1)
     packed = [h.pack().expand(2 * n, -1, -1) for h in net.root]
-    dual = Dual(net, net.root, objectives)
-    bound, slopes, mean, coefficients = dual.descend(
-        dual.start(), ROOT_STEPS, ROOT_DECAY, question.enough(best.lower).flatten(), clock
-    )
-    best.offer(dual.corner)
+    numbers = min(CHUNK, memory / (8 * WORKING)) / (VERTICES * max([1, *(len(free) for free in net.free)]))
+    limit = max(int(numbers), 1)  # rows that one descent takes
+    found = _bounded(net, packed, None, objectives, question.enough(best.lower).flatten(), best, limit, clock)
+    bound, slopes, split, more = found
     bound = torch.minimum(bound, torch.cat((output.du[0], -output.dl[0])))
-    split, more = choose(packed, mean, coefficients, bound)
     row = torch.arange(2 * n, device=low.device)
     leaf = (~more & (bound > question.enough(best.lower).flatten())).nonzero().flatten()
     if len(leaf):
@@ -327,17 +327,15 @@ def search_signs(
         excess = left.bound - question.urgent(best.lower).flatten()[left.row]
         if not bool((excess > 0).any()):
             excess = left.bound - enough[left.row]
-        chosen = excess.topk(min(batch, len(left.row))).indices
+        chosen = excess.topk(min(batch, max(limit // 2, 1), len(left.row))).indices
         rest = torch.ones(len(left.row), dtype=torch.bool, device=low.device)
         rest[chosen] = False
         new = left.select(chosen).children()
         left = left.select(rest.nonzero().flatten())
-        dual = Dual(net, [Hexagon.unpack(h) for h in new.hexagons], objectives[new.row])
-        bound, slopes, mean, coefficients = dual.descend(new.slopes, STEPS, DECAY, enough[new.row], clock)
+        found = _bounded(net, new.hexagons, new.slopes, objectives[new.row], enough[new.row], best, limit, clock)
+        bound, slopes, split, has = found
         bound = torch.minimum(bound, new.bound)
         branches += len(bound)
-        best.offer(dual.corner)
-        split, has = choose(new.hexagons, mean, coefficients, bound)
         leaf = (~has & (bound > enough[new.row])).nonzero().flatten()
         if len(leaf):
             slopes_of = [s[:, leaf] for s in slopes]
@@ -346,6 +344,36 @@ def search_signs(
             bound[leaf] = torch.minimum(bound[leaf], found)
         more = torch.cat((torch.ones_like(left.row, dtype=torch.bool), has))
         left = left.join(Branches(new.hexagons, slopes, new.row, bound, split))
+
+
+def _bounded(
+    net: Reduced,
+    hexagons: list[Tensor],
+    slopes: list[Tensor] | None,
+    objectives: Tensor,
+    enough: Tensor,
+    best: Best,
+    limit: int,
+    clock: Clock,
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    """Bounds [R], slopes, signs to split [R] and whether there is one [R] of branches, at most `limit` at a time.
+
+    slopes: of the parents; None at the root. Offers the maximising corners to `best`.
+    """
+    parts = []
+    for i in torch.arange(len(objectives), device=objectives.device).split(limit):
+        own = [h[i] for h in hexagons]
+        dual = Dual(net, net.root if slopes is None else [Hexagon.unpack(h) for h in own], objectives[i])
+        if slopes is None:
+            found = dual.descend(dual.start(), ROOT_STEPS, ROOT_DECAY, enough[i], clock)
+        else:
+            found = dual.descend([s[:, i] for s in slopes], STEPS, DECAY, enough[i], clock)
+        bound, new, mean, coefficients = found
+        best.offer(dual.corner)
+        parts.append((bound, new, *choose(own, mean, coefficients, bound)))
+    bounds, news, splits, more = zip(*parts, strict=True)
+    joined = [torch.cat(layer, 1) for layer in zip(*news, strict=True)]
+    return torch.cat(bounds), joined, torch.cat(splits), torch.cat(more)
 
 
 def _finish(
