@@ -1,9 +1,9 @@
 """Networks as executed in half precision and float32: does any input leave the certified interval, and how wide is it?
 
 An MLP and a CNN trained on scikit-learn's digits, against their float16 and bfloat16 copies (by torch's CPU kernels;
-the float16 file also by onnxruntime's) and an int8 weight-only copy in float32. Every pixel may move by 0.01 around each
-of a few digits. Inputs: uniform, corners, gradient ascent for every output and sign, and small steps around the best.
-The exit status is 1 if one value lies outside, or if a half copy's certified bound is more than ten times what was met.
+the float16 file also by onnxruntime's) and an int8 weight-only copy in float32. Every pixel may move by 0.01 around
+each of a few digits. Inputs: uniform, corners, gradient ascent for every output and sign, small steps around the best.
+The exit status is 1 if one value lies outside, or if a certified bound is more than ten times what was met.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def test_lower_is_what_this_machine_computes_at_the_witness(dtype):
     witness = found.witness[0]
     with torch.no_grad():
         difference = (network.double()(witness.double()) - half(witness.to(dtype)).double()).abs().diagonal()
-    torch.testing.assert_close(difference, found.lower[0].double(), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(difference, found.lower[0].double(), rtol=1e-5, atol=1e-6)
     with torch.no_grad():
         centre = (network((x + upper)[None].double() / 2) - half(((x + upper) / 2)[None].to(dtype)).double()).abs()[0]
     assert bool((found.lower[0] >= centre - 1e-4).all())
