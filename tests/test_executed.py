@@ -96,7 +96,7 @@ def test_lower_is_what_this_machine_computes_at_the_witness(dtype):
     witness = found.witness[0]
     with torch.no_grad():
         difference = (network.double()(witness.double()) - half(witness.to(dtype)).double()).abs().diagonal()
-    torch.testing.assert_close(difference, found.lower[0].double(), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(difference, found.lower[0].double(), rtol=1e-5, atol=1e-6)
     with torch.no_grad():
         centre = (network((x + upper)[None].double() / 2) - half(((x + upper) / 2)[None].to(dtype)).double()).abs()[0]
     assert bool((found.lower[0] >= centre - 1e-4).all())
@@ -281,3 +281,13 @@ def test_label_that_only_execution_changes_is_not_called_equivalent():
     stars = tr.StarBatch.from_box(torch.tensor([1.0]), torch.tensor([1.5]))
     assert tr.equivalent(network, half, stars, top1=True, arithmetic="real").answer[0] is tr.Answer.EQUIVALENT
     assert tr.equivalent(network, half, stars, top1=True).answer[0] is not tr.Answer.EQUIVALENT
+
+
+def test_repaired_half_network_stays_half_and_is_certified_as_executed():
+    network = random_network(1, [2, 6, 2], dtype=torch.float32)
+    half = tr.prune_weights(copy.deepcopy(network), 0.3).half()
+    training = tr.RepairOptions(samples=32, epochs=5)
+    stars = tr.StarBatch.from_box(torch.zeros(2), torch.ones(2))
+    result = tr.repair(network, half, stars, target=0.9, iterations=2, training=training)
+    assert result.before.semantics is result.after.semantics is Semantics.FLOAT16
+    assert all(value.dtype is torch.float16 for value in result.network.parameters())

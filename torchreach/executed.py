@@ -75,6 +75,12 @@ def _format(network: nn.Module, arithmetic: str | None) -> Format | None:
     return Format(torch.float32 if torch.float32 in dtypes else torch.float64)
 
 
+def semantics_of(kinds: Formats) -> Semantics:
+    """What a result says of networks in these formats: that of the compressed one first."""
+    kind = kinds[1] or kinds[0]
+    return Semantics.FLOAT if kind is None else SEMANTICS[kind.dtype]
+
+
 @dataclass(frozen=True)
 class Side:
     """One network of a comparison, and the format it is executed in, None where it is read as real-valued."""
@@ -122,7 +128,7 @@ def as_executed(
 
     Raises: as `rounding`; KernelMismatchError: this machine's kernels left the certified range.
     """
-    semantics = SEMANTICS[next(kind for kind in (kinds[1], kinds[0]) if kind is not None).dtype]
+    semantics = semantics_of(kinds)
     if original is compressed:  # one module gives one answer, however it rounds
         return replace(real(stars, question), semantics=semantics)
     sides = tuple(Side.of(module, stars, kind) for module, kind in zip((original, compressed), kinds, strict=True))
