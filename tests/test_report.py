@@ -108,13 +108,16 @@ def _networks():
     return networks
 
 
-def test_progress_is_silent_unless_on_a_terminal():
+def test_progress_is_one_line_on_a_terminal_and_now_and_then_a_line_in_a_log():
+    low = torch.zeros(1, 1)
+    seen, clock = io.StringIO(), iter([0.0, 1.0, 29.0, 31.0, 31.0, 60.0, 62.0, 62.0])
+    with live(Console(file=seen), "compare", lambda: next(clock)) as line:
+        for done in range(5):  # after 1, 29, 31, 60 and 62 seconds
+            line.stars(Progress(done, 0, low, low, low, low, 0.0))
+    assert [text[:16] for text in seen.getvalue().splitlines()] == ["compare: 2 stars", "compare: 4 stars"]
     seen = io.StringIO()
-    with live(Console(file=seen), "compare") as line:
-        assert line is None
-    assert seen.getvalue() == ""
     with live(Console(file=seen, force_terminal=True, width=200), "compare") as line:
-        assert line is not None
+        line.stars(Progress(7, 0, low, low, low, low, 0.0))
         assert seen.getvalue() != ""
 
 

@@ -181,8 +181,13 @@ class EquivalentSetup:
 
     epsilon: float | None
     top1: bool
+    arithmetic: str | None = None
+    kernels: str = "here"
 
     def __post_init__(self) -> None:
+        if self.arithmetic is not None:
+            _check_choice("--arithmetic", self.arithmetic, ARITHMETICS)
+        _check_choice("--kernels", self.kernels, KERNELS)
         if (self.epsilon is not None) == self.top1:
             given = "both" if self.top1 else "neither"
             raise OptionError(f"exactly one of --epsilon and --top1 is required, got {given}")

@@ -19,7 +19,6 @@ from typer.core import TyperGroup
 import torchreach
 from torchreach.cli_options import (
     ANSWER,
-    ENGINE,
     REPAIR,
     Alpha,
     Arithmetic,
@@ -31,6 +30,7 @@ from torchreach.cli_options import (
     Dtype,
     Eps,
     Iterations,
+    KernelKind,
     Mask,
     Memory,
     Method,
@@ -151,15 +151,7 @@ def compare(
     dtype: Dtype = "float64",
     method: Method = "auto",
     arithmetic: Arithmetic = None,
-    kernels: Annotated[
-        str,
-        typer.Option(
-            help="Of int8 networks, whose integer arithmetic is covered: here (this machine's), exact sums, saturating "
-            "pairs of products (x86 without VNNI), or any of these.",
-            metavar="here|exact|...",
-            rich_help_panel=ENGINE,
-        ),
-    ] = "here",
+    kernels: KernelKind = "here",
 ) -> None:
     """Certify how far the outputs of networks A and B can differ over an input set.
 
@@ -211,6 +203,8 @@ def equivalent(
     memory: Memory = None,
     device: Device = "cpu",
     dtype: Dtype = "float64",
+    arithmetic: Arithmetic = None,
+    kernels: KernelKind = "here",
 ) -> None:
     """Are networks A and B equivalent on an input set: yes, no with an input that shows it, or unknown?
 
@@ -220,7 +214,7 @@ def equivalent(
 
     check_networks(original, compressed)
     sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
-    asked = EquivalentSetup(epsilon, top1)
+    asked = EquivalentSetup(epsilon, top1, arithmetic, kernels)
     setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj)
     from torchreach import commands
 

@@ -120,6 +120,15 @@ Arithmetic = Annotated[
         rich_help_panel=ENGINE,
     ),
 ]
+KernelKind = Annotated[
+    str,
+    typer.Option(
+        help="Of int8 networks, whose integer arithmetic is covered: here (this machine's), exact sums, saturating "
+        "pairs of products (x86 without VNNI), or any of these.",
+        metavar="here|exact|...",
+        rich_help_panel=ENGINE,
+    ),
+]
 Output = Annotated[
     Path | None,
     typer.Option(

@@ -63,7 +63,7 @@ def compare(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: Com
             gap=asked.gap,
             arithmetic=asked.arithmetic,
             budget=setup.budget,
-            progress=live and live.stars,
+            progress=live.stars,
             kernels=asked.kernels,
         )
     report = Report(
@@ -98,8 +98,18 @@ def equivalent(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: 
     device = _device(setup)
     original, runs = load(paths[0]).to(device), _compressed(paths)
     inputs = _inputs(setup, sets, paths, original, device)
-    with first_interrupt() as pressed, show.live(setup.err, "equivalent"):
-        found = equivalence(original, runs, inputs.stars, asked.epsilon, top1=asked.top1, budget=setup.budget)
+    with first_interrupt() as pressed, show.live(setup.err, "equivalent") as live:
+        found = equivalence(
+            original,
+            runs,
+            inputs.stars,
+            asked.epsilon,
+            top1=asked.top1,
+            budget=setup.budget,
+            progress=live.stars,
+            arithmetic=asked.arithmetic,
+            kernels=asked.kernels,
+        )
     show.print_line(setup.out, f"input set: {inputs.text}")
     show.print_equivalence(setup.out, found, inputs.labels)
     whole = answer(found)
@@ -202,7 +212,7 @@ def _repair(
             seed=options.seed,
             method=method,
             budget=setup.budget,
-            progress=live and live.step,
+            progress=live.step,
         )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.status import Status as Line
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -23,35 +23,49 @@ if TYPE_CHECKING:
 
 MOST_TABLES = 3  # with more input stars than this, one table with a row for each
 MOST_ROWS = 20
+EVERY = 30.0  # seconds between lines of progress in a log
 
 
 @dataclass(frozen=True)
 class Live:
-    """One line of progress, kept up to date."""
+    """Progress: one line kept up to date, or where there is no terminal, a line now and then."""
 
     what: str
-    line: Line
+    write: Callable[[str], None]
+    due: Callable[[], bool]
 
     def stars(self, progress: Progress) -> None:
         """Progress of one enumeration."""
-        self.line.update(f"{self.what}: {progress_line(progress)}")
+        if self.due():
+            self.write(f"{self.what}: {progress_line(progress)}")
 
     def step(self, step: RepairStep) -> None:
         """Progress of a repair: its last evaluation."""
+        if not self.due():
+            return
         bound = at_most(float(step.discrepancy.upper.max()), 4)
         accuracy = "" if step.accuracy is None else f", accuracy {100 * step.accuracy:.1f} %"
         claim = step.discrepancy.claim
-        self.line.update(f"{self.what}: iteration {step.iteration}, {claim} max |y1 - y2| <= {bound}{accuracy}")
+        self.write(f"{self.what}: iteration {step.iteration}, {claim} max |y1 - y2| <= {bound}{accuracy}")
 
 
 @contextmanager
-def live(console: Console, what: str) -> Iterator[Live | None]:
-    """A line of progress on `console`; None where that is not a terminal."""
-    if not console.is_terminal:
-        yield None
+def live(console: Console, what: str, now: Callable[[], float] = time.monotonic) -> Iterator[Live]:
+    """Progress on `console`: where that is not a terminal, a line every `EVERY` seconds by the clock `now`."""
+    if console.is_terminal:
+        with console.status(f"{what} ...") as line:
+            yield Live(what, line.update, lambda: True)
         return
-    with console.status(f"{what} ...") as line:
-        yield Live(what, line)
+    last = now()
+
+    def due() -> bool:
+        nonlocal last
+        if now() - last < EVERY:
+            return False
+        last = now()
+        return True
+
+    yield Live(what, lambda text: print_line(console, text), due)
 
 
 def progress_line(progress: Progress) -> str:
