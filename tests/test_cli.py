@@ -563,7 +563,7 @@ def test_help_and_what_is_typed_wrongly_are_answered_without_torch(files):
     assert len(done.stderr.splitlines()) == len(wrong)
 
 
-REPAIR = ("--iterations", 4, "--epochs", 20)
+REPAIR = ("--iterations", 3, "--epochs", 10)
 
 
 @pytest.fixture(scope="module")

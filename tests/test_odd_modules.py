@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import torchreach as tr
 from torchreach.errors import InvalidNetworkError, TorchreachError, UnsupportedLayerError
 from torchreach.networks.chain import chain
+from torchreach.networks.quantized import Constraints, is_weight_only
 from torchreach.networks.save import save
 
 functional = nn.functional
@@ -463,3 +464,14 @@ def test_networks_with_little_in_them_are_compared(first, second, inputs):
     assert (y <= found.upper[0] + 1e-12).all()
     assert (found.upper - found.lower).max() < 1e-6
     assert tr.equivalent(first, second, box, epsilon=100.0).answer == (tr.Answer.EQUIVALENT,)
+
+
+def test_buffers_of_the_user_s_are_no_grid():
+    network = dense()
+    network[0].weight_scale = torch.ones(6, 4)  # plain attributes, not what quantize_weights leaves
+    network[0].weight_codes = torch.ones(3)
+    network[2].register_buffer("weight_scale", torch.zeros(()))
+    network[2].register_buffer("weight_codes", torch.tensor([-7, 7]))
+    assert not is_weight_only(network)
+    assert Constraints.read(network).grids == {}
+    assert is_weight_only(tr.quantize_weights(dense()))

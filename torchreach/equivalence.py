@@ -29,7 +29,7 @@ from torchreach.clock import Clock, OutOfTime, running
 from torchreach.deployed import rounds
 from torchreach.discrepancy import discrepancy, one_dtype
 from torchreach.errors import OptionError, ShapeError, UnsupportedLayerError
-from torchreach.executed import SEMANTICS, Formats, Side, formats
+from torchreach.executed import Formats, Side, formats, semantics_of
 from torchreach.networks.layers import Reshape
 from torchreach.networks.load import as_network
 from torchreach.networks.merge import merge
@@ -275,9 +275,8 @@ class _Labels:
         return clock.over or spent or state.closed or float(state.lower[0].max()) >= -margin
 
     def _semantics(self) -> Semantics:
-        kind = self.kinds[1] or self.kinds[0]
-        if kind is not None:
-            return SEMANTICS[kind.dtype]
+        if self.kinds != (None, None):
+            return semantics_of(self.kinds)
         return Semantics.WEIGHT_ONLY if is_weight_only(self.compressed) else Semantics.FLOAT
 
     def _report(self, state: SearchResult | None = None) -> None:

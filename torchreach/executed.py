@@ -143,16 +143,16 @@ def as_executed(
         asked = StarBatch.from_box(*(end.reshape(-1, *stars.shape).to(stars.dtype) for end in (low, high)))
     (low1, high1), (low2, high2) = (side.rounding(low, high, clock, rounded=shared) for side in sides)
     below, above = low2 - high1, high2 - low1  # what execution adds to y1 - y2
-    loss = torch.maximum(-below, above).amax(1)
+    loss = torch.maximum(-below, above)
     found = real(asked, _before_rounding(question, float(loss.max())))
     result = _Result(stars, sides, semantics, question, found, below, above)
     result.attain(clock)
-    if question.threshold > -torch.inf and len(stars) > 1:
-        # Each star again that its own, smaller loss may still settle.
-        for s in result.undecided(loss):
-            if clock.over:
-                break
-            result.take(s, real(asked.select([s]), _before_rounding(question, float(loss[s]))))
+    # The largest loss of all stars and outputs was taken off the threshold; those with less may still be settled.
+    for s in result.undecided(loss):
+        if clock.over:
+            break
+        gap = max(question.tolerance, 1e-2 * float(loss[s].max()))
+        result.take(s, real(asked.select([s]), Question("outputs", gap)))
     return result.finish()
 
 
@@ -273,11 +273,13 @@ class _Result:
         return value, error, True
 
     def undecided(self, loss: Tensor) -> list[int]:
-        """Stars that neither exceed the threshold nor are certified below it, and that had more than their own loss."""
+        """Stars that neither exceed the threshold nor are certified below it, and still can be: loss [S, N]."""
         largest = self.question.threshold
+        if largest == -torch.inf:
+            return []
         upper = torch.maximum(-self.range_lower, self.range_upper).amax(1)
-        waiting = (self.lower.amax(1) <= largest) & (upper > largest) & (loss < loss.max()) & (loss < largest)
-        return waiting.nonzero().flatten().tolist()
+        possible = (self.found.lower.to(COMPUTE_DTYPE) + loss <= largest).all(1)
+        return ((self.lower.amax(1) <= largest) & (upper > largest) & possible).nonzero().flatten().tolist()
 
     def take(self, s: int, found: Discrepancy) -> None:
         """Intersects star s with another result of the real-valued networks."""

@@ -159,8 +159,8 @@ class Constraints:
         grids: dict[str, Grid | FloatGrid] = {}
         for module in network.modules():
             for key, value in module.named_parameters(recurse=False):
-                mask = getattr(module, f"{key}_mask", None)
-                if isinstance(mask, Tensor) and mask.shape == value.shape:
+                mask = module._buffers.get(f"{key}_mask")
+                if mask is not None and mask.shape == value.shape:
                     masks[names[id(value)]] = mask != 0
         for prefix, layer in network.named_modules():
             if not isinstance(layer, WEIGHTED):
@@ -274,8 +274,12 @@ def _weighted_layers(network: nn.Module) -> dict[str, nn.Linear | nn.Conv1d | nn
 
 
 def _stored_grid(layer: nn.Module) -> Grid | None:
-    scale, codes = getattr(layer, "weight_scale", None), getattr(layer, "weight_codes", None)
-    if not isinstance(scale, Tensor) or not isinstance(codes, Tensor):
+    """The grid that the buffers of `quantize_weights` name; None where buffers of these names say something else."""
+    scale, codes = (layer._buffers.get(name) for name in ("weight_scale", "weight_codes"))
+    weight = getattr(layer, "weight", None)
+    if scale is None or codes is None or codes.shape != (2,) or not isinstance(weight, Tensor):
+        return None
+    if scale.ndim not in (0, weight.ndim) or not bool((scale.isfinite() & (scale > 0)).all()):
         return None
     return Grid(scale, *(int(code) for code in codes.tolist()))
 

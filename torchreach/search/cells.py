@@ -189,9 +189,9 @@ def search_cells(
     question: what to close. clock, limit: cells not reached when it is over, or after this many, are bounded
     together. numbers: in one intermediate tensor. dtype: of the inputs that are attained.
     """
-    work = _Work(cells, dtype)
+    work = _Work(cells, dtype, clock, numbers)
     state = CellResult(work.best, torch.full_like(work.best, inf), work.witness, 0, complete=False)
-    for _ in work.enumerate(clock, limit, numbers):
+    for _ in work.enumerate(limit):
         yield state
     while True:
         open_ = work.open(question.enough(work.best))
@@ -205,25 +205,25 @@ def search_cells(
 class _Work:
     """Bounds of all rows so far, and the best inputs."""
 
-    def __init__(self, cells: Cells, dtype: torch.dtype) -> None:
-        self.cells, self.dtype = cells, dtype
+    def __init__(self, cells: Cells, dtype: torch.dtype, clock: Clock, numbers: int) -> None:
+        self.cells, self.dtype, self.clock, self.numbers = cells, dtype, clock, numbers
+        self.widest = max(step.features for step in (*cells.walked, *cells.second))
         n, like = cells.outputs, cells.lower
         self.best = like.new_full((2, n), -torch.inf)
         self.witness = like.expand(2, n, -1).clone()
         self.left_over = like.new_full((2, n), -torch.inf)
         self.reached = 0
 
-    def enumerate(self, clock: Clock, limit: float, numbers: int) -> Iterator[None]:
+    def enumerate(self, limit: float) -> Iterator[None]:
         """Bounds all cells, or as many as there is time for; one chunk at a time."""
         cells = self.cells
         variables = len(cells.lower)
-        widest = max(step.features for step in (*cells.walked, *cells.second))
-        size = max(numbers // ((1 + variables) * max(variables, 1) + (1 + variables) * widest), 1)
+        size = max(self.numbers // ((1 + variables) * max(variables, 1) + (1 + variables) * self.widest), 1)
         total = int(cells.total)
         end = int(min(total, max(limit, 1)))
         y1, rows, linear = [], [], []
         while self.reached < end:
-            if self.reached and clock.over:
+            if self.reached and self.clock.over:
                 break
             chosen = torch.arange(self.reached, min(self.reached + size, end), device=cells.lower.device)
             codes = cells.codes(chosen)
@@ -269,7 +269,9 @@ class _Work:
     def refine(self, ranges: Ranges | None, question: Question) -> None:
         """Looks at the cells that exceed what is attained the most."""
         cells = self.cells
-        order = self.excess.topk(min(TOP, len(self.excess)))
+        points = 1 + 2 * cells.outputs  # of each cell, followed through the networks
+        top = max(min(TOP, len(self.excess), self.numbers // (points * self.widest)), 1)
+        order = self.excess.topk(top)
         which = self.index[order.indices[order.values > 0]].unique()
         self.looked_at[which] = True
         codes = cells.codes(which)
@@ -294,11 +296,13 @@ class _Work:
         self.offer(points.flatten(0, 1))
 
     def offer(self, x: Tensor) -> None:
-        """Takes inputs [B, N_in] of the box."""
+        """Takes inputs [B, N_in] of the box; at least some, for as long as there is time."""
         cells = self.cells
-        x = representable(x, cells.lower, cells.upper, self.dtype)
-        value = cells.attained(x)
-        value, at = value.max(0)
-        better = value > self.best
-        self.best = torch.where(better, value, self.best)
-        self.witness = torch.where(better[..., None], x[at], self.witness)
+        for part in x.split(max(self.numbers // (8 * self.widest), 64)):
+            part = representable(part, cells.lower, cells.upper, self.dtype)
+            value, at = cells.attained(part).max(0)
+            better = value > self.best
+            self.best = torch.where(better, value, self.best)
+            self.witness = torch.where(better[..., None], part[at], self.witness)
+            if self.clock.over:
+                return
