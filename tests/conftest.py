@@ -6,6 +6,12 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # one of several processes: they share the cores
+        torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

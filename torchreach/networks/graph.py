@@ -163,7 +163,7 @@ class GraphReader(GraphOperations):
             self._refuse_graph(node, "it reads something else than one value")
         self.builder.move(value.at, self._place(node))
 
-    def _done(self, node: fx.Node, old: _Value, *, in_place: bool) -> _Value:
+    def _done(self, node: fx.Node, old: Any, *, in_place: bool) -> _Value:
         new = _Value(self.builder.at)
         if in_place:  # whoever holds the old value sees the new one
             if self._has_alias(old):

@@ -155,9 +155,9 @@ class GraphOperations:
     ) -> None:  # fmt: skip
         if not isinstance(weight, Tensor):
             self._refuse(node, "transposed convolution", "its weight must be constant")
-        kind = nn.ConvTranspose1d if weight.ndim == 3 else nn.ConvTranspose2d
+        kind: Any = nn.ConvTranspose1d if weight.ndim == 3 else nn.ConvTranspose2d
         fit = [v if isinstance(v, int) else tuple(v) for v in (stride, padding, output_padding, dilation)]
-        layer = kind(  # type: ignore[operator]
+        layer = kind(
             weight.shape[0], weight.shape[1] * groups, tuple(weight.shape[2:]), *fit[:3], groups, True, fit[3],
             device="meta",
         )  # fmt: skip

@@ -69,7 +69,9 @@ def max_pool(
     spatial = shape[1:]
     rank = len(spatial)
     sizes = [_pair(v, rank) for v in (kernel, stride or kernel, padding, dilation)]
-    places = [_places(n, *part, ceil_mode) for n, *part in zip(spatial, *sizes, strict=True)]  # [out, kernel] per axis
+    places = [
+        _places(n, part, ceil_mode) for n, part in zip(spatial, zip(*sizes, strict=True), strict=True)
+    ]  # [out, kernel] per axis
     out = tuple(len(place) for place in places)
     index = places[0]
     if rank == 2:
@@ -92,8 +94,12 @@ def max_pool(
     builder.append(Reshape((shape[0], *out)), name)
 
 
-def _places(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> Tensor:
-    """[windows, kernel] positions of each window along one axis, all inside."""
+def _places(size: int, window: tuple[int, ...], ceil_mode: bool) -> Tensor:
+    """[windows, kernel] positions of each window along one axis, all inside.
+
+    window: kernel, stride, padding, dilation.
+    """
+    kernel, stride, padding, dilation = window
     reach = dilation * (kernel - 1) + 1
     windows = (size + 2 * padding - reach + (stride - 1 if ceil_mode else 0)) // stride + 1
     if ceil_mode and (windows - 1) * stride >= size + padding:
