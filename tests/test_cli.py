@@ -22,6 +22,13 @@ from torchreach.networks.save import save
 BOX = "-1,1;-1,1;0,0.5"
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Drawing them is most of the time of a run this small; the tests of reports and of the demonstration draw them."""
+    for name in ("ranges_picture", "history_picture"):
+        monkeypatch.setattr(f"torchreach.pictures.{name}", lambda _: b"not drawn")
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Two small networks as .onnx files, one its nearly equal copy, and one with other inputs."""

@@ -34,13 +34,11 @@ from torchreach.bounds.pair import Pair
 from torchreach.bounds.zonotope import box_rows, relu_band
 from torchreach.clock import NO_LIMIT, Clock
 from torchreach.errors import InvalidNetworkError, ShapeError, UnsupportedLayerError
-from torchreach.networks.affine_graph import AffineGraph
 from torchreach.networks.arithmetic import Arithmetic
 from torchreach.networks.layers import (
     PASS_THROUGH,
     RESHAPING,
     ElementwiseAffine,
-    Rearrange,
     fan_in,
     linear,
     magnitude,
@@ -58,8 +56,11 @@ SINGLE = 2.0**-24  # unit roundoff of float32
 UNDERFLOW = 2.0**-149  # what one operation in float32 loses at most to gradual underflow
 
 
-# What is read from graphs that are no chains.
-UNKNOWN = (AffineGraph, Rearrange, nn.ConvTranspose1d, nn.ConvTranspose2d)
+# Layers whose kernels were measured; what is read from graphs that are no chains is none of them.
+KNOWN = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.AvgPool1d, nn.AvgPool2d, nn.BatchNorm1d, nn.BatchNorm2d),
+    *(ElementwiseAffine, *RESHAPING),
+)
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,17 @@ def rounding(
         batches of boxes; when it is over the later ones get what |W| alone gives.
 
     Guarantee: for every real x in box s, executed on x rounded to the format.
-    Raises: InvalidNetworkError: a layer may overflow. UnsupportedLayerError: torchao weights of unknown arithmetic.
+    Raises: InvalidNetworkError: a layer may overflow. UnsupportedLayerError: layers or torchao weights of
+        unknown kernels.
     """
+    for step in steps:
+        for layer in step.block:
+            if not isinstance(layer, (*KNOWN, *PASS_THROUGH)):
+                raise UnsupportedLayerError(
+                    f"{type(layer).__name__} before {step.name}: how it is executed is not known, only chains of "
+                    "Linear, convolution, average pooling and batch norm are; ask for the real-valued reading "
+                    "(arithmetic='real')"
+                )
     off = kind.input_error(lower, upper)
     off = torch.zeros_like(off) if rounded else off
     pair = _same_weights(steps)
@@ -203,12 +213,6 @@ def _forward(
         for layer in step.block:
             if isinstance(layer, PASS_THROUGH):
                 continue
-            if isinstance(layer, UNKNOWN):
-                raise UnsupportedLayerError(
-                    f"{type(layer).__name__} before {step.name}: how it is executed is not known, only chains of "
-                    "Linear, convolution, average pooling and batch norm are; ask for the real-valued reading "
-                    "(arithmetic='real')"
-                )
             inputs, real = run.size, real.through(layer)
             run, product = run.through(layer), run.through(layer, biased=False)
             apart, own = apart.through(layer), own.through(layer)
