@@ -328,7 +328,7 @@ def test_wrong_input_is_named() -> None:
     with pytest.raises(InvalidSetError, match="finite"):
         difference_bounds(pair, zero, zero + torch.inf)
     mixed = merge(a, random_network(2, [3, 4, 4, 2]))
-    with pytest.raises(UnsupportedLayerError, match="leaves some out"):
+    with pytest.raises(UnsupportedLayerError, match="require a box"):
         pair_of(mixed, copy.deepcopy(mixed), (3,))
 
 

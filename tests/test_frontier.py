@@ -17,8 +17,8 @@ import torch
 import torchreach as tr
 from tests.clocks import expiring, in_worker
 from tests.networks import METHODS, random_network
+from torchreach.arguments import _bytes
 from torchreach.clock import NO_LIMIT, Clock
-from torchreach.commands import _bytes
 from torchreach.errors import OptionError
 from torchreach.reach import frontier, memory, processes
 from torchreach.reach.api import reach_within

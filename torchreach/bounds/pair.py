@@ -252,7 +252,7 @@ def _same(s: Step, t: Step) -> bool:
     """Whether two steps are one function: the same layers with the same parameters."""
     if repr(s.block) != repr(t.block) or s.noise is not None or t.noise is not None:
         return False
-    if s.quantizer is not None or t.quantizer is not None or (s.relu is None) != (t.relu is None):
+    if (s.relu is None) != (t.relu is None):
         return False
     if s.relu is not None and t.relu is not None and not torch.equal(s.relu, t.relu):
         return False
