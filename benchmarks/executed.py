@@ -3,7 +3,7 @@
 An MLP and a CNN trained on scikit-learn's digits, against their float16 and bfloat16 copies (by torch's CPU kernels;
 the float16 file also by onnxruntime's) and an int8 weight-only copy in float32. Every pixel may move by 0.01 around
 each of a few digits. Inputs: uniform, corners, gradient ascent for every output and sign, small steps around the best.
-The exit status is 1 if one value lies outside, or if a certified bound is more than ten times what was met.
+The exit status is 1 if one value lies outside, or if a certified bound is more than ten times what any kernels reach.
 """
 
 from __future__ import annotations
@@ -149,7 +149,12 @@ def main(argv: list[str] | None = None) -> int:
     wrong = [
         f"{row['network']} {row['executed in']} {row['kernels']}: {row['outside']}" for row in rows if row["outside"]
     ]
-    wide = [f"{row['network']} {row['executed in']}: {row['ratio']:.1f}" for row in rows if row["ratio"] > WIDEST]
+    # One certificate covers all kernels of a format: it is wide if it is so for each of them.
+    least: dict[str, float] = {}
+    for row in rows:
+        name = f"{row['network']} {row['executed in']}"
+        least[name] = min(least.get(name, torch.inf), row["ratio"])
+    wide = [f"{name}: {ratio:.1f}" for name, ratio in least.items() if ratio > WIDEST]
     return common.finish("executed", args, rows, wrong + wide)
 
 
