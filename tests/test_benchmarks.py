@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import torchreach as tr
-from benchmarks import common, deployed, exact_acasxu, exact_mnist, growth, kernels, peers, split_counts
+from benchmarks import budgets, common, deployed, exact_acasxu, exact_mnist, growth, kernels, peers, split_counts
 from tests.data import require_data
 from tests.networks import from_arrays, random_network
 
@@ -226,3 +226,14 @@ def test_deployed_notices_a_sample_outside_and_a_witness_that_fails():
         "x, image 1, 4 pixels: a witness does not replay",
     ]
     assert deployed.problems(row | {"outside": 0, "replayed": True}) == []
+
+
+def test_budgets_are_measured_and_what_is_late_or_wrong_is_noticed(capsys):
+    assert budgets.main(["--path=search, signs", "--path=half, as executed", "--seconds", "0.05"]) == 0
+    assert "| search, signs |" in capsys.readouterr().out
+    row = {"path": "p", "asked s": 1.0, "taken s": 3.1, "lower": 1.0, "upper": 2.0, "sampled": 0.5}
+    assert budgets.problems(row) == []
+    assert budgets.problems(row | {"taken s": 3.3}) == ["p, 1 s: back after 3.3 s"]
+    assert budgets.problems(row | {"lower": 2.5}) == ["p, 1 s: lower 2.5 above upper 2"]
+    assert budgets.problems(row | {"sampled": 1.5}) == ["p, 1 s: a sample attains 1.5, more than the witness, 1"]
+    assert len(budgets.problems(row | {"sampled": 2.5})) == 2

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 import torchreach as tr
@@ -18,6 +20,7 @@ from torchreach.bounds.difference import difference_bounds, interval_difference
 from torchreach.clock import OutOfTime
 from torchreach.portfolio import compare
 from torchreach.results import Reason
+from torchreach.search import signs
 from torchreach.search.boxes import search_boxes
 from torchreach.search.result import Question
 from torchreach.search.signs import search_signs
@@ -193,3 +196,37 @@ def test_equivalence_reports_and_says_why_it_ended(question: dict, monkeypatch: 
     assert len(found.reasons) == 1
     assert (found.reasons[0] is Reason.WITHIN) == (found.answer[0] is tr.Answer.EQUIVALENT)
     assert found.semantics is tr.Semantics.FLOAT
+
+
+def test_progress_is_shown_in_terminals_and_notebooks(capsys: pytest.CaptureFixture) -> None:
+    pair, stars = networks(torch.float64), star("box", torch.float64)
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=200)
+    for console in (terminal, Console(force_jupyter=True)):
+        with tr.show_progress("two networks", console) as progress:
+            found = tr.discrepancy(*pair, stars, progress=progress)
+            progress(tr.RepairStep(3, found, None, None, False, 0.0))
+    assert isinstance(terminal.file, io.StringIO)
+    assert "two networks" in terminal.file.getvalue()
+    shown = capsys.readouterr().err
+    assert "max |y1 - y2| in" in shown
+    assert "iteration 3" in shown
+
+
+def test_many_outputs_get_fewer_starts_and_rows_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = random_network(1, [6, 10, 8, 4])
+    pair = pair_of(original, noisy_copy(original, 1e-2, 1), (6,))
+    lower, upper = -torch.ones(6).double(), torch.ones(6).double()
+    monkeypatch.setattr(signs, "ROOT_STEPS", 40)
+    whole = next(search_signs(pair, lower, upper, SIGNED, starts=1))
+    sizes, descend = [], signs.Dual.descend
+
+    def counted(self, *args, **options):
+        sizes.append(len(self.out))
+        return descend(self, *args, **options)
+
+    monkeypatch.setattr(signs.Dual, "descend", counted)
+    monkeypatch.setattr("torchreach.search.witness.NUMBERS", 1)
+    memory = 3 * 8 * signs.WORKING * signs.VERTICES * 10.0  # of three rows at most
+    part = next(search_signs(pair, lower, upper, SIGNED, memory=memory))
+    assert max(sizes) <= 3 < sum(sizes)
+    torch.testing.assert_close(part.upper, whole.upper, atol=0, rtol=0.05)  # ties are broken otherwise

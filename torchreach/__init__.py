@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torchreach.networks.merge import Comparison, MergedLinear, MergedNetwork, MergedReLU, merge
     from torchreach.networks.quantized import prune_weights, quantize_weights
     from torchreach.options import Budget, Exact, Search
+    from torchreach.progress import show_progress
     from torchreach.reach.api import reach
     from torchreach.repair import RepairOptions, Target, repair
     from torchreach.results import (
@@ -93,6 +94,7 @@ __all__ = [
     "reach",
     "repair",
     "save_result",
+    "show_progress",
     "weight_only",
 ]
 
@@ -112,6 +114,7 @@ _PLACES = {
         "networks.merge": "Comparison MergedLinear MergedNetwork MergedReLU merge",
         "networks.quantized": "prune_weights quantize_weights",
         "options": "Budget Exact Search",
+        "progress": "show_progress",
         "reach.api": "reach",
         "repair": "RepairOptions Target repair",
         "results": "Answer Discrepancy Equivalence Kernels Progress ReachResult ReachStats Reason RepairResult "

@@ -20,6 +20,7 @@ from torchreach.search.result import Best, Constraints
 
 WIDTHS = (0.25, 0.002)
 STRIDES = (0.5, 0.02)  # first and last step, in half widths of the box
+NUMBERS = 2**23  # in the layers of all points together; many outputs get fewer starts
 
 
 def ascend(
@@ -33,13 +34,15 @@ def ascend(
     seed: int = 0,
     clock: Clock = NO_LIMIT,
 ) -> Best:
-    """Best inputs found in one box [1, N_in] for every output and sign, `starts` random starts each.
+    """Best inputs found in one box [1, N_in] for every output and sign, at most `starts` random starts each.
 
     lower, upper: as `checked_boxes` returns them. constraints: cut the box; every step ends in the set.
     clock: ends it early, with the best points so far. The same seed gives the same starts on every device.
     """
     g = torch.Generator().manual_seed(seed)
     n = pair.outputs
+    per_start = 2 * n * (pair.inputs + 2 * sum(len(b) for b in pair.b))
+    starts = max(min(starts, NUMBERS // per_start), 1)
     share = torch.rand(2 * n * starts, pair.inputs, generator=g, dtype=lower.dtype).to(lower.device)
     x = lower + (upper - lower) * share
     x[0] = lower[0] + (upper[0] - lower[0]) / 2
