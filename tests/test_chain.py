@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+import torchreach as tr
 from torchreach.errors import InvalidNetworkError, ShapeError, UnsupportedLayerError
+from torchreach.networks import chain as chains
 from torchreach.networks.chain import chain
 from torchreach.networks.layers import linear, magnitude
 
@@ -256,3 +258,33 @@ def test_weights_that_are_not_finite_are_named(value, kind):
 def test_wrong_input_shape_names_the_layer():
     with pytest.raises(ShapeError, match=r"layer 0 \('0', Linear\) does not accept inputs of shape \(3,\)"):
         chain(nn.Sequential(nn.Linear(5, 4)), (3,))
+
+
+@pytest.mark.parametrize("verb", ["discrepancy", "equivalent"])
+def test_one_question_traces_each_network_once(verb, monkeypatch):
+    traced = []
+    trace = chains._trace
+    monkeypatch.setattr(chains, "_trace", lambda *args: (traced.append(args[1]), trace(*args)))
+    networks = Functional(), Functional()
+    stars = tr.StarBatch.from_image(torch.zeros(1, 5), 0.1)
+    arguments = () if verb == "discrepancy" else (1e-3,)
+    getattr(tr, verb)(*networks, stars, *arguments, budget=tr.Budget(stars=50))
+    assert [id(network) for network in traced] == [id(network) for network in networks]
+
+
+def test_a_network_that_changed_between_two_questions_is_read_again():
+    class Doubled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1, 1))
+
+        def forward(self, x):
+            return nn.functional.linear(x, 2 * self.weight)  # computed: the chain keeps what it was
+
+    network, stars = Doubled(), tr.StarBatch.from_image(torch.zeros(1, 1), 1.0)
+    assert float(tr.discrepancy(nn.Linear(1, 1, bias=False), network, stars).max_upper) > 0
+    reference = nn.Sequential(nn.Linear(1, 1, bias=False))
+    with torch.no_grad():
+        reference[0].weight.fill_(6.0)
+        network.weight.fill_(3.0)
+    assert float(tr.discrepancy(reference, network, stars).max_upper) < 1e-5

@@ -19,7 +19,7 @@ from torchreach.deployed import deployed_discrepancy, rounds
 from torchreach.errors import OptionError, ShapeError
 from torchreach.executed import as_executed, formats, widened
 from torchreach.kernels import CHOICES
-from torchreach.networks.chain import chain
+from torchreach.networks.chain import chain, reading_once
 from torchreach.networks.load import as_network
 from torchreach.networks.quantized import is_weight_only
 from torchreach.options import Budget, Exact, Search
@@ -32,6 +32,7 @@ from torchreach.tolerances import Tolerances
 METHODS = {"auto": None, "exact": Exact(), "search": Search()}
 
 
+@reading_once()
 def discrepancy(
     original: nn.Module,
     compressed: nn.Module,
@@ -90,38 +91,37 @@ def discrepancy(
     budget, tolerances = budget or Budget(), tolerances or Tolerances()
     if not isinstance(stars, StarBatch):
         raise ShapeError(f"two networks are compared on a torchreach.StarBatch, got {type(stars).__name__}")
-    original, compressed = as_network(original), as_network(compressed)
-    kinds = formats(original, compressed, arithmetic)
     if tolerance is not None:
         question = Question("largest", gap or min(1e-6, max(1e-9, 1e-3 * tolerance)), tolerance)
     else:
         question = Question("signed") if gap is None else Question("outputs", gap)
-    if rounds(original, stars.shape) or rounds(compressed, stars.shape):
-        if arithmetic == "real":
-            raise OptionError(
-                "arithmetic='real' requires networks that do not round activations: compare "
-                "torchreach.weight_only(network)"
-            )
-        if tolerance is None and gap is None:
-            question = Question("signed", tolerances.gap)
-        with running(budget.seconds) as clock:
+    way = chosen(method)
+    with running(budget.seconds) as clock:
+        original, compressed = as_network(original), as_network(compressed)
+        kinds = formats(original, compressed, arithmetic)
+        if rounds(original, stars.shape) or rounds(compressed, stars.shape):
+            if arithmetic == "real":
+                raise OptionError(
+                    "arithmetic='real' requires networks that do not round activations: compare "
+                    "torchreach.weight_only(network)"
+                )
+            if tolerance is None and gap is None:
+                question = Question("signed", tolerances.gap)
             found = deployed_discrepancy(
                 original,
                 compressed,
                 stars,
                 question,
-                method=chosen(method),
+                method=way,
                 budget=budget,
                 progress=progress,
                 kernels=kernels,
                 clock=clock,
             )
-        return found if rounds(original, stars.shape) else widened(found, original, stars, kinds[0])
-    networks = one_dtype(original, compressed, stars.shape)
-    with running(budget.seconds) as clock:
+            return found if rounds(original, stars.shape) else widened(found, original, stars, kinds[0])
+        networks = one_dtype(original, compressed, stars.shape)
 
         def real(stars: StarBatch, question: Question) -> Discrepancy:
-            way = chosen(method)
             return compare(
                 *networks, stars, way, question, budget=budget, tolerances=tolerances, progress=progress, clock=clock
             )

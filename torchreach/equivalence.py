@@ -30,6 +30,7 @@ from torchreach.deployed import rounds
 from torchreach.discrepancy import discrepancy, one_dtype
 from torchreach.errors import OptionError, ShapeError, UnsupportedLayerError
 from torchreach.executed import Formats, Side, formats, semantics_of
+from torchreach.networks.chain import reading_once
 from torchreach.networks.layers import Reshape
 from torchreach.networks.load import as_network
 from torchreach.networks.merge import merge
@@ -53,6 +54,7 @@ REPORT_SECONDS = 0.2
 NEGATIVE = -torch.finfo(COMPUTE_DTYPE).tiny
 
 
+@reading_once()
 def equivalent(
     original: nn.Module,
     compressed: nn.Module,
@@ -104,12 +106,12 @@ def equivalent(
         )
         return _within(found, epsilon)
     budget = budget or Budget()
-    if rounds(original, stars.shape) or rounds(compressed, stars.shape):
-        raise UnsupportedLayerError(
-            "top1 needs networks that do not round activations: compare torchreach.weight_only(network), or ask "
-            "for an epsilon"
-        )
     with torch.no_grad(), running(budget.seconds) as clock:
+        if rounds(original, stars.shape) or rounds(compressed, stars.shape):
+            raise UnsupportedLayerError(
+                "top1 needs networks that do not round activations: compare torchreach.weight_only(network), or ask "
+                "for an epsilon"
+            )
         kinds = formats(original, compressed, arithmetic)
         return _Labels(original, compressed, stars, budget, progress, clock, kinds).run()
 

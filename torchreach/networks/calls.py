@@ -6,7 +6,6 @@ of the instance where there is one. A reader that looks at classes and parameter
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -105,7 +104,7 @@ def _checks_inputs(hook: Any) -> bool:
 
 
 def _static(kind: type, name: str) -> Any:
-    return inspect.getattr_static(kind, name, None)
+    return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
 
 
 def _is_own(module: nn.Module, name: str, value: Any) -> bool:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import fx, nn
@@ -34,6 +37,20 @@ AGREE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.1, torch.bfl
 
 # One analysis reads its networks several times; what is wrong with one of them is said once.
 _WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+# What is read within `reading_once`: by module and shape, with the module, whose id must stay its own.
+_Read = dict[tuple[int, Shape | None], tuple[nn.Module, nn.Sequential]]
+_READ: ContextVar[_Read | None] = ContextVar("torchreach_read", default=None)
+
+
+@contextmanager
+def reading_once() -> Iterator[None]:
+    """Within the block each network is read once: for verbs, during which networks stay what they are."""
+    token = _READ.set({} if _READ.get() is None else _READ.get())
+    try:
+        yield
+    finally:
+        _READ.reset(token)
 
 
 def chain(module: nn.Module, input_shape: Shape | None = None) -> nn.Sequential:
@@ -65,8 +82,11 @@ def chain(module: nn.Module, input_shape: Shape | None = None) -> nn.Sequential:
         ShapeError: a layer does not accept what `input_shape` leads to.
     """
     check_module(module)
+    shape, known = _checked_shape(input_shape), _READ.get()
+    if known is not None and (id(module), shape) in known:
+        return known[id(module), shape][1]
     check_finite(module, skip=observers(module))
-    builder = ChainBuilder(_checked_shape(input_shape))
+    builder = ChainBuilder(shape)
     _refuse_stuck(builder, module)
     _add(builder, module, "")
     result = builder.finish(warn=module not in _WARNED)
@@ -74,6 +94,8 @@ def chain(module: nn.Module, input_shape: Shape | None = None) -> nn.Sequential:
         _WARNED.add(module)
     if builder.traced and not builder.deployed and builder.input_shape is not None:
         _check_traced(builder, module, result)
+    if known is not None:
+        known[id(module), shape] = module, result
     return result
 
 

@@ -14,6 +14,7 @@ from torchreach.bounds.root import root_bounds
 from torchreach.bounds.zonotope import Bounds
 from torchreach.clock import Clock, running
 from torchreach.errors import ShapeError
+from torchreach.networks.chain import reading_once
 from torchreach.networks.layers import MaskedReLU
 from torchreach.networks.load import as_network
 from torchreach.networks.propagate import propagate
@@ -42,6 +43,7 @@ REPLAYED = 1 << 22
 EXACT_GAP = defaultdict(lambda: 1e-2, {torch.float64: 1e-6, torch.float32: 1e-4})
 
 
+@reading_once()
 def reach(
     module: nn.Module,
     stars: StarBatch,
