@@ -73,6 +73,18 @@ def deployed(sizes: list[int], radius: float, vary: int | None = None) -> Case:
     return Case(original, int8(original, (sizes[0],)), box((sizes[0],), radius, vary=vary), by(None))
 
 
+def deployed_convolutions(vary: int | None, radius: float) -> Case:
+    original = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 13 * 13, 10),
+    ).eval()
+    return Case(original, int8(original, (1, 28, 28)), box((1, 28, 28), radius, vary=vary), by(None))
+
+
 def by(method: object, **options: object) -> Callable[..., tr.Discrepancy]:
     return lambda a, b, stars, budget: tr.discrepancy(a, b, stars, method, budget=budget, **options)  # type: ignore
 
@@ -127,6 +139,8 @@ PATHS: dict[str, Callable[[], Case]] = {
     "half, as executed": half,
     "deployed, cells": lambda: deployed([4, 32, 32, 4], 0.2),
     "deployed, relaxation": lambda: deployed([64, 100, 100, 10], 0.1),
+    "deployed, convolution, 784 inputs": lambda: deployed_convolutions(None, 0.02),
+    "deployed, convolution, 6 inputs": lambda: deployed_convolutions(6, 0.1),
     "deployed, 640 outputs": lambda: deployed([640, 128, 128, 8, 128, 128, 640], 0.05),
 }
 

@@ -54,7 +54,7 @@ def mnist(args: argparse.Namespace) -> list[dict]:
         image = torch.from_numpy(images)[index].double().flatten()[None]
         for eps in EPS:
             stars = tr.StarBatch.from_image(image, eps, clip=(-1, 1))
-            first = tr.discrepancy(*pair, stars, "search", budget=tr.Budget(seconds=1e-3))
+            first = tr.discrepancy(*pair, stars, "search", budget=tr.Budget(stars=1))
             found, seconds = timed(
                 lambda s=stars: tr.discrepancy(*pair, s, budget=tr.Budget(seconds=args.seconds), gap=CLOSED)
             )

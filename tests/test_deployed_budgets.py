@@ -54,6 +54,27 @@ def test_an_interval_is_valid_whenever_the_clock_ends_it(looks, inputs):
         assert bool((found.lower.amax(1) > 0).all())
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_witness_of_a_convolution_is_no_worse_than_random_inputs(seed):
+    g = torch.Generator().manual_seed(seed)
+    network = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)
+    )
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=g) * 0.2)
+    data = torch.rand(64, 1, 8, 8, generator=g)
+    small = int8_network(copy.deepcopy(network), data)
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[3:5, 2:5] = True
+    stars = tr.StarBatch.from_image(data[:1], 0.1, mask)
+    found = tr.discrepancy(network, small, stars, budget=tr.Budget(stars=1))
+    x = stars.sample(1000, seed)[0]
+    with torch.no_grad():
+        sampled = (network(x).double() - small(x).double()).abs().amax(0)
+    assert bool((found.lower[0].double() >= sampled - 1e-6).all())
+
+
 @pytest.mark.parametrize("looks", [0, 3, 30, None])
 def test_pooling_attains_what_the_module_computes(looks):
     original, small, stars = pooled()

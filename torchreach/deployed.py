@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchreach.bounds.rounding import InputGrid
 from torchreach.clock import NO_LIMIT, Clock
 from torchreach.deployed_pair import Compared, one_network, quantised
-from torchreach.deployed_star import COPIES, DeployedStar, cells_of
+from torchreach.deployed_star import COPIES, DeployedStar
 from torchreach.errors import OptionError, ShapeError
 from torchreach.kernels import check_replay, coverage, executed, runner
 from torchreach.networks.chain import chain
@@ -29,7 +29,7 @@ from torchreach.networks.steps import steps
 from torchreach.options import Budget, Exact, Search
 from torchreach.reach.memory import default_budget
 from torchreach.results import Discrepancy, Progress, ProgressCallback, ReachStats, Semantics, Status
-from torchreach.search.cells import LIMIT, representable
+from torchreach.search.cells import LIMIT, cells_of, representable
 from torchreach.search.result import Question
 from torchreach.sets.star import StarBatch
 from torchreach.tolerances import COMPUTE_DTYPE, round_down, round_up

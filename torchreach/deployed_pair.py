@@ -17,6 +17,7 @@ from torchreach.bounds.rounding import outputs
 from torchreach.bounds.zonotope import interval_bounds, zonotope_bounds
 from torchreach.kernels import Executed, Run, fits
 from torchreach.networks.steps import Step
+from torchreach.search.rounded_witness import straight_through
 from torchreach.sets.star import StarBatch
 from torchreach.tolerances import UNIT_ROUNDOFF
 
@@ -84,6 +85,14 @@ class Compared:
         (low1, high1), (low2, high2) = ends
         value = torch.stack((low1 - high2, low2 - high1), 1)
         return value - 4 * UNIT_ROUNDOFF * value.abs()
+
+    def estimate(self, first: tuple[Step, ...], second: tuple[Step, ...], x: Tensor, whole: Tensor) -> Tensor:
+        """[B, 2 N_out] y1 - y2 and y2 - y1, as modules compute them where they run. x, whole: as in `attained`."""
+        ends = []
+        for steps, run in zip((first, second), self.run, strict=True):
+            y = None if run is None or not quantised(steps) else run(whole.reshape(-1, *self.shape))
+            ends.append(straight_through(steps, x) if y is None else y.to(x))
+        return torch.cat((ends[0] - ends[1], ends[1] - ends[0]), 1)
 
 
 def _interval(network: tuple[Step, ...], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,6 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from math import prod
 
 import torch
 from torch import Tensor
@@ -32,9 +31,9 @@ from torchreach.networks.steps import Step
 from torchreach.options import Budget
 from torchreach.reach.api import VERTEX_DIM, reach_within
 from torchreach.results import Reason
-from torchreach.search.cells import LIMIT, NUMBERS, Cells, representable, search_cells
+from torchreach.search.cells import LIMIT, NUMBERS, Cells, cells_of, representable, search_cells
 from torchreach.search.result import Question, SearchResult
-from torchreach.search.rounded_witness import climb
+from torchreach.search.rounded_witness import climb, wander
 from torchreach.search.signs import search_signs
 from torchreach.sets.star import StarBatch
 from torchreach.tolerances import round_down
@@ -49,9 +48,8 @@ COPIES = 16  # of what is kept of a cell, or of an intermediate tensor, at once
 STATES = 8
 # Boxes looked at without a budget of seconds, and cells of one that is enumerated.
 BOXES, LEAF = 64, 2**12
-SAMPLES = 1024  # random inputs besides those that are searched for
 FIRST_STEPS, STEPS = 3, 30  # of ascents: before anything else, and where a box is not enumerated
-FIRST, SECOND = 0.1, 0.15  # what they take at most of the time that is left
+FIRST, SECOND, LEAST = 0.1, 0.15, 0.3  # what they take at most of the time that is left; seconds, of half of it
 # Gap up to which an interval is called exact, relative to the largest end of any output's range: a deployed network
 # knows its input only in float32.
 EXACT_GAP, TINY = 1e-4, 1e-9
@@ -60,9 +58,9 @@ EXACT_GAP, TINY = 1e-4, 1e-9
 class DeployedStar:
     """What is certified and attained of y1 - y2 (row 0) and y2 - y1 (row 1) over one star so far.
 
-    upper, lower: [2, N_out]; witness: [2, N_out, N_in]. complete: whether all cells were enumerated. relaxed:
-    whether a relaxation was bounded. spent: whether a
-    limit kept something from being done. branches, cells: how many were bounded. fallback: what was not possible.
+    upper, lower: [2, N_out]; witness: [2, N_out, N_in]. complete: whether all cells were enumerated. relaxed: whether a
+    relaxation was bounded. spent: whether a limit kept something from being done. branches, cells: how many were
+    bounded. fallback: what was not possible.
     """
 
     def __init__(
@@ -147,7 +145,7 @@ class DeployedStar:
         """Points of the star, or an ascent of few steps: at least a part of it, whatever the time."""
         self._restrict()
         if self.points is not None:
-            self._offer_whole(self.points)
+            self._offer(self.points[:, self.varied[2]], whole=self.points)
         else:
             self._climb(FIRST_STEPS, clock.part(FIRST * clock.left))
 
@@ -170,14 +168,17 @@ class DeployedStar:
         first, second, index = self.own
         grid = None if quantised(first) else InputGrid.of(second[0])
         few = len(index) <= VERTEX_DIM
+        features = sum(step.features for step in (*first, *second))
+        quick = cells and grid is not None and cells_of(grid, *self._ends()) * features <= self.few
         with suppress(OutOfTime):
+            if not quick:
+                self._ascend()
             if cells and grid is not None:
                 self._enumerate(grid, few)
             if self.answered or not relaxation or (few and self.complete):
                 return
-            if self.points is None:
-                self._climb(STEPS, self.clock.part(SECOND * self.clock.left))
-                self._offer_samples()
+            if quick:
+                self._ascend()
             self._relax_and_branch(grid, split if split != "auto" else "inputs" if few and len(index) else "signs")
 
     def _restrict(self) -> None:
@@ -394,11 +395,23 @@ class DeployedStar:
             if self._exceeded:
                 return
 
-    def _offer_samples(self) -> None:
-        low, high = self._ends()
-        count = max(min(SAMPLES, self.few // max(len(low), 1)), 1)
-        share = torch.rand(count, len(low), generator=torch.Generator().manual_seed(self.seed), dtype=low.dtype)
-        self._offer(low + (high - low) * share.to(low.device), clock=self.clock.part(FIRST * self.clock.left))
+    def _ascend(self) -> None:
+        """Inputs by chance, near the best ones, and by ascents."""
+        if self.points is not None or self.answered:
+            return
+        index = self.varied[2]
+        start, count = self.witness[..., index].flatten(0, 1), self.few // (4 * self._widest)
+        clock = self.clock.part(max(SECOND * self.clock.left, min(LEAST, self.clock.left / 2)))
+        value = lambda x: self.networks.estimate(*self.varied[:2], x, self._whole(x))  # noqa: E731
+        for x in wander(value, *self._ends(), start, count, seed=self.seed, clock=clock):
+            self._offer(x)
+            if self._exceeded:
+                return
+        self._climb(STEPS, self.clock.part(SECOND * self.clock.left))
+
+    @property
+    def _widest(self) -> int:
+        return max(step.features for steps in self.varied[:2] for step in steps)
 
     def _offer_states(self, value: Tensor, x: Tensor) -> None:
         """Values [2, N_out] that hold whatever the kernel, at inputs x [2, N_out, M]; and what else is attained there.
@@ -411,35 +424,22 @@ class DeployedStar:
         self.take(value, self._whole(x))
         self._offer(x[better])
 
-    def _offer_whole(self, x: Tensor) -> None:
-        self._offer(x[:, self.varied[2]], whole=x)
-
-    def _offer(self, x: Tensor, whole: Tensor | None = None, clock: Clock | None = None) -> None:
-        """Takes inputs x [B, M] as numbers of the dtype in which inputs are attained. whole: [B, N_in] as they are.
-
-        clock: ends it after a part of them.
-        """
+    def _offer(self, x: Tensor, whole: Tensor | None = None) -> None:
+        """Takes inputs x [B, M] as numbers of the dtype in which inputs are attained. whole: [B, N_in] as they are."""
         first, second, _ = self.varied
         if whole is None:
             x = representable(x, *self._ends(), self.networks.dtype)
-        widest = max(step.features for step in (*first, *second))
-        for part in torch.arange(len(x), device=x.device).split(max(self.few // (4 * widest), 1)):
+        for part in torch.arange(len(x), device=x.device).split(max(self.few // (4 * self._widest), 1)):
             inputs = self._whole(x[part]) if whole is None else whole[part]
             value, at = self.networks.attained(first, second, x[part], inputs).max(0)
             self.take(value, inputs[at])
-            if (clock or self.clock).over:
+            if self.clock.over:
                 return
 
     def take(self, value: Tensor, x: Tensor) -> None:
         """Values [2, N_out] attained at inputs x [2, N_out, N_in]."""
         self.witness = torch.where((value > self.lower)[..., None], x, self.witness)
         self.lower = torch.maximum(self.lower, value)
-
-
-def cells_of(grid: InputGrid, low: Tensor, high: Tensor) -> float:
-    """How many cells of the grid a box [M] has."""
-    first, last = grid.codes(low, high)
-    return prod((last - first + 1).tolist())
 
 
 def _set(values: Tensor, at: int, value: Tensor) -> Tensor:

@@ -306,3 +306,9 @@ class _Work:
             self.witness = torch.where(better[..., None], part[at], self.witness)
             if self.clock.over:
                 return
+
+
+def cells_of(grid: InputGrid, low: Tensor, high: Tensor) -> float:
+    """How many cells of the grid a box [M] has."""
+    first, last = grid.codes(low, high)
+    return prod((last - first + 1).tolist())

@@ -5,14 +5,15 @@ through the quantisers (Bengio, Leonard, Courville: Estimating or propagating gr
 2013) with respect to the rounded input Q(x). What the input quantiser adds jumps at thresholds, where it has no
 gradient; but for fixed g1, g2 each input has a best value at an end of one of its cells, found by looking at all of
 them. Half of the inputs, chosen at random, move there; the gradients are taken anew; every start keeps its best
-point. Nothing is certified here: the caller replays the points.
+point. What no gradient sees, the pattern of roundings inside the network, is searched by chance (`wander`). Nothing
+is certified here: the caller replays the points.
 
 Axis letters: B points (a start of one objective each), K candidates, N features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from torchreach.networks.steps import Step
 
 CODES = 4  # cells of an input that are looked at: the first and the last ones of its range
 INSIDE = 4.0  # multiples of the rounding allowance kept from thresholds
+NEAR = 0.05  # how far an input moves at most near a good point, in widths of the box
 NUMBERS = 2**20  # in one intermediate tensor: some ten milliseconds of work
 
 
@@ -79,6 +81,43 @@ def climb(
         yield at
         if clock.over:
             return
+
+
+def wander(
+    value: Callable[[Tensor], Tensor],
+    lower: Tensor,
+    upper: Tensor,
+    start: Tensor,
+    count: int,
+    *,
+    rounds: int = 48,
+    seed: int = 0,
+    clock: Clock = NO_LIMIT,
+) -> Iterator[Tensor]:
+    """Inputs [O, M] of the box [M], ever better ones for each of O objectives, from `start` [O, M]; seeded.
+
+    value: [B, O] at inputs [B, M]. count: of inputs looked at in a round, at least. clock: ends it after one round.
+
+    Random ones of the whole box first; then the best so far with some of their inputs, ever fewer, moved or drawn anew.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count = max(count, len(start))
+    best, at = start.new_full((len(start),), -torch.inf), start
+    for k in range(rounds):
+        share = 1.0 if k < rounds // 4 else max(0.5 * (1 - k / rounds), 1.5 / max(len(lower), 1))
+        parent = at[torch.arange(count, device=at.device) % len(at)]
+        drawn = lower + (upper - lower) * _random(generator, lower, count, len(lower))
+        near = torch.minimum(torch.maximum(parent + NEAR * (2 * drawn - lower - upper), lower), upper)
+        drawn = torch.where((torch.arange(count, device=at.device) < count // 2)[:, None] & (k > 0), near, drawn)
+        x = torch.where(_random(generator, lower, count, len(lower)) < share, drawn, parent)
+        found, row = value(x).max(0)
+        at = torch.where((found > best)[:, None], x[row], at)
+        best = torch.maximum(best, found)
+        if clock.over:
+            break
+        if k % 8 == 7:
+            yield at
+    yield at
 
 
 def _random(generator: torch.Generator, like: Tensor, *shape: int) -> Tensor:
