@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -136,6 +137,22 @@ def test_exit_status_follows_the_tolerance(files):
     assert "x  = [" in exceeded.stdout
     assert "y1 = [" in exceeded.stdout
     assert "y2 = [" in exceeded.stdout
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's older exporter announces the newer one
+def test_a_half_precision_file_is_certified_as_it_is_executed(files, tmp_path):
+    network = tr.load(files / "a.onnx")
+    half = copy.deepcopy(network).half()
+    torch.onnx.export(half, (torch.zeros(1, 3).half(),), tmp_path / "half.onnx", dynamo=False)
+    result = compare(files, "--box", BOX, "--output", tmp_path / "out", b=tmp_path / "half.onnx")
+    assert result.exit_code == 0
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert found["semantics"]["name"] == "as executed in float16"
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(2000, 3, generator=g) * torch.tensor([2.0, 2.0, 0.5]) - torch.tensor([1.0, 1.0, 0.0])
+    with torch.no_grad():
+        off = (network.double()(x.double()) - half(x.half()).double()).abs().amax()
+    assert 2.0**-13 < off <= found["discrepancy"]["max_upper"]
 
 
 def test_tolerance_inside_the_interval_is_undecided(files, tmp_path):

@@ -561,3 +561,24 @@ def test_all_pixels_of_the_shipped_network_get_a_certified_interval():
     x = samples(stars, 2_000)
     assert_contains(found, differences(original, small, x))
     assert found.max_upper <= 1.01 * found.max_lower
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_original_of_a_deployed_network_may_be_read_as_executed(dtype):
+    original, small, x = case(0)
+    original = original.to(dtype)
+    stars = tr.StarBatch.from_image(x[None].float(), 0.02)
+    real = tr.discrepancy(copy.deepcopy(original).double(), small, stars)
+    found = tr.discrepancy(original, small, stars, arithmetic="executed")
+    assert bool((found.upper >= real.upper).all())
+    assert found.status == ("bounded",)
+    assert found.reasons == ("rounding",)  # what was closed is so no longer
+    inputs = samples(stars, 3000)
+    with torch.no_grad():
+        y = original(inputs.to(dtype)).double() - small(inputs.float()).double()
+    assert_contains(found, y)
+    high, low = float(found.max_upper), float(found.max_lower)
+    for tolerance, reason in ((2 * high, "within"), (0.5 * low, "exceeded"), ((low + high) / 2, "rounding")):
+        asked = tr.discrepancy(original, small, stars, arithmetic="executed", tolerance=tolerance)
+        assert asked.reasons == (reason,)
+        assert (asked.max_upper <= tolerance) == (reason == "within")

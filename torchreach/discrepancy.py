@@ -107,18 +107,22 @@ def discrepancy(
                 )
             if tolerance is None and gap is None:
                 question = Question("signed", tolerances.gap)
-            found = deployed_discrepancy(
-                original,
-                compressed,
-                stars,
-                question,
-                method=way,
-                budget=budget,
-                progress=progress,
-                kernels=kernels,
-                clock=clock,
-            )
-            return found if rounds(original, stars.shape) else widened(found, original, stars, kinds[0])
+
+            def deployed(question: Question) -> Discrepancy:
+                return deployed_discrepancy(
+                    original,
+                    compressed,
+                    stars,
+                    question,
+                    method=way,
+                    budget=budget,
+                    progress=progress,
+                    kernels=kernels,
+                    clock=clock,
+                )
+
+            kind = None if rounds(original, stars.shape) else kinds[0]
+            return widened(deployed, original, stars, kind, question, clock)
         networks = one_dtype(original, compressed, stars.shape)
 
         def real(stars: StarBatch, question: Question) -> Discrepancy:

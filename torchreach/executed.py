@@ -157,24 +157,45 @@ def as_executed(
 
 
 @torch.no_grad()
-def widened(found: Discrepancy, original: nn.Module, stars: StarBatch, kind: Format | None) -> Discrepancy:
-    """The discrepancy of a deployed network, from the original as executed instead of the real-valued one."""
+def widened(
+    deployed: Callable[[Question], Discrepancy],
+    original: nn.Module,
+    stars: StarBatch,
+    kind: Format | None,
+    question: Question,
+    clock: Clock,
+) -> Discrepancy:
+    """The discrepancy of a deployed network from the original as executed, where `kind` is its format.
+
+    deployed: answers a question about the discrepancy from the original as a real-valued function.
+    """
     if kind is None:
-        return found
+        return deployed(question)
     low, high, _ = stars.bounding_box()
-    below, above = Side.of(original, stars, kind).rounding(low, high, NO_LIMIT)
+    below, above = Side.of(original, stars, kind).rounding(low, high, clock)
+    loss = torch.maximum(-below, above)
+    found = deployed(_before_rounding(question, float(loss.max())))
     dtype = stars.dtype
     range_lower = round_down(found.range_lower.to(COMPUTE_DTYPE) - above, dtype)
     range_upper = round_up(found.range_upper.to(COMPUTE_DTYPE) - below, dtype)
-    lower = found.lower.to(COMPUTE_DTYPE) - torch.maximum(-below, above)
-    return replace(
+    found = replace(
         found,
-        lower=round_down(lower, dtype).clamp(min=0),
+        lower=round_down(found.lower.to(COMPUTE_DTYPE) - loss, dtype).clamp(min=0),
         upper=torch.maximum(-range_lower, range_upper).clamp(min=0),
         range_lower=range_lower,
         range_upper=range_upper,
         status=(Status.BOUNDED,) * len(stars),
     )
+    settled = {
+        Reason.EXCEEDED: found.max_lower > question.threshold,
+        Reason.WITHIN: found.max_upper <= question.threshold,
+    }
+    undone = (Reason.EXCEEDED, Reason.WITHIN, Reason.CLOSED, Reason.GAP)
+    reasons = [Reason.ROUNDING if reason in undone else reason for reason in found.reasons]
+    if question.threshold > -torch.inf:
+        for reason, holds in settled.items():
+            reasons = [reason if yes else old for yes, old in zip(holds.tolist(), reasons, strict=True)]
+    return replace(found, reasons=tuple(reasons))
 
 
 def _before_rounding(question: Question, loss: float) -> Question:
