@@ -29,6 +29,6 @@ def counted(number: int, word: str) -> str:
 def _rounded(value: float, digits: int, mode: str) -> str:
     exact = Decimal(value)
     if not exact.is_finite() or not exact:
-        return f"{value:g}"
+        return f"{value + 0.0:g}"  # no minus before zero
     rounded = exact.quantize(Decimal(1).scaleb(exact.adjusted() - digits + 1), rounding=mode)
     return f"{float(rounded):.{digits}g}"

@@ -25,6 +25,7 @@ from torchreach.networks.steps import Step
 CODES = 4  # cells of an input that are looked at: the first and the last ones of its range
 INSIDE = 4.0  # multiples of the rounding allowance kept from thresholds
 NEAR = 0.05  # how far an input moves at most near a good point, in widths of the box
+LEAST = 3  # rounds of chance at least
 NUMBERS = 2**20  # in one intermediate tensor: some ten milliseconds of work
 
 
@@ -96,7 +97,7 @@ def wander(
 ) -> Iterator[Tensor]:
     """Inputs [O, M] of the box [M], ever better ones for each of O objectives, from `start` [O, M]; seeded.
 
-    value: [B, O] at inputs [B, M]. count: of inputs looked at in a round, at least. clock: ends it after one round.
+    value: [B, O] at inputs [B, M]. count: of inputs looked at in a round, at least. clock: ends it after a few rounds.
 
     Random ones of the whole box first; then the best so far with some of their inputs, ever fewer, moved or drawn anew.
     """
@@ -113,7 +114,7 @@ def wander(
         found, row = value(x).max(0)
         at = torch.where((found > best)[:, None], x[row], at)
         best = torch.maximum(best, found)
-        if clock.over:
+        if clock.over and k >= LEAST:
             break
         if k % 8 == 7:
             yield at
