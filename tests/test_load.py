@@ -246,7 +246,7 @@ def test_whole_numbers_become_floats_exactly(tmp_path):
     ("nodes", "message"),
     [
         ([("Gemm", "_ W"), ("Sigmoid", "_")], r"layer 1 \('n1', Sigmoid\).*not among"),
-        ([("Relu", "_"), ("Add", "_ x")], r"layer 1 \('n1', Add\).*needs a chain"),
+        ([("Relu", "_"), ("Mul", "_ x")], r"layer 1 \('n1', Mul\).*combines two values"),
         ([("Div", "W _")], "division by a value that depends on the input"),
         ([("Flatten", "_", {"axis": 0})], "axis must keep the batch alone"),
         (

@@ -61,6 +61,8 @@ def max_pool(
 ) -> None:
     """Largest value of each window, as a tournament of maxima of two over the window's places.
 
+    padding: one number per axis, or those before and behind.
+
     A place outside the picture is replaced by one of the window's that is inside, which changes no maximum.
     """
     shape = builder.shape
@@ -69,6 +71,7 @@ def max_pool(
     spatial = shape[1:]
     rank = len(spatial)
     sizes = [_pair(v, rank) for v in (kernel, stride or kernel, padding, dilation)]
+    sizes[2] = [(p, p) if isinstance(p, int) else p for p in sizes[2]]
     places = [
         _places(n, part, ceil_mode) for n, part in zip(spatial, zip(*sizes, strict=True), strict=True)
     ]  # [out, kernel] per axis
@@ -94,17 +97,17 @@ def max_pool(
     builder.append(Reshape((shape[0], *out)), name)
 
 
-def _places(size: int, window: tuple[int, ...], ceil_mode: bool) -> Tensor:
+def _places(size: int, window: tuple[Any, ...], ceil_mode: bool) -> Tensor:
     """[windows, kernel] positions of each window along one axis, all inside.
 
-    window: kernel, stride, padding, dilation.
+    window: kernel, stride, padding (before, behind), dilation.
     """
-    kernel, stride, padding, dilation = window
+    kernel, stride, (before, behind), dilation = window
     reach = dilation * (kernel - 1) + 1
-    windows = (size + 2 * padding - reach + (stride - 1 if ceil_mode else 0)) // stride + 1
-    if ceil_mode and (windows - 1) * stride >= size + padding:
+    windows = (size + before + behind - reach + (stride - 1 if ceil_mode else 0)) // stride + 1
+    if ceil_mode and (windows - 1) * stride >= size + before:
         windows -= 1
-    start = torch.arange(windows)[:, None] * stride - padding
+    start = torch.arange(windows)[:, None] * stride - before
     place = start + dilation * torch.arange(kernel)
     inside = (place >= 0) & (place < size)
     first = torch.where(inside, place, size).amin(1, keepdim=True)
@@ -122,9 +125,9 @@ def slices(builder: ChainBuilder, base: int, axis: int, sizes: Sequence[int], na
     return result
 
 
-def _pair(value: Any, rank: int) -> tuple[int, ...]:
-    values = (value,) * rank if isinstance(value, int) else tuple(value)
-    return tuple(int(v) for v in (values * rank if len(values) == 1 else values))
+def _pair(value: Any, rank: int) -> list[Any]:
+    values = [value] * rank if isinstance(value, int) else list(value)
+    return values * rank if len(values) == 1 else values
 
 
 def _scaled(scale: float) -> ElementwiseAffine:
