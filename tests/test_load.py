@@ -245,7 +245,7 @@ def test_whole_numbers_become_floats_exactly(tmp_path):
 @pytest.mark.parametrize(
     ("nodes", "message"),
     [
-        ([("Gemm", "_ W"), ("Sigmoid", "_")], r"layer 1 \('n1', Sigmoid\).*not among"),
+        ([("Gemm", "_ W"), ("Softsign", "_")], r"layer 1 \('n1', Softsign\).*not among"),
         ([("Relu", "_"), ("Mul", "_ x")], r"layer 1 \('n1', Mul\).*combines two values"),
         ([("Div", "W _")], "division by a value that depends on the input"),
         ([("Flatten", "_", {"axis": 0})], "axis must keep the batch alone"),

@@ -226,7 +226,6 @@ def test_what_a_call_computes_is_read(name):
             r"Softmax\).*leave it out of both.*top1=True",
         ),
         (lambda: around(lambda self, x: self.inner(x).log_softmax(1)), "log_softmax.*compare the scores before it"),
-        (lambda: around(lambda self, x: torch.sigmoid(self.inner(x))), "sigmoid.*compare the scores before it"),
         (
             lambda: nn.Sequential(nn.Linear(4, 3, dtype=torch.complex64)),
             r"'0.weight' must hold real floating",

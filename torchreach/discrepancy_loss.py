@@ -227,7 +227,7 @@ def _live_steps(
         twin._parameters = {}
         twin._buffers = {name: moved(value) for name, value in (*layer._parameters.items(), *layer._buffers.items())}
         twins.append(twin)
-    read = steps(nn.Sequential(*twins), shape, dtype=COMPUTE_DTYPE, device=device)
+    read = steps(nn.Sequential(*twins), shape, dtype=COMPUTE_DTYPE, device=device, smooth=True)
     zeros = (torch.zeros(1, *step.in_shape, dtype=COMPUTE_DTYPE, device=device) for step in read)
     return tuple(replace(step, bias=step.block(zero).flatten()) for step, zero in zip(read, zeros, strict=True))
 

@@ -249,7 +249,7 @@ class _Labels:
         lead, zero = (self._compared(network, label, scale) for scale in (1.0, 0.0))
         memory = self.budget.memory or default_budget(star.device)
         question = Question("above", threshold=NEGATIVE - margin)
-        compared = steps(lead, star.shape, dtype=COMPUTE_DTYPE, device=star.device)
+        compared = steps(lead, star.shape, dtype=COMPUTE_DTYPE, device=star.device, smooth=True)
         try:
             work = StarSearch(lead, zero, star, question, Search(), memory=memory, alone=True, clock=clock)
             work.run(lambda state: self._enough(state, clock, margin))

@@ -92,7 +92,7 @@ class Side:
     @staticmethod
     def of(module: nn.Module, stars: StarBatch, kind: Format | None) -> Side:
         """Raises as `steps`."""
-        return Side(module, steps(module, stars.shape, dtype=COMPUTE_DTYPE, device=stars.device), kind)
+        return Side(module, steps(module, stars.shape, dtype=COMPUTE_DTYPE, device=stars.device, smooth=True), kind)
 
     def rounding(self, low: Tensor, high: Tensor, clock: Clock, *, rounded: bool = False) -> tuple[Tensor, Tensor]:
         """Bounds [S, N] on (real - executed) over boxes [S, N_in]: zero where the network is read as real-valued."""

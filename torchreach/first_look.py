@@ -135,9 +135,7 @@ def _forward(network: tuple[Step, ...], x: Tensor) -> Tensor:
     """[S, B, N_out] at inputs [S, B, *shape]."""
     x = x.to(COMPUTE_DTYPE).flatten(2)
     for step in network:
-        x = step.linear(x) + step.bias
-        if step.relu is not None:
-            x = torch.where(step.relu, x.clamp(min=0), x)
+        x = step.activate(step.linear(x) + step.bias)
     return x
 
 

@@ -30,7 +30,7 @@ from torchreach.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.errors import ShapeError, UnsupportedLayerError
 from torchreach.first_look import Places, first_look, regions_apart
 from torchreach.networks.merge import merge
-from torchreach.networks.steps import Step, steps
+from torchreach.networks.steps import steps
 from torchreach.options import Budget, Exact, Search
 from torchreach.reach.api import EXACT_GAP, VERTEX_DIM, reach_within, replay
 from torchreach.reach.memory import default_budget
@@ -78,7 +78,8 @@ def compare(
     """
     if not isinstance(stars, StarBatch):
         raise ShapeError(f"two networks are compared on a torchreach.StarBatch, got {type(stars).__name__}")
-    run = _Run(original, compressed, stars, question, budget, tolerances, progress, clock)
+    smooth = not isinstance(method, Exact)
+    run = _Run(original, compressed, stars, question, budget, tolerances, progress, clock, smooth)
     run.everything = isinstance(method, Exact) and question == Question("signed")
     if isinstance(method, Exact) or run.fallback:
         if isinstance(method, Search):
@@ -115,6 +116,7 @@ class _Run:
     tolerances: Tolerances
     progress: ProgressCallback | None
     clock: Clock
+    smooth: bool  # whether smooth activations will do
     pair: Pair | None = None
     roots: dict[int, tuple[Hexagon, ...]] = field(default_factory=dict)
     fallback: str = ""
@@ -127,10 +129,9 @@ class _Run:
     def __post_init__(self) -> None:
         self.reported, stars = -torch.inf, self.stars
         self.merged = merge(self.original, self.compressed, stars.shape)
-        self.network: tuple[Step, ...] = steps(self.merged, stars.shape, dtype=COMPUTE_DTYPE, device=stars.device)
-        original, compressed = (
-            steps(network, stars.shape, dtype=COMPUTE_DTYPE, device=stars.device)
-            for network in (self.original, self.compressed)
+        self.network, original, compressed = (
+            steps(network, stars.shape, dtype=COMPUTE_DTYPE, device=stars.device, smooth=self.smooth)
+            for network in (self.merged, self.original, self.compressed)
         )
         self.both = original, compressed
         try:
@@ -138,13 +139,16 @@ class _Run:
         except (ShapeError, UnsupportedLayerError) as error:
             self.fallback = str(error)
             log.info("no difference bounds: %s", error)
+        curves = [function.name for step in self.network for function, _ in step.curves]
+        if curves and self.fallback:
+            raise UnsupportedLayerError(f"{self.fallback}; exact reach, which needs no such pair, has no {curves[0]}")
         size, n = len(stars), self.network[-1].features
         full = torch.full((size, 2, n), torch.inf, dtype=COMPUTE_DTYPE, device=stars.device)
         self.lower, self.upper = -full, full
         self.witness = torch.zeros(size, 2, n, *stars.shape, dtype=stars.dtype, device=stars.device)
         # what each method can still do something about; `enumerated`: to the end
-        self.enumerable, self.searchable = (torch.ones_like(full[:, 0, 0], dtype=torch.bool) for _ in range(2))
-        self.enumerated = ~self.enumerable
+        self.searchable = torch.ones_like(full[:, 0, 0], dtype=torch.bool)
+        self.enumerable, self.enumerated = self.searchable & (not curves), ~self.searchable
         self.count = torch.zeros(size, dtype=torch.long, device=stars.device)
         self.spent = torch.zeros_like(self.enumerated)  # stars that a limit of the budget, not the clock, ended
         self.ticking = self.clock.part(None, _Watch(self.clock, self._tick))
@@ -196,11 +200,8 @@ class _Run:
         """Both methods in turn, until all stars are done or the budget is spent."""
         clock, everything = self.clock, torch.ones_like(self.enumerated)
         # A tolerance or a threshold may be met long before the regions are enumerated.
-        first = (
-            self._few_regions()
-            if self.question == Question("signed") and self.open(everything) and not clock.over
-            else []
-        )
+        fast = self.question == Question("signed") and self.open(self.enumerable) and not clock.over
+        first = self._few_regions() if fast else []
         if clock.limited or self.budget.stars is not None:
             for few in first:
                 self.enumerate(self._engine(), clock.left / 2 if clock.limited else None, few)

@@ -143,13 +143,16 @@ class StarSearch:
         self.space = space = Coordinates.of(star)
         first, second = space.lifted(first), space.lifted(second)
         if pair is None or space.lift is not None:
-            both = [steps(part, space.in_shape, dtype=COMPUTE_DTYPE, device=star.device) for part in (first, second)]
+            both = [
+                steps(part, space.in_shape, dtype=COMPUTE_DTYPE, device=star.device, smooth=True)
+                for part in (first, second)
+            ]
             pair, root = Pair.of(both[0], both[1], (space.lower, space.upper)), None
         self.pair, self.clock = pair, clock
         self.module, self.memory = first if alone else merge(first, second, space.in_shape), memory
         self.split = options.split
         if self.split == "auto":
-            self.split = "inputs" if space.varying <= FEW_INPUTS else "signs"
+            self.split = "inputs" if space.varying <= FEW_INPUTS or pair.curved else "signs"
         self.state: SearchResult | None = None
         self.over = False
         args = (self.pair, space.lower, space.upper, question)
@@ -161,7 +164,7 @@ class StarSearch:
             "clock": clock,
         }
         if self.split == "inputs":
-            finish = self._finish if space.varying <= VERTEX_DIM else None
+            finish = self._finish if space.varying <= VERTEX_DIM and not pair.curved else None
             self.states = search_boxes(*args, finish=finish, **shared)
         else:
             self.states = search_signs(*args, **shared)

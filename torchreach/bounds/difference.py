@@ -35,9 +35,11 @@ from torch import Tensor
 
 from torchreach.bounds.hexagon import Graph, Hexagon, height, height_allowance, planes, start_slopes
 from torchreach.bounds.pair import Pair
-from torchreach.bounds.zonotope import Bounds, relu_band, zonotope_bounds
+from torchreach.bounds.smooth import CurvePlanes, activated
+from torchreach.bounds.zonotope import Bounds, bent, zonotope_bounds
 from torchreach.clock import NO_LIMIT, Clock
 from torchreach.errors import InvalidNetworkError, InvalidSetError, ShapeError
+from torchreach.networks.steps import Step
 from torchreach.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF
 
 CHUNK = 2**23  # numbers in one intermediate tensor; more boxes or rows are worked through in turn
@@ -65,6 +67,7 @@ class Backward:
     graphs: dict[int, Graph] = field(default_factory=dict)
     on: list[Tensor] = field(default_factory=list)
     free: list[Tensor] = field(default_factory=list)
+    curves: list[list[CurvePlanes]] = field(default_factory=list)
     parts: list[tuple[Tensor, ...]] = field(default_factory=list)  # of the layers' W, V, D, b, b - c
     off: Tensor | None = None
 
@@ -83,16 +86,26 @@ class Backward:
         if k < pair.shared:
             zero = torch.zeros_like(hexagon.dl)
             hexagon = hexagon.with_difference(zero, zero).tightened()
+        step = pair.first[k]
         with torch.no_grad():  # rounding allowances need no gradient
-            errors = pair.error(k + 1, hexagon.u1.clamp(min=0), hexagon.sizes()[1])
-        on = ((hexagon.u1 > 0) | (hexagon.u2 > 0)).any(0).nonzero().flatten()
+            errors = pair.error(k + 1, *sizes(step, hexagon))
+        used = ((hexagon.u1 > 0) | (hexagon.u2 > 0)).any(0)
+        for _, index in step.curves:
+            used[index] = True
+        on = used.nonzero().flatten()
         kept = hexagon.map(lambda part: part[:, on])
         self.parts.append((*self.columns(k, on), pair.b[k][on], pair.db[k][..., on]))
         self.errors[k] = tuple(part[:, on] for part in self.errors[k])  # type: ignore
         self.errors.append(errors)
         self.on.append(on)
         self.hexagons.append(kept)
-        self.free.append((~kept.settled()).any(0).nonzero().flatten())
+        place = used.cumsum(0) - 1  # among those that are on
+        curves = [(f, place[index]) for f, index in step.curves]
+        self.curves.append([CurvePlanes.of(f, kept.map(lambda part, i=i: part[:, i]), i) for f, i in curves])
+        undecided = (~kept.settled()).any(0)
+        for _, index in curves:
+            undecided[index] = False
+        self.free.append(undecided.nonzero().flatten())
 
     def columns(self, k: int, rows: Tensor) -> tuple[Tensor, ...]:
         """W, V, D of some rows of layer k, on the neurons that are on of the layer before."""
@@ -150,7 +163,8 @@ class Backward:
         slopes_p, slopes_q, raised = planes(part, alpha[..., free], beta[..., free], terms)
         # Where both signs are settled only alpha + beta is rounded.
         loss = 2 * terms * UNIT_ROUNDOFF * (p.abs() @ hexagon.sizes()[0][:, :, None])[..., 0]
-        return p.index_copy(-1, free, slopes_p), q.index_copy(-1, free, slopes_q), raised + loss
+        p, q = p.index_copy(-1, free, slopes_p), q.index_copy(-1, free, slopes_q)
+        return self._curved(k, alpha, beta, p, q, raised + loss)
 
     def best(self, k: int, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rule: the lowest of several planes, by vertices."""
@@ -172,7 +186,28 @@ class Backward:
         p, q = p.index_copy(-1, free, slopes[0]), q.index_copy(-1, free, slopes[1])
         sizes = tuple(size[:, None] for size in hexagon.sizes())
         terms = alpha.shape[-1] + 8 * self.pair.depth
-        return p, q, raised + height_allowance(alpha, beta, p, q, (sizes[0], sizes[1]), terms)
+        raised = raised + height_allowance(alpha, beta, p, q, (sizes[0], sizes[1]), terms)
+        return self._curved(k, alpha, beta, p, q, raised, apart=apart)
+
+    def _curved(
+        self, k: int, alpha: Tensor, beta: Tensor, p: Tensor, q: Tensor, raised: Tensor, *, apart: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The rule's result with planes of smooth activations in their places."""
+        terms = alpha.shape[-1] + 8 * self.pair.depth
+        for curve in self.curves[k]:
+            part = alpha[..., curve.index], beta[..., curve.index]
+            slope_p, slope_q, height = curve.above(*part, terms, apart=apart)
+            p, q = p.index_copy(-1, curve.index, slope_p), q.index_copy(-1, curve.index, slope_q)
+            raised = raised + height
+        return p, q, raised
+
+
+def sizes(step: Step, hexagon: Hexagon) -> Ends:
+    """Bounds [B, N] on |a| and on |e| behind a hidden layer."""
+    if not step.curves:
+        return hexagon.u1.clamp(min=0), hexagon.sizes()[1]
+    (low, high), (dl, du) = activated(step, hexagon)
+    return torch.maximum(low.abs(), high.abs()), torch.maximum(hexagon.sizes()[1], torch.maximum(dl.abs(), du.abs()))
 
 
 def _settled(hexagon: Hexagon, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
@@ -274,7 +309,7 @@ def _bounds(pair: Pair, lower: Tensor, upper: Tensor, clock: Clock) -> tuple[Hex
             zonotopes = zonotopes or _zonotopes(work, clock)
             hexagon = _cheap(work, layers[-1], *(bounds[k - 1] for bounds in zonotopes))
             # Bounds of a neuron whose signs are settled only scale rounding allowances.
-            rows = rows if last else (~hexagon.settled()).any(0).nonzero().flatten()
+            rows = rows if last else pair.open(k, hexagon).any(0).nonzero().flatten()
             if len(rows):
                 old = hexagon.map(lambda part, rows=rows: part[:, rows])
                 hexagon = hexagon.replaced(rows, _by_rows(work, rows, clock).within(old).tightened())
@@ -294,13 +329,12 @@ def _zonotopes(work: Backward, clock: Clock) -> list[Bounds]:
     size, result = torch.maximum(work.lower.abs(), work.upper.abs()), []
     for network, W in ((pair.first, pair.W[0]), (pair.second, pair.V[0])):
         step = network[0]
-        assert step.relu is not None
         gamma = 2 * (step.terms + pair.inputs + 8) * UNIT_ROUNDOFF
         slack = step.with_noise(gamma * (step.magnitude(size) + step.bias_magnitude))
         middle = work.middle @ W.T + step.bias
         rows = torch.cat((middle[:, None], work.radius[:, wide, None] * W.T[wide]), 1)
         spread = rows[:, 1:].abs().sum(1) + slack
-        rows, slack = relu_band(rows, slack, middle - spread, middle + spread, step.relu)
+        rows, slack = bent(step, rows, slack, middle - spread, middle + spread)
         result.append(zonotope_bounds(network, rows, slack, 1, clock))
     return result
 
@@ -313,7 +347,7 @@ def _cheap(work: Backward, before: Hexagon, first: Ends, second: Ends) -> Hexago
 
 def _forward(pair: Pair, k: int, before: Hexagon, Q: Tensor) -> Ends:
     """Bounds of z - z2 of layer k by interval arithmetic, from bounds of the layer before; Q as `Pair.error`."""
-    a, e = (before.l1.clamp(min=0), before.u1.clamp(min=0)), (before.dl.clamp(max=0), before.du.clamp(min=0))
+    a, e = activated(pair.first[k - 1], before)
     (x, dx), (y, dy) = _image(pair.D[k], a), _image(pair.V[k], e)
     middle, radius = x + y + pair.db[k], dx + dy + Q
     return middle - radius, middle + radius
@@ -345,8 +379,9 @@ def interval_difference(pair: Pair, lower: Tensor, upper: Tensor) -> Hexagon:
         if k < pair.shared:
             zero = torch.zeros_like(dz)
             before = before.with_difference(zero, zero).tightened()
-        a1, a2 = (before.l1.clamp(min=0), before.u1.clamp(min=0)), (before.l2.clamp(min=0), before.u2.clamp(min=0))
-        size, E = a1[1], before.sizes()[1]
+        a1 = activated(pair.first[k], before)[0]
+        a2 = activated(pair.first[k], before.swapped())[0]
+        size, E = sizes(pair.first[k], before)
     assert before is not None
     return before
 

@@ -151,6 +151,11 @@ def rounding(
         unknown kernels.
     """
     for step in steps:
+        if step.curves:
+            raise UnsupportedLayerError(
+                f"{step.curves[0][0].name}: how smooth activations are executed is not known; ask for the real-valued "
+                "reading (arithmetic='real')"
+            )
         for layer in step.block:
             if not isinstance(layer, (*KNOWN, *PASS_THROUGH)):
                 raise UnsupportedLayerError(

@@ -63,6 +63,10 @@ class Hexagon:
     def map(self, rule: Callable[[Tensor], Tensor]) -> Hexagon:
         return Hexagon(*(rule(part) for part in self.parts()))
 
+    def swapped(self) -> Hexagon:
+        """The networks in each other's place."""
+        return Hexagon(self.l2, self.u2, self.l1, self.u1, -self.du, -self.dl)
+
     def with_difference(self, dl: Tensor, du: Tensor) -> Hexagon:
         """The same bounds of z and z2 with others of d."""
         return Hexagon(self.l1, self.u1, self.l2, self.u2, dl, du)

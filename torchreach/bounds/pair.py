@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from torchreach.bounds.hexagon import relu_difference
+from torchreach.bounds.hexagon import Hexagon, relu_difference
 from torchreach.bounds.zonotope import box_rows, zonotope_bounds
 from torchreach.clock import NO_LIMIT, Clock
 from torchreach.errors import ShapeError, UnsupportedLayerError
@@ -54,6 +54,12 @@ class Pair:
                 f"layer sizes; got {_sizes(first)} and {_sizes(second)}"
             )
         for one, other in zip(first, second, strict=True):
+            if not _same_curves(one, other):
+                names = [", ".join(f.name for f, _ in step.curves) or "none" for step in (one, other)]
+                raise UnsupportedLayerError(
+                    "difference bounds require the same smooth activations on the same features of both networks; in "
+                    f"{one.name} they differ ({names[0]}; {names[1]})"
+                )
             if (one.relu is None) != (other.relu is None) or (
                 one.relu is not None and other.relu is not None and not torch.equal(one.relu, other.relu)
             ):
@@ -90,7 +96,7 @@ class Pair:
         D = [w - v for w, v in zip(W, V, strict=True)]
         db = [s.bias - t.bias for s, t in zip(first, second, strict=True)]
         same = [_same(s, t) for s, t in zip(first, second, strict=True)]
-        if any(step.relu is not None and not bool(step.relu.all()) for step in first):
+        if any(step.relu is not None and bool(step.passes.any()) for step in first):
             first, second, db = _shifted(first, second, W, V, D, db, box)
         return Pair(
             first,
@@ -119,6 +125,18 @@ class Pair:
     @property
     def device(self) -> torch.device:
         return self.W[0].device
+
+    @property
+    def curved(self) -> bool:
+        """Whether some activations are smooth."""
+        return any(step.curves for step in self.first)
+
+    def open(self, k: int, hexagon: Hexagon) -> Tensor:
+        """[B, N] neurons of hidden layer k that are no linear functions over the hexagon."""
+        result = ~hexagon.settled()
+        for _, index in self.first[k].curves:
+            result[:, index] = True
+        return result
 
     def terms(self, k: int) -> int:
         """Number of terms that gammas of layer k count."""
@@ -174,6 +192,13 @@ class Pair:
             e_error = torch.minimum(z_error + d_error, 2 * (d.abs() + d_error)) + 4 * UNIT_ROUNDOFF * d.abs()
             on, off = (z - z_error >= 0) & (z2 - z2_error >= 0), (z + z_error <= 0) & (z2 + z2_error <= 0)
             e_error = torch.where(off, 0.0, torch.where(on, d_error + 4 * UNIT_ROUNDOFF * d.abs(), e_error))
+            for f, i in self.first[k].curves:
+                own, other = f.error(z[:, i].abs() + z_error[:, i]), f.error(z2[:, i].abs() + z2_error[:, i])
+                first, second = own + f.steepest * z_error[:, i], other + f.steepest * z2_error[:, i]
+                value = f.value(z[:, i]), f.value(z2[:, i])
+                a, a_error = a.index_copy(1, i, value[0]), a_error.index_copy(1, i, first)
+                rounded = first + second + 4 * UNIT_ROUNDOFF * (value[0].abs() + value[1].abs())
+                e, e_error = e.index_copy(1, i, value[0] - value[1]), e_error.index_copy(1, i, rounded)
         raise AssertionError("a network has at least one affine layer")
 
 
@@ -203,13 +228,13 @@ def _shifted(
             lowest = torch.minimum(*(bound[k][0].amin(0) for bound in bounds))
             highest = torch.maximum(*(bound[k][1].amax(0) for bound in bounds))
             shift = torch.where(
-                s.relu, 0.0, (-lowest).clamp(min=0) + 1e-3 * (highest - lowest) + 1e-6 * lowest.abs() + 1e-9
+                ~s.passes, 0.0, (-lowest).clamp(min=0) + 1e-3 * (highest - lowest) + 1e-6 * lowest.abs() + 1e-9
             )
         for step, matrix, result in ((s, W[k], steps1), (t, V[k], steps2)):
             bias, size = step.bias + shift, step.bias_magnitude + shift
             if before is not None:
                 bias, size = bias - matrix @ before, size + matrix.abs() @ before
-            relu = None if step.relu is None else torch.ones_like(step.relu)
+            relu = None if step.relu is None else step.relu | step.passes
             result.append(replace(step, bias=bias, bias_magnitude=size, relu=relu))
         differences.append(db[k] if before is None else db[k] - D[k] @ before)
         before = shift
@@ -256,5 +281,14 @@ def _same(s: Step, t: Step) -> bool:
         return False
     if s.relu is not None and t.relu is not None and not torch.equal(s.relu, t.relu):
         return False
+    if not _same_curves(s, t):
+        return False
     one, other = s.block.state_dict(), t.block.state_dict()
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def _same_curves(s: Step, t: Step) -> bool:
+    """Whether two steps apply the same smooth functions to the same features."""
+    return len(s.curves) == len(t.curves) and all(
+        f.name == g.name and torch.equal(i, j) for (f, i), (g, j) in zip(s.curves, t.curves, strict=True)
+    )

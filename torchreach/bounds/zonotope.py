@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from torchreach.bounds.smooth import Cells
 from torchreach.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.networks.steps import Step
 from torchreach.tolerances import UNIT_ROUNDOFF
@@ -59,11 +60,11 @@ def zonotope_bounds(
         lower, upper = rows[:, 0] - spread - error, rows[:, 0] + spread + error
         result.append((lower, upper))
         if step.relu is not None and index < last:
-            unstable = int(((lower < 0) & (upper > 0) & step.relu).any(0).sum())
+            unstable = int(((lower < 0) & (upper > 0) & step.relu).any(0).sum()) + sum(len(i) for _, i in step.curves)
             numbers = len(rows) * (rows.shape[1] + unstable) * max(step.features, steps[index + 1].features)
             if clock.over or BUFFERS * rows.element_size() * numbers > memory:
-                return result + _intervals(steps[index + 1 :], *_relu(lower, upper, step.relu))
-            rows, slack = relu_band(rows, slack, lower, upper, step.relu)
+                return result + _intervals(steps[index + 1 :], *_range(step, lower, upper))
+            rows, slack = bent(step, rows, slack, lower, upper)
     return result
 
 
@@ -99,15 +100,20 @@ def _intervals(steps: tuple[Step, ...], middle: Tensor, radius: Tensor) -> Bound
         lower, upper = middle - radius, middle + radius
         result.append((lower, upper))
         if step.relu is not None:
-            middle, radius = _relu(lower, upper, step.relu)
+            middle, radius = _range(step, lower, upper)
     return result
 
 
-def _relu(lower: Tensor, upper: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Middle and radius of ReLU's range on intervals."""
-    low = torch.where(mask, lower.clamp(min=0), lower)
-    high = torch.where(mask, upper.clamp(min=0), upper)
-    return (low + high) / 2, (high - low) / 2 * (1 + 4 * UNIT_ROUNDOFF)
+def _range(step: Step, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """Middle and radius of the activations' range on intervals."""
+    assert step.relu is not None
+    low = torch.where(step.relu, lower.clamp(min=0), lower)
+    high = torch.where(step.relu, upper.clamp(min=0), upper)
+    for function, index in step.curves:
+        least, most = Cells.of(function, lower[..., index], upper[..., index]).range()
+        low, high = low.index_copy(-1, index, least), high.index_copy(-1, index, most)
+    middle = (low + high) / 2
+    return middle, (high - low) / 2 * (1 + 4 * UNIT_ROUNDOFF) + 2 * UNIT_ROUNDOFF * middle.abs()
 
 
 def box_rows(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,6 +121,25 @@ def box_rows(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     middle, radius = (low + high) / 2, (high - low) / 2
     slack = 4 * UNIT_ROUNDOFF * (middle.abs() + radius)
     return torch.cat((middle[:, None], torch.diag_embed(radius)), 1), slack
+
+
+def bent(step: Step, rows: Tensor, slack: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations of zonotopes whose points lie in [lower, upper] [S, N], by bands: rows gain generators.
+
+    A smooth function becomes  s z + [bottom, top]  with s the slope of its chord, z being within `slack` of the rows.
+    """
+    assert step.relu is not None
+    rows, slack = relu_band(rows, slack, lower, upper, step.relu)
+    for function, index in step.curves:
+        slope, middle, height = Cells.of(function, lower[:, index], upper[:, index]).band()
+        part = rows[..., index] * slope[:, None]
+        part[:, 0] += middle
+        rows = rows.index_copy(-1, index, part)
+        slack = slack.index_copy(-1, index, slack[:, index] * slope.abs())
+        fresh = rows.new_zeros(len(rows), len(index), rows.shape[2])
+        fresh[:, torch.arange(len(index), device=rows.device), index] = height
+        rows = torch.cat((rows, fresh), 1)
+    return rows, slack
 
 
 def relu_band(rows: Tensor, slack: Tensor, lower: Tensor, upper: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

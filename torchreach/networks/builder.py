@@ -29,8 +29,9 @@ from torchreach.networks.layers import (
     Reshape,
     fan_in,
 )
-from torchreach.networks.lowering import RELU, Graph, Node, PiecewiseLinear, lower
+from torchreach.networks.lowering import Graph, Node, PiecewiseLinear, lower
 from torchreach.networks.quantizer import Quantizer
+from torchreach.networks.smooth import SMOOTH, Activations, Smooth, smooth
 from torchreach.networks.weights import FLOATS, check_values, is_packed, plain_layer, plain_tensor
 
 Shape = tuple[int, ...]
@@ -38,16 +39,16 @@ Shape = tuple[int, ...]
 LEAVES = (
     *(kind for kind in AFFINE if kind is not MergedAffine),
     *(Arithmetic, Quantizer),
-    *(*POINTWISE, *POOLING, *ADAPTIVE),
+    *(*POINTWISE, *SMOOTH, *POOLING, *ADAPTIVE),
 )
 _OWN = (MergedAffine, ElementwiseAffine, Reshape, Rearrange)
 # What torch computes on quantised tensors as it is; pooling rounds to the same grid again.
 _ON_QUANTIZED = (nn.ReLU, nn.AvgPool1d, nn.AvgPool2d, *PASS_THROUGH, *RESHAPING)
 SUPPORTED = ", ".join(
-    kind.__name__ for kind in (*AFFINE, *POINTWISE, *POOLING, *ADAPTIVE) if not issubclass(kind, _OWN)
+    kind.__name__ for kind in (*AFFINE, *POINTWISE, *SMOOTH, *POOLING, *ADAPTIVE) if not issubclass(kind, _OWN)
 )
 # What keeps the order of the scores: without it the question of equal labels is the same.
-_KEEP_ORDER = ("softmax", "logsoftmax", "sigmoid", "tanh")
+_KEEP_ORDER = ("softmax", "logsoftmax")
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -56,7 +57,7 @@ def is_leaf(module: nn.Module) -> bool:
     A subclass that overrides what its layer does (quantisation-aware layers, for instance) computes something else
     than the layer whose rule it would get, so it is no leaf.
     """
-    if isinstance(module, MergedAffine | MaskedReLU):
+    if isinstance(module, MergedAffine | MaskedReLU | Activations):
         return type(module).__module__.startswith("torchreach.")
     return any(isinstance(module, kind) and keeps(module, kind) for kind in LEAVES)
 
@@ -98,7 +99,7 @@ class ChainBuilder:
 
     def refuse(self, name: str, kind: str, reason: str = "") -> NoReturn:
         reason = reason or (
-            f"torchreach supports ReLU networks built of {SUPPORTED} and arithmetic with constants; "
+            f"torchreach supports networks built of {SUPPORTED} and arithmetic with constants; "
             f"{kind} is not among them" + _hint(kind)
         )
         raise UnsupportedLayerError(f"layer {self.position} ({name!r}, {kind}): {reason}")
@@ -124,14 +125,28 @@ class ChainBuilder:
                 layer = Rearrange(operation, layer.output_size, terms=prod(self.shape or (2**20,)))
             self._advance(layer, name)
             self.layers.append(layer)
-            bends = isinstance(layer, POINTWISE)
+            bends = isinstance(layer, (*POINTWISE, *SMOOTH))
+            if isinstance(layer, SMOOTH):
+                self._refuse_rounding(name, type(layer).__name__)
             if isinstance(layer, nn.PReLU) and layer.weight.numel() > 1 and self.shape is None:
                 self.refuse(name, "PReLU", "input_shape=(...) is required for a slope of each channel")
-            value = piecewise(layer, len(self.shape or (1,))) if bends else layer
+            value = layer
+            if bends:
+                value = (
+                    self._smooth(layer, name)
+                    if isinstance(layer, SMOOTH)
+                    else piecewise(layer, len(self.shape or (1,)))
+                )
             self._put("pointwise" if bends else "layer", (self.at,), name, value)
             if self.codes is not None and isinstance(layer, nn.AvgPool1d | nn.AvgPool2d):
                 self.layers.append(self.codes.of_means(pooled(layer)))
         self.position += 1
+
+    def _smooth(self, layer: nn.Module, name: str) -> Smooth:
+        try:
+            return smooth(layer)
+        except ValueError as error:
+            self.refuse(name, type(layer).__name__, str(error))
 
     def pointwise(self, value: PiecewiseLinear, name: str) -> None:
         """Adds a function of each feature that is no layer of its own."""
@@ -204,11 +219,11 @@ class ChainBuilder:
     def sequential(self) -> nn.Sequential:
         """Chains as they are; any other graph lowered to one."""
         straight = all(node.inputs == (i,) for i, node in enumerate(self.nodes[1:])) and self.at == len(self.nodes) - 1
-        if straight and all(node.op == "layer" or node.value is RELU for node in self.nodes[1:]):
+        if straight and all(node.op == "layer" or node.stays for node in self.nodes[1:]):
             return nn.Sequential(*self.layers)
         if self.deployed:
             self.refuse("output", "graph", "networks that round activations must be chains of layers with ReLU")
-        if any(isinstance(layer, MaskedReLU) for layer in self.layers):
+        if any(isinstance(layer, MaskedReLU | Activations) for layer in self.layers):
             self.refuse("output", "graph", "merged or lowered networks must be chains")
         graph = Graph.to(self.nodes, self.at)
         return lower(self._shaped(graph) if any(node.shape is None for node in graph.nodes) else graph)

@@ -28,6 +28,7 @@ from torchreach.networks.graph_operations import GraphOperations
 from torchreach.networks.layers import RESHAPING, Rearrange, Reshape
 from torchreach.networks.operations import CONSTANT, IDENTITIES, operation
 from torchreach.networks.quantized_graph import CONSTANT_QUANTIZED, check_weight, quantized_operation
+from torchreach.networks.smooth import BY_NAME, SMOOTH, Entry
 from torchreach.networks.weights import as_parameter, linear_layer
 
 
@@ -46,7 +47,7 @@ class _Shape:
 
 
 _BATCH = object()  # x.shape[0]
-_IN_PLACE = (nn.ReLU, nn.LeakyReLU, nn.Hardtanh, nn.Hardsigmoid, nn.modules.dropout._DropoutNd)
+_IN_PLACE = (nn.ReLU, nn.LeakyReLU, nn.Hardtanh, nn.Hardsigmoid, nn.modules.dropout._DropoutNd, *SMOOTH)
 
 
 class GraphReader(GraphOperations):
@@ -107,7 +108,7 @@ class GraphReader(GraphOperations):
             return prepared_weight(self.builder, layer, args[0], self._name(path))
         self._take(node, args[0])
         self.add_module(self.builder, layer, self._name(path))
-        return self._done(node, args[0], in_place=isinstance(layer, _IN_PLACE) and layer.inplace)
+        return self._done(node, args[0], in_place=isinstance(layer, _IN_PLACE) and getattr(layer, "inplace", False))
 
     def _call(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         name = operation(node)
@@ -137,6 +138,8 @@ class GraphReader(GraphOperations):
         handler = getattr(self, f"_op_{name.replace('.', '_').rstrip('_')}", None)
         if joins is not None and (len(values) > 1 or handler is None):
             handler = joins
+        if name.rstrip("_") in BY_NAME:
+            handler = partial(_smooth, BY_NAME[name.rstrip("_")], self)
         if name.rstrip("_") in IDENTITIES:
             handler = self._op_identity
         quantized = quantized_operation(name)
@@ -430,6 +433,10 @@ class GraphReader(GraphOperations):
             f"node {self._place(node)!r}: {reason}; torchreach reads graphs of one input and one output whose values "
             "are joined by sums, concatenation and maxima"
         )
+
+
+def _smooth(entry: Entry, reader: GraphReader, node: fx.Node, _x: Any, *args: Any, **kwargs: Any) -> None:
+    reader.builder.append(entry.called(*args, **kwargs), reader._place(node))
 
 
 def _quantized(add: Callable[..., None], reader: GraphReader, node: fx.Node, *args: Any, **kwargs: Any) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from torchreach.networks.affine_graph import AffineGraph, Term
 from torchreach.networks.layers import ElementwiseAffine, MaskedReLU
+from torchreach.networks.smooth import Activations, Smooth
 
 Shape = tuple[int, ...]
 
@@ -74,19 +75,24 @@ class Node:
     """One value of a network: op "input", "layer", "add", "sub", "cat", "pointwise" or "maximum" of earlier values.
 
     shape: of one value, without batch axis; None where it is unknown, which a chain may leave open.
-    value: the affine layer, the axis of a "cat" (batch counted), or the `PiecewiseLinear`.
+    value: the affine layer, the axis of a "cat" (batch counted), or the function of a "pointwise".
     """
 
     op: str
     inputs: tuple[int, ...]
     shape: Shape | None
     name: str
-    value: nn.Module | PiecewiseLinear | int | None = None
+    value: nn.Module | PiecewiseLinear | Smooth | int | None = None
 
     @property
     def bends(self) -> bool:
         """Whether it takes ReLUs."""
         return self.op in ("pointwise", "maximum")
+
+    @property
+    def stays(self) -> bool:
+        """Whether it is an activation that a chain has layers for."""
+        return self.op == "pointwise" and (self.value is RELU or isinstance(self.value, Smooth))
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,8 +119,9 @@ class Graph:
         for node in self.nodes[1:]:
             inputs = [result[i] for i in node.inputs]
             if node.op in ("layer", "pointwise"):
-                assert callable(node.value)
-                result.append(node.value(inputs[0]))
+                function = node.value.value if isinstance(node.value, Smooth) else node.value
+                assert callable(function)
+                result.append(function(inputs[0]))
             elif node.op == "cat":
                 assert isinstance(node.value, int)
                 result.append(torch.cat(inputs, node.value))
@@ -204,18 +211,28 @@ class _Lowering:
         node = self.nodes[reader]
         if node.op == "maximum":
             return node.inputs[0] == i
+        if isinstance(node.value, Smooth):
+            return False
         assert isinstance(node.value, PiecewiseLinear)
         return isinstance(node.value.slope, Tensor) or node.value.slope != 0
 
     def _step(self, parts: list[_Part]) -> None:
         """An affine layer that computes the parts, and ReLUs on those that have any."""
         self._affine(parts)
-        bent = [part[1] is not None for part in parts]
+        functions = [self.nodes[i].value if k is not None else None for i, k in parts]
+        curves = {f.name: f for f in functions if isinstance(f, Smooth)}
+        bent = [k is not None and not isinstance(f, Smooth) for (_, k), f in zip(parts, functions, strict=True)]
         if all(bent):
             self.layers.append(nn.ReLU())
-            return
-        halves = [torch.full((prod(s),), on) for s, on in zip(self.shapes, bent, strict=True)]
-        self.layers.append(MaskedReLU(torch.cat(halves)))
+        elif not curves:
+            self.layers.append(MaskedReLU(self._mask(bent)))
+        else:
+            masks = [self._mask([getattr(f, "name", "") == name for f in functions]) for name in curves]
+            self.layers.append(Activations(self._mask(bent), list(zip(curves.values(), masks, strict=True))))
+
+    def _mask(self, on: Sequence[bool]) -> Tensor:
+        """[N] mask of the features of those parts of the state for which `on` is true."""
+        return torch.cat([torch.full((prod(shape),), part) for shape, part in zip(self.shapes, on, strict=True)])
 
     def _affine(self, parts: list[_Part]) -> None:
         """An affine layer from the state to the parts."""
@@ -226,7 +243,7 @@ class _Lowering:
 
 
 def _count(node: Node) -> int:
-    if node.op == "maximum":
+    if node.op == "maximum" or isinstance(node.value, Smooth):
         return 1
     assert isinstance(node.value, PiecewiseLinear)
     return len(node.value.pieces)
@@ -261,6 +278,8 @@ class _Terms:
         node = self.work.nodes[i]
         if node.op == "maximum":
             return self._add(Term("sub", (self.value(node.inputs[1]), self.value(node.inputs[0]))))
+        if isinstance(node.value, Smooth):
+            return self.value(node.inputs[0])
         assert isinstance(node.value, PiecewiseLinear)
         _, scale, offset = node.value.pieces[k]
         return self._scaled(self.value(node.inputs[0]), scale, offset)
@@ -283,6 +302,8 @@ class _Terms:
         if node.op == "maximum":
             return self._add(Term("add", (self.value(node.inputs[0]), pieces[0])))
         f = node.value
+        if isinstance(f, Smooth):
+            return pieces[0]
         assert isinstance(f, PiecewiseLinear)
         total: int | None = None
         if isinstance(f.slope, Tensor) or f.slope != 0:

@@ -24,6 +24,7 @@ from torchreach.networks.layers import MaskedReLU, MergedAffine, Reshape, linear
 from torchreach.networks.load import as_network
 from torchreach.networks.propagate import propagate
 from torchreach.networks.quantizer import Quantizer
+from torchreach.networks.smooth import SMOOTH, Activations
 
 Shape = tuple[int, ...]
 
@@ -164,7 +165,7 @@ def merge(original: nn.Module, compressed: nn.Module, input_shape: Shape | None 
         if i < depth - 1:
             sizes = [prod(s[min(i + 1, len(s) - 1)]) for s in shapes]
             on = [m[i] if i < len(m) else False for m in masks]
-            layers.append(MergedReLU((sizes[0], sizes[1]), (on[0], on[1])))
+            layers.append(_activation((sizes[0], sizes[1]), on[0], on[1]))
     layers.append(Comparison(out1))
     return MergedNetwork(layers, (branches[0], branches[1]))
 
@@ -178,13 +179,19 @@ def _read(network: nn.Module, name: str, input_shape: Shape | None) -> nn.Sequen
 
 def _blocks(
     branch: nn.Sequential, shape: Shape, index: int
-) -> tuple[list[nn.Sequential], list[Shape], list[bool | Tensor]]:
-    """Affine blocks between ReLUs, the feature shape before each and after the last, and where ReLUs act."""
+) -> tuple[list[nn.Sequential], list[Shape], list[bool | Tensor | nn.Module]]:
+    """Affine blocks between activations, the feature shape before each and after the last, and where ReLUs act.
+
+    In place of the last, the layer itself where it is smooth.
+    """
     blocks, masks = [nn.Sequential()], []
     for layer in branch:
-        if isinstance(layer, nn.ReLU | MaskedReLU):
+        if isinstance(layer, (nn.ReLU, MaskedReLU, Activations, *SMOOTH)):
             blocks.append(nn.Sequential())
-            masks.append(layer.mask if isinstance(layer, MaskedReLU) else True)
+            if isinstance(layer, (Activations, *SMOOTH)):
+                masks.append(layer)
+            else:
+                masks.append(layer.mask if isinstance(layer, MaskedReLU) else True)
         else:
             blocks[-1].append(layer)
     parameter = next(branch.parameters(), torch.zeros(()))
@@ -199,6 +206,24 @@ def _blocks(
                 raise ShapeError(f"the {which} network does not accept inputs of shape {shape}: {error}") from None
             shapes.append(tuple(z.shape[1:]))
     return blocks, shapes, masks
+
+
+def _activation(
+    sizes: tuple[int, int], first: bool | Tensor | nn.Module, second: bool | Tensor | nn.Module
+) -> MergedReLU | Activations:
+    """The activations of both halves of [z1; z2], each as `_blocks` gives it."""
+    if not isinstance(first, nn.Module) and not isinstance(second, nn.Module):
+        return MergedReLU(sizes, (first, second))
+    relus, parts = [], []
+    for i, (half, n) in enumerate(zip((first, second), sizes, strict=True)):
+        zeros = [torch.zeros(size, dtype=torch.bool) for size in sizes]
+        if not isinstance(half, nn.Module):
+            relus.append(half if isinstance(half, Tensor) else torch.full((n,), half))
+            continue
+        layer = Activations.of(half, n)
+        relus.append(layer.relu)
+        parts += [(function, torch.cat((*zeros[:i], mask, *zeros[i + 1 :]))) for function, mask in layer.parts]
+    return Activations(torch.cat(relus), parts)
 
 
 def _shared_input_shape(branches: tuple[nn.Sequential, ...]) -> Shape:

@@ -13,8 +13,11 @@ import torch
 from torch import fx
 from torch.nn import functional
 
+from torchreach.networks.smooth import BY_NAME, FUNCTIONS
+
 # For torch.fx. The operators of torch.export and tensor methods carry their names (aten::relu, .relu()).
 _FUNCTIONS: dict[Any, str] = {
+    **FUNCTIONS,
     **{getattr(torch, n): n for n in ("relu", "relu_", "clamp", "clamp_min", "flatten", "reshape", "unflatten")},
     **{getattr(torch, n): n for n in ("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide")},
     **{getattr(torch, n): n for n in ("neg", "rsub", "matmul", "mm", "addmm", "t", "transpose", "dropout")},
@@ -66,6 +69,7 @@ _METHODS = {
     *("index_select", "select", "flip", "prelu"),
     *("contiguous", "clone", "detach", "to", "float", "double", "size", "dim"),
     "dequantize",
+    *(name + end for name in BY_NAME if hasattr(torch.Tensor, name) for end in ("", "_")),
 }
 IDENTITIES = {
     *("contiguous", "clone", "detach", "detach_", "alias", "lift_fresh_copy"),

@@ -17,11 +17,16 @@ from torchreach.networks.chain import chain
 from torchreach.networks.kernels import IntegerSums, Unfolded
 from torchreach.networks.layers import RESHAPING, MaskedReLU, fan_in, linear, magnitude, with_bias_magnitude
 from torchreach.networks.quantizer import Quantizer
+from torchreach.networks.smooth import SMOOTH, Activations, Smooth
 
 
 @dataclass(frozen=True)
 class Step:
-    """Affine block followed by ReLU on the features where `relu` is true, or by a quantiser (neither: the output)."""
+    """Affine block followed by activations, or by a quantiser (neither: the output).
+
+    ReLU acts on the features where `relu` is true, smooth functions on the features [n] listed in `curves`; the others
+    pass. Who asks for steps says whether it knows what to do with `curves`.
+    """
 
     name: str
     block: nn.Sequential
@@ -33,6 +38,7 @@ class Step:
     quantizer: Quantizer | None = None
     noise: Tensor | None = None  # [N_out] the affine block is off by at most this, in either direction
     sums: IntegerSums | None = None  # how int8 kernels add up what the quantiser rounds
+    curves: tuple[tuple[Smooth, Tensor], ...] = ()
 
     @property
     def features(self) -> int:
@@ -49,6 +55,24 @@ class Step:
     def with_noise(self, error: Tensor) -> Tensor:
         """An error bound [..., N_out] of the affine block, and its noise."""
         return error if self.noise is None else error + self.noise
+
+    def activate(self, z: Tensor) -> Tensor:
+        """Activations of pre-activations [..., N]."""
+        if self.relu is None:
+            return z
+        result = torch.where(self.relu, z.clamp(min=0), z)
+        for function, index in self.curves:
+            result = result.index_copy(-1, index, function.value(z[..., index]))
+        return result
+
+    @property
+    def passes(self) -> Tensor:
+        """[N] features without an activation."""
+        assert self.relu is not None
+        result = ~self.relu
+        for _, index in self.curves:
+            result[index] = False
+        return result
 
     def map_rows(self, rows: Tensor) -> Tensor:
         """Affine map of a star batch: rows [S, 1 + M, N_in] -> [S, 1 + M, N_out], bias on row 0."""
@@ -68,10 +92,12 @@ def steps(
     dtype: torch.dtype,
     device: torch.device,
     quantized: bool = False,
+    smooth: bool = False,
 ) -> tuple[Step, ...]:
     """`module` as steps on inputs of `input_shape`; its weights are copied, the module is left alone.
 
     quantized: whether the caller knows what to do with quantisers. A ReLU next to one becomes part of it.
+    smooth: whether it knows what to do with smooth activations.
 
     Raises: UnsupportedLayerError, InvalidNetworkError as `chain`; ShapeError if the input does not fit.
     """
@@ -82,7 +108,13 @@ def steps(
                 f"{layer.name or 'a layer'!r} rounds activations, which is no linear region's business: "
                 "use torchreach.discrepancy(original, deployed, stars), or torchreach.weight_only(network)"
             )
-        if isinstance(layer, nn.ReLU | MaskedReLU | Quantizer):
+        if isinstance(layer, (Activations, *SMOOTH)) and not smooth:
+            names = [function.name for function, _ in Activations.of(layer, 0).parts]
+            raise UnsupportedLayerError(
+                f"{', '.join(names)} is smooth, so the network has no linear regions and no exact reach set: compare "
+                "two networks with torchreach.discrepancy(original, compressed, stars, method='search')"
+            )
+        if isinstance(layer, (nn.ReLU, MaskedReLU, Quantizer, Activations, *SMOOTH)):
             fused = _fused(blocks, layer) if quantized else None
             if fused is not None:
                 blocks[-2] = (blocks[-2][0], fused)
@@ -102,26 +134,35 @@ def steps(
                 value = block(zero)[0]
             except RuntimeError as error:
                 raise ShapeError(f"the network does not accept inputs of shape {tuple(input_shape)}: {error}") from None
-            relu = None
+            relu, curves = None, ()
             quantizer = copy.deepcopy(activation).to(device) if isinstance(activation, Quantizer) else None
-            if activation is not None and quantizer is None:
+            if isinstance(activation, (Activations, *SMOOTH)):
+                layers = Activations.of(activation, value.numel())
+                relu = layers.relu.to(device)
+                curves = tuple((f, mask.nonzero().flatten().to(device)) for f, mask in layers.parts)
+            elif activation is not None and quantizer is None:
                 everywhere = torch.ones(value.numel(), dtype=torch.bool)
                 relu = (activation.mask if isinstance(activation, MaskedReLU) else everywhere).to(device)
             result.append(
                 Step(
-                    name="output" if activation is None else f"{'round' if quantizer else 'relu'} {index + 1}",
+                    name="output" if activation is None else f"{_kind(quantizer, curves)} {index + 1}",
                     block=block,
                     in_shape=shape,
                     bias=value.flatten(),
                     bias_magnitude=with_bias_magnitude(block, zero).flatten(),
                     terms=sum(fan_in(layer) for layer in block),
                     relu=relu,
+                    curves=curves,
                     quantizer=quantizer,
                     sums=None if quantizer is None else _sums(quantizer, shape, block, device),
                 )
             )
             shape = tuple(value.shape)
     return tuple(result)
+
+
+def _kind(quantizer: Quantizer | None, curves: tuple[tuple[Smooth, Tensor], ...]) -> str:
+    return "round" if quantizer is not None else "smooth" if curves else "relu"
 
 
 def _fused(blocks: list[tuple[nn.Sequential, nn.Module | None]], layer: nn.Module) -> Quantizer | None:

@@ -19,6 +19,7 @@ from torchreach.networks.layers import MaskedReLU
 from torchreach.networks.load import as_network
 from torchreach.networks.propagate import propagate
 from torchreach.networks.reduced import reduce
+from torchreach.networks.smooth import Activations
 from torchreach.networks.steps import Step, steps
 from torchreach.options import Budget, Exact
 from torchreach.reach import activation
@@ -294,13 +295,18 @@ def replay(network: tuple[Step, ...], x: Tensor) -> tuple[Tensor, Tensor]:
         rows, slack = activation.affine(step, rows, slack)
         if step.relu is not None:
             rows, slack = activation.relu(rows, slack, rows[:, 0], rows[:, 0], step.relu, 0.0)
+        for function, index in step.curves:
+            z, error = rows[..., index], slack[:, index]
+            rows = rows.index_copy(-1, index, function.value(z))
+            error = function.steepest * error * (1 + 1e-12) + function.error(z[:, 0].abs() + error)
+            slack = slack.index_copy(-1, index, error)
     return rows[:, 0], slack
 
 
 @propagate.register
 def _(stars: StarBatch, layer: nn.Module) -> StarBatch:
     """A star batch through one layer of a merged network: affine layers map it, ReLU layers split it."""
-    if not isinstance(layer, MaskedReLU):
+    if not isinstance(layer, MaskedReLU | Activations):
         return stars.affine_map(layer)
     result = reach(nn.Sequential(layer), stars, Exact(root_bounds="interval"))
     split = result.stars

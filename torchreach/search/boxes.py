@@ -160,8 +160,8 @@ class _Work:
         open_, undecided = torch.zeros_like(low), torch.zeros_like(rows)
         if hexagons:
             first = hexagons[0]
-            open_ = torch.where(first.settled(), 0.0, first.u1 - first.l1) @ self.pair.W[0].abs()
-            undecided = torch.stack([(~h.settled()).sum(1) for h in hexagons]).sum(0)
+            open_ = torch.where(self.pair.open(0, first), first.u1 - first.l1, 0.0) @ self.pair.W[0].abs()
+            undecided = torch.stack([self.pair.open(k, h).sum(1) for k, h in enumerate(hexagons)]).sum(0)
         if self.finish is not None:
             alive = (value > self.question.enough(best.lower)).flatten(1).any(1)
             most = FEW if self.question.threshold == -torch.inf else FEW_AT_THRESHOLD

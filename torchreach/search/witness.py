@@ -78,5 +78,8 @@ def _smooth(pair: Pair, x: Tensor, width: float) -> Tensor:
             e = a - w * F.softplus((z - d) / w)
         else:
             a, e = z.relu(), z.relu() - (z - d).relu()
+        for f, i in pair.first[k - 1].curves:
+            values = f.value(z[:, i]), f.value(z[:, i] - d[:, i])
+            a, e = a.index_copy(1, i, values[0]), e.index_copy(1, i, values[0] - values[1])
         z, d = a @ pair.W[k].T + pair.b[k], e @ pair.V[k].T + a @ pair.D[k].T + pair.db[k]
     return d
