@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 FIRST_SECONDS, GROWTH = 5.0, 4.0  # of a turn, without a budget of seconds
 REPORT_SECONDS = 0.2
+LOOK = 0.1  # share of the time that the first ascent takes at most
 # Share of this many points of a star that lie in regions of their own, from which it is searched first: it has some
 # ten thousand regions at least, or (linear programs are slower) some thousand.
 POINTS, POINT_NUMBERS = 2048, 2**22  # fewer of large networks
@@ -162,7 +163,7 @@ class _Run:
         below, above = interval_bounds(self.network, middle[:, None], radius)[-1]
         self.upper = torch.minimum(self.upper, torch.stack((above, -below), 1))
         self.places = Places.of(self.stars, low, high, plain)
-        points = first_look(self.network, self.places, self.clock)
+        points = first_look(self.network, self.places, self.clock.part(LOOK * self.clock.left))
         everyone = torch.arange(len(low), device=low.device)
         if len(self.network) == 1:  # linear: the root is as cheap, and exact on boxes
             self._root(everyone.tolist(), NO_LIMIT)
