@@ -24,9 +24,9 @@ from torch import Tensor, nn
 import torchreach as tr
 from benchmarks import common
 from benchmarks.exact_mnist import networks
-from torchreach.networks.quantized import Constraints
-from torchreach.students import BOXES, WeightStudent
-from torchreach.training import run
+from torchreach.compress.constraints import Constraints
+from torchreach.training.fit import run
+from torchreach.training.students import BOXES, WeightStudent
 
 COLUMNS = ("student", "boxes", "loss", "rate", "CPU s", "steps", "mean", "largest", "accuracy %")
 LOSSES = ("targets", "certified", "certified, full gradient")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torchreach.verdict import at_most
+from torchreach.app.verdict import at_most
 
 INK, BEFORE, AFTER = "#222222", "#d9822b", "#2a7f62"
 COLOURS = ("#1f77b4", "#d9822b", "#2a7f62", "#8e44ad")

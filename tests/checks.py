@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import torchreach as tr
-from torchreach.results import Reason
+from torchreach.core.results import Reason
 
 # Inputs [B, *shape] -> y1 - y2 [B, N] of the networks as given, in float64.
 Differences = Callable[[Tensor], Tensor]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable
 
-from torchreach.clock import Clock
+from torchreach.core.clock import Clock
 
 PAST = 1e9
 

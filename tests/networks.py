@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import torchreach as tr
 from tests.data import require_data
-from torchreach.kernels import executed
-from torchreach.networks.steps import Step, steps
+from torchreach.graph.steps import Step
+from torchreach.read.steps import steps
+from torchreach.verbs.int8_kernels import executed
 
 DEVICES = [
     "cpu",

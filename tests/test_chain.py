@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import torchreach as tr
-from torchreach.errors import InvalidNetworkError, ShapeError, UnsupportedLayerError
-from torchreach.networks import chain as chains
-from torchreach.networks.chain import chain
-from torchreach.networks.layers import linear, magnitude
+from torchreach.core.errors import InvalidNetworkError, ShapeError, UnsupportedLayerError
+from torchreach.graph.layers import linear, magnitude
+from torchreach.read import module as chains
+from torchreach.read.module import chain
 
 functional = nn.functional
 

@@ -17,8 +17,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import torchreach as tr
-from torchreach.cli import app
-from torchreach.networks.save import save
+from torchreach.app.cli import app
+from torchreach.read.save import save
 
 BOX = "-1,1;-1,1;0,0.5"
 
@@ -27,7 +27,7 @@ BOX = "-1,1;-1,1;0,0.5"
 def no_pictures(monkeypatch):
     """Drawing them is most of the time of a run this small; the tests of reports and of the demonstration draw them."""
     for name in ("ranges_picture", "history_picture"):
-        monkeypatch.setattr(f"torchreach.pictures.{name}", lambda _: b"not drawn")
+        monkeypatch.setattr(f"torchreach.app.report.pictures.{name}", lambda _: b"not drawn")
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +328,7 @@ def test_labels_are_compared(files):
 
 
 def _negated(path):
-    from torchreach.networks.load import load
+    from torchreach.read.load import load
 
     network = load(path)
     with torch.no_grad():
@@ -338,7 +338,7 @@ def _negated(path):
 
 
 def test_unknown_is_not_equivalent(files, monkeypatch):
-    from torchreach import commands
+    from torchreach.app import commands
 
     def equivalence(*args, **options):
         found = tr.equivalent(*args, **options)
@@ -367,7 +367,7 @@ def test_bad_questions_of_equivalence(files, args, message):
 
 def test_options_reach_the_comparison(files, monkeypatch):
     """Every option that says what to certify arrives at `discrepancy` as typed."""
-    from torchreach import commands
+    from torchreach.app import commands
 
     seen = {}
 
@@ -385,7 +385,7 @@ def test_options_reach_the_comparison(files, monkeypatch):
 
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_gives_the_interval_so_far_and_status_130(files, monkeypatch):
-    from torchreach import commands
+    from torchreach.app import commands
 
     def discrepancy(*args, **options):
         found = tr.discrepancy(*args, **options)
@@ -405,7 +405,7 @@ def test_ctrl_c_gives_the_interval_so_far_and_status_130(files, monkeypatch):
 
 
 def test_ctrl_c_before_the_work_is_said(files, monkeypatch):
-    from torchreach import commands
+    from torchreach.app import commands
 
     def load(*_):
         raise KeyboardInterrupt
@@ -445,9 +445,9 @@ def test_flat_boxes_take_the_shape_that_the_file_says(pictures, tmp_path):
 
 
 def test_a_shape_can_be_given_where_no_file_says_it():
-    from torchreach.arguments import SetOptions
-    from torchreach.errors import OptionError, ShapeError
-    from torchreach.input_sets import read_input_set
+    from torchreach.app.arguments import SetOptions
+    from torchreach.app.inputs import read_input_set
+    from torchreach.core.errors import OptionError, ShapeError
 
     network, box = nn.Sequential(nn.Conv2d(1, 1, 2)), ";".join(["0,1"] * 6)
     stars = read_input_set(SetOptions(box, shape="1,2,3"), network, torch.float64).stars
@@ -535,7 +535,7 @@ def test_installed_program_exits_with_the_status(files):
 
 TYPED = """
 import sys
-from torchreach.cli import app
+from torchreach.app.cli import app
 for args in {commands}:
     status = app(args, standalone_mode=False)
     print(status, "torch" in sys.modules, "numpy" in sys.modules)
@@ -593,8 +593,8 @@ REPAIR = ("--iterations", 3, "--epochs", 10)
 @pytest.fixture(scope="module")
 def coarse(files):
     """A copy of the first network on a 4-bit grid."""
-    from torchreach.networks.load import load
-    from torchreach.networks.quantized import quantize_weights
+    from torchreach.compress.constraints import quantize_weights
+    from torchreach.read.load import load
 
     path = files / "coarse.onnx"
     save(load(quantize_weights(load(files / "a.onnx"), 4)), path, (3,))

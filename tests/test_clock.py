@@ -14,14 +14,15 @@ from torch import nn
 import torchreach as tr
 from tests.clocks import PAST, creeping, expiring, pressed
 from tests.networks import METHODS, random_network
-from torchreach.bounds.lirpa import preactivation_bounds
-from torchreach.bounds.root import root_bounds
-from torchreach.bounds.zonotope import box_rows, interval_bounds, zonotope_bounds
-from torchreach.clock import NO_LIMIT, Clock, OutOfTime, first_interrupt, running
-from torchreach.networks.steps import steps
-from torchreach.reach import frontier, vertices
-from torchreach.reach.api import reach_within
-from torchreach.results import ReachResult, Reason
+from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime, first_interrupt, running
+from torchreach.core.results import ReachResult, Reason
+from torchreach.domains.lirpa import preactivation_bounds
+from torchreach.domains.root import root_bounds
+from torchreach.domains.zonotope import box_rows, interval_bounds, zonotope_bounds
+from torchreach.engines import vertices
+from torchreach.read.steps import steps
+from torchreach.verbs.reach import reach_within
+from torchreach.work import frontier
 
 NETWORK = random_network(5, [3, 8, 8, 2])
 LOOKS = [0, 1, 2, 5, 20, 60]
@@ -132,7 +133,7 @@ def test_open_stars_get_root_bounds_where_there_is_no_time_for_more(monkeypatch:
 
 @pytest.mark.parametrize("looks", range(6))
 def test_zonotopes_go_on_as_intervals_when_the_time_is_up(looks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchreach.bounds.zonotope.WORK", 64)
+    monkeypatch.setattr("torchreach.domains.zonotope.WORK", 64)
     network = steps(NETWORK, (3,), dtype=torch.float64, device=torch.device("cpu"))
     rows, slack = box_rows(-torch.ones(1, 3, dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64))
     found = zonotope_bounds(network, rows, slack, clock=expiring(looks))

@@ -16,14 +16,14 @@ from tests.checks import assert_attained, assert_valid
 from tests.clocks import expiring, pressed
 from tests.networks import random_network, rounded_copy
 from tests.test_difference import boxes, noisy_copy, pair_of, samples
-from torchreach.bounds.difference import difference_bounds, interval_difference
-from torchreach.clock import OutOfTime
-from torchreach.portfolio import compare
-from torchreach.results import Reason
+from torchreach.core.clock import OutOfTime
+from torchreach.core.results import Reason
+from torchreach.domains.difference import difference_bounds, interval_difference
 from torchreach.search import signs
 from torchreach.search.boxes import search_boxes
 from torchreach.search.result import Question
 from torchreach.search.signs import search_signs
+from torchreach.verbs.float_pair import compare
 
 METHODS = {
     "auto": None,
@@ -168,7 +168,7 @@ def test_searches_keep_the_last_state_when_the_clock_ends(search) -> None:
 
 
 def test_progress_is_reported_before_and_during_a_root_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchreach.portfolio.REPORT_SECONDS", 0.0)
+    monkeypatch.setattr("torchreach.verbs.float_pair.REPORT_SECONDS", 0.0)
     pair, stars, seen = networks(torch.float64), star("box", torch.float64), []
     found = tr.discrepancy(*pair, stars, "search", progress=seen.append)
     assert len(seen) > 10
@@ -188,7 +188,7 @@ def test_networks_of_two_architectures_keep_the_clock_too() -> None:
 
 @pytest.mark.parametrize("question", [{"epsilon": 1e-3}, {"top1": True}])
 def test_equivalence_reports_and_says_why_it_ended(question: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchreach.equivalence.REPORT_SECONDS", 0.0)
+    monkeypatch.setattr("torchreach.verbs.equivalence.REPORT_SECONDS", 0.0)
     original = random_network(3, [4, 8, 7, 2])
     compressed, stars, seen = rounded_copy(original, 1024), star("constrained", torch.float64), []
     found = tr.equivalent(original, compressed, stars, **question, progress=seen.append)

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from tests.data import require_data
-from torchreach.cli import app
+from torchreach.app.cli import app
 
 SMALL = ("--images", "2", "--epochs", "3", "--bits", "4", "--iterations", "3", "--target", "0.95", "--output", "out")
 

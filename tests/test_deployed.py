@@ -16,10 +16,10 @@ from torch import Tensor, nn
 import torchreach as tr
 from tests.data import require_data
 from tests.networks import DEVICES, executed_steps, random_network
-from torchreach import deployed_star as deployed
-from torchreach.bounds import rounding
-from torchreach.networks.quantizer import Quantizer
+from torchreach.domains import rounding
+from torchreach.graph.quantizer import Quantizer
 from torchreach.search import cells
+from torchreach.verbs import int8_star as deployed
 
 ENGINES = [name for name in ("x86", "fbgemm", "onednn") if name in torch.backends.quantized.supported_engines]
 
@@ -234,7 +234,7 @@ def test_codes_in_doubt_are_both_followed():
     with torch.no_grad():
         layer.weight.fill_(0.5)
         layer.bias.zero_()
-    steps = tr.networks.steps.steps(
+    steps = tr.read.steps.steps(
         nn.Sequential(layer, Quantizer(1.0, 0, 0, 7)),
         (1,),
         dtype=torch.float64,
@@ -256,7 +256,7 @@ def test_kernel_errors_count_terms_that_cancel_in_a_composed_bias():
         layer.bias.fill_(-1000.0)
     for arithmetic in ("integer", "float32"):
         head = nn.Sequential(layer, Quantizer(1.0, 0, 0, 255, arithmetic=arithmetic), nn.Linear(1, 1).double())
-        whole = tr.networks.steps.steps(head, (3,), dtype=torch.float64, device=torch.device("cpu"), quantized=True)
+        whole = tr.read.steps.steps(head, (3,), dtype=torch.float64, device=torch.device("cpu"), quantized=True)
         x = torch.tensor([0.5, 1.0, 0.25], dtype=torch.float64)
         part = rounding.restricted(whole, x, torch.tensor([0, 2]), x.abs())
         z = torch.ones(1, 1, dtype=torch.float64)
@@ -271,7 +271,7 @@ def test_inputs_of_other_cells_attain_nothing_in_part_of_the_grid():
 
     original, small, x = case(3, inputs=2)
     first, second = (
-        tr.networks.steps.steps(n, (2,), dtype=torch.float64, device=torch.device("cpu"), quantized=True)
+        tr.read.steps.steps(n, (2,), dtype=torch.float64, device=torch.device("cpu"), quantized=True)
         for n in (original, small)
     )
     grid = rounding.InputGrid.of(second[0])
@@ -305,9 +305,7 @@ def test_only_elementwise_layers_before_the_first_quantiser_make_an_input_grid()
     wide = nn.Sequential(nn.Linear(1, 50), nn.Linear(50, 1), Quantizer(0.1, 0, 0, 255), nn.Linear(1, 1)).double()
     plain = nn.Sequential(Quantizer(0.1, 0, 0, 255), nn.Linear(1, 1)).double()
     for network, expected in ((wide, False), (plain, True)):
-        first = tr.networks.steps.steps(network, (1,), dtype=torch.float64, device=torch.device("cpu"), quantized=True)[
-            0
-        ]
+        first = tr.read.steps.steps(network, (1,), dtype=torch.float64, device=torch.device("cpu"), quantized=True)[0]
         assert (rounding.InputGrid.of(first) is not None) == expected
 
 
@@ -477,11 +475,11 @@ def test_noise_of_affine_steps_is_bounded_everywhere():
     """Zonotopes, exact reach's error bound, reduced networks and difference bounds all contain a noisy network."""
     from dataclasses import replace
 
-    from torchreach.bounds.difference import difference_bounds, quick_bounds
-    from torchreach.bounds.pair import Pair
-    from torchreach.bounds.zonotope import box_rows, interval_bounds, zonotope_bounds
-    from torchreach.networks.reduced import reduce
-    from torchreach.networks.steps import steps
+    from torchreach.domains.difference import difference_bounds, quick_bounds
+    from torchreach.domains.pair import Pair
+    from torchreach.domains.zonotope import box_rows, interval_bounds, zonotope_bounds
+    from torchreach.graph.reduced import reduce
+    from torchreach.read.steps import steps
 
     g = torch.Generator().manual_seed(0)
     one, two = (

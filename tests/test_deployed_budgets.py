@@ -14,13 +14,13 @@ from tests.checks import assert_attained, assert_valid
 from tests.clocks import expiring, pressed
 from tests.networks import random_network
 from tests.test_deployed import case, differences, int8_network
-from torchreach import deployed_star
-from torchreach.clock import NO_LIMIT
-from torchreach.deployed import deployed_discrepancy
-from torchreach.errors import OptionError
-from torchreach.networks.quantizer import Quantizer
-from torchreach.results import Reason
+from torchreach.core.clock import NO_LIMIT
+from torchreach.core.errors import OptionError
+from torchreach.core.results import Reason
+from torchreach.graph.quantizer import Quantizer
 from torchreach.search.result import Question
+from torchreach.verbs import int8_star as deployed_star
+from torchreach.verbs.int8_pair import deployed_discrepancy
 
 SIGNED = Question("signed", 1e-9)
 LOOKS = (0, 1, 2, 5, 15, 60)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 import torchreach as tr
 from tests.networks import DEVICES, random_network, rounded_copy
-from torchreach.bounds.difference import difference_bounds, quick_bounds
-from torchreach.bounds.hexagon import Graph, Hexagon, height, planes, start_slopes
-from torchreach.bounds.pair import Pair
-from torchreach.bounds.zonotope import zonotope_bounds
-from torchreach.errors import InvalidSetError, ShapeError, UnsupportedLayerError
-from torchreach.networks.merge import merge
-from torchreach.networks.steps import steps
+from torchreach.core.errors import InvalidSetError, ShapeError, UnsupportedLayerError
+from torchreach.domains.difference import difference_bounds, quick_bounds
+from torchreach.domains.hexagon import Graph, Hexagon, height, planes, start_slopes
+from torchreach.domains.pair import Pair
+from torchreach.domains.zonotope import zonotope_bounds
+from torchreach.read.merge import merge
+from torchreach.read.steps import steps
 from torchreach.search.signs import search_signs
 from torchreach.search.witness import ascend
 
@@ -333,7 +333,7 @@ def test_wrong_input_is_named() -> None:
 
 
 def test_a_layer_too_large_for_a_matrix_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchreach.bounds.pair.MAX_ENTRIES", 14)
+    monkeypatch.setattr("torchreach.domains.pair.MAX_ENTRIES", 14)
     a = random_network(0, [3, 5, 2])
     with pytest.raises(UnsupportedLayerError, match="at most 14 entries.*relu 1 has 5 x 3"):
         pair_of(a, rounded_copy(a, 8), (3,))

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 import torchreach as tr
 from tests.networks import DEVICES, METHODS, random_network, random_pair, rounded_copy
 from tests.test_difference import noisy_copy, pair_of
-from torchreach import portfolio
-from torchreach.bounds import difference
-from torchreach.bounds.hexagon import height
-from torchreach.errors import OptionError, ShapeError
+from torchreach.core.errors import OptionError, ShapeError
+from torchreach.domains import difference
+from torchreach.domains.hexagon import height
 from torchreach.search import signs
 from torchreach.search.witness import ascend
+from torchreach.verbs import float_pair as portfolio
 
 RADIUS = 0.2
 

@@ -16,10 +16,10 @@ import torchreach as tr
 from benchmarks import loss_against_targets
 from tests.networks import DEVICES, random_network, rounded_copy
 from tests.test_difference import boxes, noisy_copy, pair_of, samples
-from torchreach.bounds.difference import quick_bounds
-from torchreach.errors import InvalidNetworkError, InvalidSetError, OptionError, ShapeError, UnsupportedLayerError
-from torchreach.networks.quantized import Constraints
-from torchreach.networks.quantizer import Quantizer
+from torchreach.compress.constraints import Constraints
+from torchreach.core.errors import InvalidNetworkError, InvalidSetError, OptionError, ShapeError, UnsupportedLayerError
+from torchreach.domains.difference import quick_bounds
+from torchreach.graph.quantizer import Quantizer
 
 SHAPES = ([3, 4], [4, 12, 8, 3], [6, 10, 10, 10, 2], [20, 16, 12, 4])
 NOISE = (1e-3, 1e-2, 0.3)

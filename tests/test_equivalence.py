@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import torchreach as tr
 from tests.networks import DEVICES, random_network, rounded_copy
 from tests.test_difference import noisy_copy
-from torchreach import equivalence
-from torchreach.errors import OptionError, ShapeError, UnsupportedLayerError
+from torchreach.core.errors import OptionError, ShapeError, UnsupportedLayerError
+from torchreach.verbs import equivalence
 
 YES, NO, UNKNOWN = tr.Answer.EQUIVALENT, tr.Answer.NOT_EQUIVALENT, tr.Answer.UNKNOWN
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import torchreach as tr
 from tests.networks import random_network
-from torchreach.bounds.execution import Format, rounding
-from torchreach.cli import main
-from torchreach.errors import InvalidNetworkError, KernelMismatchError, OptionError, UnsupportedLayerError
-from torchreach.executed import Side
-from torchreach.networks.steps import steps
-from torchreach.results import Reason, Semantics
+from torchreach.app.cli import main
+from torchreach.core.errors import InvalidNetworkError, KernelMismatchError, OptionError, UnsupportedLayerError
+from torchreach.core.results import Reason, Semantics
+from torchreach.domains.execution import Format, rounding
+from torchreach.read.steps import steps
+from torchreach.verbs.executed import Side
 
 HALF = [torch.float16, torch.bfloat16]
 DTYPES = [*HALF, torch.float32]

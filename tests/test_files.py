@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from torchreach.errors import OptionError
-from torchreach.files import check_folder, check_target, whole, write_files
+from torchreach.core.errors import OptionError
+from torchreach.core.files import check_folder, check_target, whole, write_files
 
 
 def test_files_appear_all_or_none(tmp_path):

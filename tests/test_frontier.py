@@ -17,13 +17,14 @@ import torch
 import torchreach as tr
 from tests.clocks import expiring, in_worker
 from tests.networks import METHODS, random_network
-from torchreach.arguments import _bytes
-from torchreach.clock import NO_LIMIT, Clock
-from torchreach.errors import OptionError
-from torchreach.reach import frontier, memory, processes
-from torchreach.reach.api import reach_within
-from torchreach.reach.vertices import VertexEngine
-from torchreach.results import Reason
+from torchreach.app.arguments import _bytes
+from torchreach.core import memory
+from torchreach.core.clock import NO_LIMIT, Clock
+from torchreach.core.errors import OptionError
+from torchreach.core.results import Reason
+from torchreach.engines.vertices import VertexEngine
+from torchreach.verbs.reach import reach_within
+from torchreach.work import frontier, processes
 
 CPU = torch.device("cpu")
 needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torchreach as tr
-from torchreach.errors import UnsupportedLayerError
-from torchreach.networks.chain import chain
+from torchreach.core.errors import UnsupportedLayerError
+from torchreach.read.module import chain
 
 
 class Residual(nn.Module):

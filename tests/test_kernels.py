@@ -12,18 +12,12 @@ from torch import Tensor, nn
 import torchreach as tr
 from tests.networks import random_network
 from tests.test_deployed import assert_contains, int8_network, samples
-from torchreach import deployed, deployed_star, kernels
-from torchreach.networks.chain import chain
-from torchreach.networks.kernels import (
-    ENGINES,
-    IntegerLayer,
-    IntegerSums,
-    Pairing,
-    Unfolded,
-    identified,
-    rounds_bias,
-)
-from torchreach.networks.quantizer import Quantizer
+from torchreach.graph.kernels import ENGINES, IntegerLayer, IntegerSums, Pairing, Unfolded, identified, rounds_bias
+from torchreach.graph.quantizer import Quantizer
+from torchreach.read.module import chain
+from torchreach.verbs import int8_kernels as kernels
+from torchreach.verbs import int8_pair as deployed
+from torchreach.verbs import int8_star as deployed_star
 
 PACKED = [name for name in ("fbgemm", "x86", "onednn", "qnnpack") if name in torch.backends.quantized.supported_engines]
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated", "ignore:.*quantized tensor creation functions")

@@ -16,13 +16,13 @@ from torch.nn.utils import parametrizations, prune
 import torchreach as tr
 from tests.data import require_data
 from tests.networks import random_network
-from torchreach.bounds import lirpa
-from torchreach.bounds._lirpa_compat import load_auto_lirpa
-from torchreach.bounds.lirpa import LirpaUnavailableError, merged_bounds, preactivation_bounds
-from torchreach.errors import ShapeError
-from torchreach.networks.chain import chain
-from torchreach.networks.layers import linear, magnitude
-from torchreach.networks.load import load
+from torchreach.core.errors import ShapeError
+from torchreach.domains import lirpa
+from torchreach.domains._lirpa_compat import load_auto_lirpa
+from torchreach.domains.lirpa import LirpaUnavailableError, merged_bounds, preactivation_bounds
+from torchreach.graph.layers import linear, magnitude
+from torchreach.read.load import load
+from torchreach.read.module import chain
 
 try:
     load_auto_lirpa()

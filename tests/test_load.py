@@ -9,8 +9,8 @@ from torch import nn
 
 from tests.data import require_data
 from tests.test_chain import IDS, NETWORKS
-from torchreach.errors import FileFormatError, InvalidNetworkError, UnsupportedLayerError
-from torchreach.networks.load import load
+from torchreach.core.errors import FileFormatError, InvalidNetworkError, UnsupportedLayerError
+from torchreach.read.load import load
 
 
 def test_all_acasxu_networks_agree_with_onnxruntime():

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchreach.networks.layers import ElementwiseAffine, Rearrange, linear, magnitude, with_bias_magnitude
-from torchreach.networks.lowering import ABSOLUTE, HARDSIGMOID, RELU, Graph, Node, PiecewiseLinear, lower
+from torchreach.graph.layers import ElementwiseAffine, Rearrange, linear, magnitude, with_bias_magnitude
+from torchreach.graph.lowering import ABSOLUTE, HARDSIGMOID, RELU, Graph, Node, PiecewiseLinear, lower
 
 FUNCTIONS = {
     "relu": (RELU, torch.relu),

@@ -10,8 +10,8 @@ from torch import nn
 
 import torchreach as tr
 from tests.networks import DEVICES, random_network
-from torchreach.errors import InvalidNetworkError, ShapeError, UnsupportedLayerError
-from torchreach.networks.layers import linear, magnitude
+from torchreach.core.errors import InvalidNetworkError, ShapeError, UnsupportedLayerError
+from torchreach.graph.layers import linear, magnitude
 
 
 def merged_pair(sizes1: list[int], sizes2: list[int]) -> tuple[nn.Module, nn.Module, tr.MergedNetwork]:

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import torchreach as tr
-from torchreach.errors import InvalidNetworkError, TorchreachError, UnsupportedLayerError
-from torchreach.networks.chain import chain
-from torchreach.networks.quantized import Constraints, is_weight_only
-from torchreach.networks.save import save
+from torchreach.compress.constraints import Constraints, is_weight_only
+from torchreach.core.errors import InvalidNetworkError, TorchreachError, UnsupportedLayerError
+from torchreach.read.module import chain
+from torchreach.read.save import save
 
 functional = nn.functional
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch announces the end of TorchScript and of older norms

@@ -14,8 +14,8 @@ import torchreach as tr
 from tests.data import require_data
 from tests.test_graphs import CASES, network
 from tests.test_load import _onnx
-from torchreach.errors import UnsupportedLayerError
-from torchreach.networks.load import load
+from torchreach.core.errors import UnsupportedLayerError
+from torchreach.read.load import load
 
 onnxruntime = pytest.importorskip("onnxruntime")
 

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 import torchreach as tr
 from tests.test_quantized_networks import ENGINES, SLIPS, assert_same_codes, samples
-from torchreach.errors import InvalidNetworkError, UnsupportedLayerError
-from torchreach.networks.chain import chain
-from torchreach.networks.quantizer import Quantizer
+from torchreach.core.errors import InvalidNetworkError, UnsupportedLayerError
+from torchreach.graph.quantizer import Quantizer
+from torchreach.read.module import chain
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 _BATCH = ({0: torch.export.Dim("batch", min=2, max=10_000)},)

@@ -20,11 +20,11 @@ from torch.nn import functional as F
 import torchreach as tr
 from tests.data import require_data
 from tests.networks import exact, executed_steps
-from torchreach.bounds.rounding import outputs
-from torchreach.errors import FileFormatError, InvalidNetworkError, ShapeError, UnsupportedLayerError
-from torchreach.networks.chain import chain
-from torchreach.networks.layers import Reshape
-from torchreach.networks.quantizer import Quantizer
+from torchreach.core.errors import FileFormatError, InvalidNetworkError, ShapeError, UnsupportedLayerError
+from torchreach.domains.rounding import outputs
+from torchreach.graph.layers import Reshape
+from torchreach.graph.quantizer import Quantizer
+from torchreach.read.module import chain
 
 SLIPS = 0.002
 ENGINES = [engine for engine in ("fbgemm", "x86", "onednn") if engine in torch.backends.quantized.supported_engines]
@@ -491,7 +491,7 @@ def test_activations_with_a_scale_per_channel_are_refused_by_name(engine):  # no
 def test_the_command_line_compares_a_state_dict_with_the_exported_original(engine, tmp_path):
     from typer.testing import CliRunner
 
-    from torchreach.cli import app
+    from torchreach.app.cli import app
 
     original = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
     wrapped = tq.QuantWrapper(copy.deepcopy(original))

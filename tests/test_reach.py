@@ -14,7 +14,7 @@ from torch import nn
 
 import torchreach as tr
 from tests.networks import DEVICES, METHODS, random_network
-from torchreach.errors import OptionError, ShapeError, UnsupportedLayerError
+from torchreach.core.errors import OptionError, ShapeError, UnsupportedLayerError
 
 ROOT_BOUNDS = ["lirpa", "zonotope", "interval", "none"]
 
@@ -171,7 +171,7 @@ def test_a_spent_budget_gives_a_valid_interval(method: str, budget: tr.Budget) -
 
 @pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_leaves_a_valid_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["torchreach.reach.frontier"], "REPORT_SECONDS", 0)
+    monkeypatch.setattr(sys.modules["torchreach.work.frontier"], "REPORT_SECONDS", 0)
     network = random_network(5, [4, 16, 16, 16, 2])
     full = tr.reach(network, unit_box(4))
 
@@ -189,7 +189,7 @@ def test_an_interrupt_leaves_a_valid_answer(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_progress_reports_shrinking_work_and_a_valid_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["torchreach.reach.frontier"], "REPORT_SECONDS", 0)
+    monkeypatch.setattr(sys.modules["torchreach.work.frontier"], "REPORT_SECONDS", 0)
     seen: list[tr.Progress] = []
     reached = tr.reach(random_network(5, [4, 16, 16, 16, 2]), unit_box(4), progress=seen.append)
     assert len(seen) > 5
@@ -284,7 +284,7 @@ def test_pieces_that_share_rows_give_the_regions_of_pieces_that_do_not(
     stars = tr.StarBatch.from_box(middle - 0.3, middle + 0.3).intersect(torch.ones(9), 1.2)
     found = []
     for rows in (64, 0):
-        monkeypatch.setattr(importlib.import_module("torchreach.reach.programs"), "SHARED_ROWS", rows)
+        monkeypatch.setattr(importlib.import_module("torchreach.engines.programs"), "SHARED_ROWS", rows)
         found.append(tr.reach(network, stars, tr.Exact("programs")))
     shared, own = found
     assert len(shared) == len(own) > 50

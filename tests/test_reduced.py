@@ -8,10 +8,10 @@ from torch import nn
 
 import torchreach as tr
 from tests.networks import DEVICES, random_network
-from torchreach.bounds.zonotope import zonotope_bounds
-from torchreach.networks.reduced import reduce
-from torchreach.networks.steps import steps
-from torchreach.reach.api import replay
+from torchreach.domains.zonotope import zonotope_bounds
+from torchreach.graph.reduced import reduce
+from torchreach.read.steps import steps
+from torchreach.verbs.reach import replay
 
 
 def conv_network() -> nn.Sequential:

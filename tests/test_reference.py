@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchreach.errors import InvalidNetworkError, InvalidSetError, ShapeError, UnsupportedLayerError
-from torchreach.lp import mixed_integer
-from torchreach.lp.certify import certify
-from torchreach.lp.mixed_integer import affine_layers, mixed_integer_discrepancy
-from torchreach.lp.reference import run, solve_reference
-from torchreach.results import Discrepancy, ReachStats, Status
+from torchreach.audit import mixed_integer
+from torchreach.audit.certify import certify
+from torchreach.audit.mixed_integer import affine_layers, mixed_integer_discrepancy
+from torchreach.audit.reference import run, solve_reference
+from torchreach.core.errors import InvalidNetworkError, InvalidSetError, ShapeError, UnsupportedLayerError
+from torchreach.core.results import Discrepancy, ReachStats, Status
 
 INF = float("inf")
 DTYPE = torch.float64

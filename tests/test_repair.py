@@ -14,11 +14,12 @@ from torch import nn
 from torch.nn.utils import prune
 
 from tests.data import require_data
-from torchreach import Exact, RepairStep, StarBatch, Status, discrepancy, training
-from torchreach.errors import InvalidNetworkError, OptionError, ShapeError
-from torchreach.networks.quantized import Constraints, FloatGrid, prune_weights, quantize_weights
-from torchreach.options import Budget
-from torchreach.repair import RepairOptions, Target, repair
+from torchreach import Exact, RepairStep, StarBatch, Status, discrepancy
+from torchreach.compress.constraints import Constraints, FloatGrid, prune_weights, quantize_weights
+from torchreach.core.errors import InvalidNetworkError, OptionError, ShapeError
+from torchreach.core.options import Budget
+from torchreach.training import fit as training
+from torchreach.training.repair import RepairOptions, Target, repair
 
 QUICK = RepairOptions(samples=50, epochs=20, batch_size=64)
 FAST = partial(repair, method=Exact(root_bounds="zonotope"), training=QUICK)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.ao import quantization as quantise
 
 from torchreach import StarBatch, discrepancy, load_int8
-from torchreach.deployed_student import DeployedStudent
-from torchreach.errors import InvalidNetworkError, ShapeError, UnsupportedLayerError
-from torchreach.networks.chain import chain
-from torchreach.networks.quantized import Constraints, prune_weights, quantize_weights
-from torchreach.networks.quantizer import Quantizer
-from torchreach.repair import RepairOptions, repair
-from torchreach.training import run
+from torchreach.compress.constraints import Constraints, prune_weights, quantize_weights
+from torchreach.core.errors import InvalidNetworkError, ShapeError, UnsupportedLayerError
+from torchreach.graph.quantizer import Quantizer
+from torchreach.read.module import chain
+from torchreach.training.fit import run
+from torchreach.training.int8_student import DeployedStudent
+from torchreach.training.repair import RepairOptions, repair
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch announces the end of its eager-mode quantisation
 

@@ -21,16 +21,17 @@ from rich.console import Console
 from torch import nn
 
 import torchreach as tr
-from torchreach.console import live, print_discrepancy, print_reading, print_verdict, progress_line
-from torchreach.equivalence import _within as answered
-from torchreach.input_sets import InputSet
-from torchreach.outward import at_least, at_most
-from torchreach.page import html_page
-from torchreach.provenance import Machine, bounds, file_hashes, stars_hash
-from torchreach.report import NetworkInfo, Report, render, report_dict
-from torchreach.results import Progress, RepairResult, RepairStep
-from torchreach.terms import Kernels, Reason, Semantics, Status
-from torchreach.verdict import State, compare_verdict, regions, repair_verdict, star_status, worst_first
+from torchreach.app.console import live, print_discrepancy, print_reading, print_verdict, progress_line
+from torchreach.app.inputs import InputSet
+from torchreach.app.report.content import NetworkInfo, Report
+from torchreach.app.report.page import html_page
+from torchreach.app.report.provenance import Machine, bounds, file_hashes, stars_hash
+from torchreach.app.report.report import render, report_dict
+from torchreach.app.verdict import State, compare_verdict, regions, repair_verdict, star_status, worst_first
+from torchreach.core.outward import at_least, at_most
+from torchreach.core.results import Progress, RepairResult, RepairStep
+from torchreach.core.terms import Kernels, Reason, Semantics, Status
+from torchreach.verbs.equivalence import _within as answered
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -479,13 +480,13 @@ def test_bounds_are_short_where_they_are_uniform(report):
 def test_the_machine_is_read_where_the_system_tells(monkeypatch, tmp_path):
     for flags, vnni in (("fpu avx2", False), ("fpu avx512_vnni", True), ("fpu avx_vnni avx2", True)):
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: {flags}\n")
-        monkeypatch.setattr("torchreach.provenance.CPUINFO", tmp_path / "cpuinfo")
+        monkeypatch.setattr("torchreach.app.report.provenance.CPUINFO", tmp_path / "cpuinfo")
         machine = Machine.here(torch.device("cpu"))
         assert (machine.processor, machine.vnni) == ("Some CPU", vnni)
         assert machine.text.startswith(
             f"Some CPU ({torch.backends.cpu.get_cpu_capability()}, {'' if vnni else 'no '}VNNI)"
         )
-    monkeypatch.setattr("torchreach.provenance.CPUINFO", tmp_path / "none")
+    monkeypatch.setattr("torchreach.app.report.provenance.CPUINFO", tmp_path / "none")
     assert Machine.here(torch.device("cpu")).vnni is None
 
 

@@ -16,9 +16,9 @@ from tests.data import require_data
 from tests.networks import DEVICES, acasxu_pair, cases, random_network, rounded_copy
 from tests.test_difference import boxes, layers_at, noisy_copy, pair_of, samples
 from tests.test_scales import exactly
-from torchreach.bounds.difference import Backward, difference_bounds
-from torchreach.bounds.hexagon import Hexagon
-from torchreach.errors import OptionError, ShapeError
+from torchreach.core.errors import OptionError, ShapeError
+from torchreach.domains.difference import Backward, difference_bounds
+from torchreach.domains.hexagon import Hexagon
 from torchreach.search.boxes import search_boxes
 from torchreach.search.result import Constraints, Question, SearchResult
 from torchreach.search.signs import Branches, Dual, Reduced, choose, search_signs

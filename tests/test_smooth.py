@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torchreach as tr
-from torchreach.bounds.difference import difference_bounds, interval_difference, quick_bounds
-from torchreach.bounds.hexagon import Hexagon
-from torchreach.bounds.pair import Pair
-from torchreach.bounds.smooth import Cells, CurvePlanes, activated
-from torchreach.bounds.zonotope import box_rows, interval_bounds, zonotope_bounds
-from torchreach.errors import OptionError, UnsupportedLayerError
-from torchreach.networks.chain import chain
-from torchreach.networks.merge import merge
-from torchreach.networks.smooth import ENTRIES, ERROR, SMOOTH, smooth
-from torchreach.networks.steps import steps
-from torchreach.reach.api import replay
+from torchreach.core.errors import OptionError, UnsupportedLayerError
+from torchreach.domains.difference import difference_bounds, interval_difference, quick_bounds
+from torchreach.domains.hexagon import Hexagon
+from torchreach.domains.pair import Pair
+from torchreach.domains.smooth import Cells, CurvePlanes, activated
+from torchreach.domains.zonotope import box_rows, interval_bounds, zonotope_bounds
+from torchreach.graph.smooth import ENTRIES, ERROR, SMOOTH, smooth
+from torchreach.read.merge import merge
+from torchreach.read.module import chain
+from torchreach.read.steps import steps
+from torchreach.verbs.reach import replay
 
 K, C = "0.044715", "2"
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import torchreach as tr
 from tests.networks import DEVICES
-from torchreach.errors import InvalidSetError, OptionError, ShapeError, UnsupportedLayerError
+from torchreach.core.errors import InvalidSetError, OptionError, ShapeError, UnsupportedLayerError
 
 INF = float("inf")
 ROW = torch.zeros(1, 4)

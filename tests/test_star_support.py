@@ -11,7 +11,7 @@ from torch import Tensor
 
 import torchreach as tr
 from tests.networks import DEVICES
-from torchreach.errors import InvalidSetError, ShapeError, TorchreachError
+from torchreach.core.errors import InvalidSetError, ShapeError, TorchreachError
 from torchreach.lp.halfspaces import Halfspaces
 from torchreach.lp.interior_point import maximize
 from torchreach.lp.problem import LPBatch

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import torchreach as tr
-from torchreach.results import LayerStats
+from torchreach.core.results import LayerStats
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.data import require_data
-from torchreach.errors import FileFormatError, InvalidSetError
+from torchreach.core.errors import FileFormatError, InvalidSetError
 from torchreach.sets.vnnlib import read_box
 
 HEAD = """; a comment (with a bracket

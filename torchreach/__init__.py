@@ -7,28 +7,22 @@ Names are imported on first use (PEP 562), so that `import torchreach` and the c
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torchreach.discrepancy import discrepancy
-    from torchreach.discrepancy_loss import DiscrepancyLoss
-    from torchreach.equivalence import equivalent
-    from torchreach.errors import KernelMismatchError, TorchreachError, UncalibratedWarning, UncoveredKernelsWarning
-    from torchreach.lp.certify import Certification, certify
-    from torchreach.lp.mixed_integer import MixedIntegerResult, mixed_integer_discrepancy
-    from torchreach.networks.chain import weight_only
-    from torchreach.networks.eager_int8 import load_int8
-    from torchreach.networks.load import load
-    from torchreach.networks.merge import Comparison, MergedLinear, MergedNetwork, MergedReLU, merge
-    from torchreach.networks.quantized import prune_weights, quantize_weights
-    from torchreach.options import Budget, Exact, Search
-    from torchreach.progress import show_progress
-    from torchreach.reach.api import reach
-    from torchreach.repair import RepairOptions, Target, repair
-    from torchreach.results import (
+    from torchreach.app.progress import show_progress
+    from torchreach.audit.certify import Certification, certify
+    from torchreach.audit.mixed_integer import MixedIntegerResult, mixed_integer_discrepancy
+    from torchreach.compress.constraints import prune_weights, quantize_weights
+    from torchreach.core.errors import (
+        KernelMismatchError,
+        TorchreachError,
+        UncalibratedWarning,
+        UncoveredKernelsWarning,
+    )
+    from torchreach.core.options import Budget, Exact, Search
+    from torchreach.core.results import (
         Answer,
         Discrepancy,
         Equivalence,
@@ -42,10 +36,20 @@ if TYPE_CHECKING:
         Semantics,
         Status,
     )
+    from torchreach.core.tolerances import Tolerances
+    from torchreach.graph.merged import Comparison, MergedLinear, MergedNetwork, MergedReLU
+    from torchreach.read.dialects.state_dict import load_int8
+    from torchreach.read.load import load
+    from torchreach.read.merge import merge
+    from torchreach.read.module import weight_only
     from torchreach.sets.star import StarBatch
-    from torchreach.star_support import StarSupport
-    from torchreach.storage import load_result, save_result
-    from torchreach.tolerances import Tolerances
+    from torchreach.training.loss import DiscrepancyLoss
+    from torchreach.training.repair import RepairOptions, Target, repair
+    from torchreach.training.support import StarSupport
+    from torchreach.verbs.discrepancy import discrepancy
+    from torchreach.verbs.equivalence import equivalent
+    from torchreach.verbs.reach import reach
+    from torchreach.verbs.storage import load_result, save_result
 
 __version__ = "0.1.0"
 
@@ -102,42 +106,31 @@ __all__ = [
 _PLACES = {
     name: f"torchreach.{module}"
     for module, names in {
-        "discrepancy": "discrepancy",
-        "discrepancy_loss": "DiscrepancyLoss",
-        "equivalence": "equivalent",
-        "errors": "KernelMismatchError TorchreachError UncalibratedWarning UncoveredKernelsWarning",
-        "lp.certify": "Certification certify",
-        "lp.mixed_integer": "MixedIntegerResult mixed_integer_discrepancy",
-        "networks.chain": "weight_only",
-        "networks.eager_int8": "load_int8",
-        "networks.load": "load",
-        "networks.merge": "Comparison MergedLinear MergedNetwork MergedReLU merge",
-        "networks.quantized": "prune_weights quantize_weights",
-        "options": "Budget Exact Search",
-        "progress": "show_progress",
-        "reach.api": "reach",
-        "repair": "RepairOptions Target repair",
-        "results": "Answer Discrepancy Equivalence Kernels Progress ReachResult ReachStats Reason RepairResult "
+        "app.progress": "show_progress",
+        "audit.certify": "Certification certify",
+        "audit.mixed_integer": "MixedIntegerResult mixed_integer_discrepancy",
+        "compress.constraints": "prune_weights quantize_weights",
+        "core.errors": "KernelMismatchError TorchreachError UncalibratedWarning UncoveredKernelsWarning",
+        "core.options": "Budget Exact Search",
+        "core.results": "Answer Discrepancy Equivalence Kernels Progress ReachResult ReachStats Reason RepairResult "
         "RepairStep Semantics Status",
+        "core.tolerances": "Tolerances",
+        "graph.merged": "Comparison MergedLinear MergedNetwork MergedReLU",
+        "read.dialects.state_dict": "load_int8",
+        "read.load": "load",
+        "read.merge": "merge",
+        "read.module": "weight_only",
         "sets.star": "StarBatch",
-        "star_support": "StarSupport",
-        "storage": "load_result save_result",
-        "tolerances": "Tolerances",
+        "training.loss": "DiscrepancyLoss",
+        "training.repair": "RepairOptions Target repair",
+        "training.support": "StarSupport",
+        "verbs.discrepancy": "discrepancy",
+        "verbs.equivalence": "equivalent",
+        "verbs.reach": "reach",
+        "verbs.storage": "load_result save_result",
     }.items()
     for name in names.split()
 }
-
-
-class _Package(ModuleType):
-    """The package, in which functions keep their names although `discrepancy`, `reach` and `repair` are modules too:
-    the import system binds a module it has loaded to its name here, and would hide the function."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _PLACES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

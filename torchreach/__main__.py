@@ -1,6 +1,6 @@
 """`python -m torchreach` is the command `torchreach`."""
 
-from torchreach.cli import main
+from torchreach.app.cli import main
 
 if __name__ == "__main__":
     main()

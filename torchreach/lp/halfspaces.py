@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from torchreach.masks import leading
+from torchreach.core.masks import leading
 
 
 class _Batch:

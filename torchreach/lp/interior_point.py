@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchreach.clock import NO_LIMIT, Clock
+from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.lp.halfspaces import Halfspaces, Sets
 from torchreach.lp.problem import LPBatch, LPSolution
 

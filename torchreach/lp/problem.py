@@ -17,8 +17,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from torchreach.core.tolerances import UNIT_ROUNDOFF
 from torchreach.lp.halfspaces import Sets
-from torchreach.tolerances import UNIT_ROUNDOFF
 
 
 @dataclass(frozen=True)

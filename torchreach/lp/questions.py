@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchreach.clock import NO_LIMIT, Clock
+from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.lp.halfspaces import Sets
 from torchreach.lp.interior_point import factor, maximize
 from torchreach.lp.problem import LPBatch, LPSolution

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchreach.bounds.difference import CHUNK, checked_boxes, difference_bounds, quick_bounds
-from torchreach.bounds.hexagon import Hexagon
-from torchreach.bounds.pair import Pair
-from torchreach.clock import NO_LIMIT, Clock, OutOfTime
-from torchreach.errors import ShapeError
+from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime
+from torchreach.core.errors import ShapeError
+from torchreach.domains.difference import CHUNK, checked_boxes, difference_bounds, quick_bounds
+from torchreach.domains.hexagon import Hexagon
+from torchreach.domains.pair import Pair
 from torchreach.search.result import Best, Constraints, Finish, Question, SearchResult
 from torchreach.search.witness import ascend
 

@@ -23,13 +23,13 @@ from math import inf, prod
 import torch
 from torch import Tensor
 
-from torchreach.bounds.rounding import InputGrid, outputs, restricted
-from torchreach.bounds.zonotope import box_rows, zonotope_bounds
-from torchreach.clock import NO_LIMIT, Clock
-from torchreach.networks.reduced import reduce
-from torchreach.networks.steps import Step
+from torchreach.core.clock import NO_LIMIT, Clock
+from torchreach.core.tolerances import UNIT_ROUNDOFF, round_down, round_up
+from torchreach.domains.rounding import InputGrid, outputs, restricted
+from torchreach.domains.zonotope import box_rows, zonotope_bounds
+from torchreach.graph.reduced import reduce
+from torchreach.graph.steps import Step
 from torchreach.search.result import Question
-from torchreach.tolerances import UNIT_ROUNDOFF, round_down, round_up
 
 LIMIT = 2**17  # cells of one box
 NUMBERS = 2**23  # in one intermediate tensor

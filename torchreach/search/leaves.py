@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from torchreach.clock import NO_LIMIT, Clock
+from torchreach.core.clock import NO_LIMIT, Clock
+from torchreach.core.tolerances import UNIT_ROUNDOFF
 from torchreach.lp.halfspaces import Halfspaces
 from torchreach.lp.interior_point import interior, maximize
 from torchreach.lp.problem import LPBatch
-from torchreach.tolerances import UNIT_ROUNDOFF
 
 if TYPE_CHECKING:
     from torchreach.search.signs import Reduced

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from torchreach.bounds.pair import Pair
-from torchreach.errors import OptionError
-from torchreach.tolerances import UNIT_ROUNDOFF
+from torchreach.core.errors import OptionError
+from torchreach.core.tolerances import UNIT_ROUNDOFF
+from torchreach.domains.pair import Pair
 
 GOALS = ("signed", "outputs", "largest", "above")
 # Certified upper bounds [B, 2, N_out] over boxes [B, N_in] (inf where it gave up, -inf where there is no such

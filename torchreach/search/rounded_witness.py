@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from torchreach.bounds.rounding import InputGrid
-from torchreach.clock import NO_LIMIT, Clock
-from torchreach.networks.steps import Step
+from torchreach.core.clock import NO_LIMIT, Clock
+from torchreach.domains.rounding import InputGrid
+from torchreach.graph.steps import Step
 
 CODES = 4  # cells of an input that are looked at: the first and the last ones of its range
 INSIDE = 4.0  # multiples of the rounding allowance kept from thresholds

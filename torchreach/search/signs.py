@@ -37,15 +37,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from torchreach.bounds.difference import CHUNK, Backward, difference_bounds
-from torchreach.bounds.hexagon import Graph, Hexagon, height, start_slopes
-from torchreach.bounds.pair import Pair
-from torchreach.clock import NO_LIMIT, Clock, OutOfTime
+from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime
+from torchreach.core.tolerances import UNIT_ROUNDOFF
+from torchreach.domains.difference import CHUNK, Backward, difference_bounds
+from torchreach.domains.hexagon import Graph, Hexagon, height, start_slopes
+from torchreach.domains.pair import Pair
 from torchreach.search.boxes import one_box
 from torchreach.search.leaves import solve_leaves
 from torchreach.search.result import Best, Constraints, Question, SearchResult
 from torchreach.search.witness import ascend
-from torchreach.tolerances import UNIT_ROUNDOFF
 
 ROOT_STEPS, STEPS, LEAF_STEPS = 150, 30, 200
 RATE = 0.3

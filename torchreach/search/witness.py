@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchreach.bounds.pair import Pair
-from torchreach.clock import NO_LIMIT, Clock
+from torchreach.core.clock import NO_LIMIT, Clock
+from torchreach.domains.pair import Pair
 from torchreach.search.result import Best, Constraints
 
 WIDTHS = (0.25, 0.002)

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchreach.errors import InvalidSetError, OptionError, ShapeError
-from torchreach.networks.weights import FLOATS
-from torchreach.tolerances import COMPUTE_DTYPE, round_down, round_up
+from torchreach.core.errors import InvalidSetError, OptionError, ShapeError
+from torchreach.core.tolerances import COMPUTE_DTYPE, round_down, round_up
+from torchreach.graph.weights import FLOATS
 
 if TYPE_CHECKING:
     from torchreach.sets.star import StarBatch

@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchreach.errors import InvalidSetError, ShapeError
+from torchreach.core.errors import InvalidSetError, ShapeError
+from torchreach.core.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF, Tolerances, round_down, round_up
+from torchreach.graph.layers import linear
 from torchreach.lp.halfspaces import Halfspaces
 from torchreach.lp.interior_point import centre, interior, maximize
 from torchreach.lp.problem import LPBatch
-from torchreach.networks.builder import ChainBuilder
-from torchreach.networks.layers import linear
+from torchreach.read.builder import ChainBuilder
 from torchreach.sets.checked import check_star, image_box, numbers
-from torchreach.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF, Tolerances, round_down, round_up
 
 
 @dataclass(frozen=True, eq=False)

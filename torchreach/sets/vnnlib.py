@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchreach.errors import FileFormatError, InvalidSetError
+from torchreach.core.errors import FileFormatError, InvalidSetError
 
 _TOKEN = re.compile(r"[()]|[^\s()]+")
 _INPUT = re.compile(r"X_(\d+)$")

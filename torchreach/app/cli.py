@@ -1,0 +1,351 @@
+"""Command line: `torchreach demo`, `torchreach compare A B`, `torchreach equivalent A B`, `torchreach repair A B`.
+
+Exit status 0: within tolerance (or the target is met, or none was asked for); 1: not; 2: bad input, with one
+line on stderr; 130: Ctrl-C came before an answer. Nothing here imports torch before the work begins, so that help
+and errors of typing come at once.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import torchreach
+from torchreach.app.cli_options import (
+    ANSWER,
+    REPAIR,
+    Alpha,
+    Arithmetic,
+    Box,
+    Center,
+    Clip,
+    Compressed,
+    Device,
+    Dtype,
+    Eps,
+    Iterations,
+    KernelKind,
+    Mask,
+    Memory,
+    Method,
+    Original,
+    Output,
+    Rate,
+    Seconds,
+    Shape,
+    Stars,
+    Target,
+    TargetMax,
+    Vnnlib,
+)
+from torchreach.core.errors import TorchreachError
+
+# typer carries its own copy of click since 0.2x; before that it used the package.
+_ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+class _Group(TyperGroup):
+    """Commands whose every bad input ends in one line and status 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """As typer's; Ctrl-C that no command has dealt with ends in one line."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Abort from None
+
+    def main(self, args: Any = None, standalone_mode: bool = True, **extra: Any) -> Any:
+        """As typer's; errors and warnings are printed here."""
+        args = list(sys.argv[1:] if args is None else args)
+        args = args or ["--help"]
+        shown = warnings.showwarning
+        warnings.showwarning = lambda message, *_, **__: print(f"torchreach: warning: {message}", file=sys.stderr)
+        try:
+            status = super().main(args, standalone_mode=False, obj=shlex.join(["torchreach", *args]), **extra)
+        except (_ClickException, TorchreachError, OSError) as error:
+            message = getattr(error, "format_message", error.__str__)()
+            print(f"torchreach: error: {' '.join(message.split())}", file=sys.stderr)
+            status = 2
+        except typer.Abort:
+            print("torchreach: interrupted", file=sys.stderr)
+            status = 130
+        finally:
+            warnings.showwarning = shown
+        status = status if isinstance(status, int) else 0
+        if standalone_mode:
+            sys.exit(status)
+        return status
+
+
+app = typer.Typer(
+    cls=_Group,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"torchreach {torchreach.__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    help="How far can a compressed neural network be from the original, for every input of a region?\n\n"
+    "torchreach answers with a certificate, not a sample: an upper bound on |y1 - y2| that no input exceeds, and an "
+    "input that comes close to it. Start with [bold]torchreach demo[/bold].",
+    epilog="Exit status: 0 yes, 1 no, 2 bad input, 130 interrupted.",
+)
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """The program without a command."""
+
+
+@app.command(
+    epilog="Exit status: 0 within tolerance or none given, 1 exceeded, undecided or not covered by the certificate, "
+    "2 bad input, 130 interrupted."
+)
+def compare(
+    ctx: typer.Context,
+    original: Original,
+    compressed: Compressed,
+    box: Box = None,
+    vnnlib: Vnnlib = None,
+    center: Center = None,
+    eps: Eps = None,
+    mask: Mask = None,
+    clip: Clip = None,
+    shape: Shape = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest |y1 - y2| allowed for any output, in units of the output; the work ends as soon as that is "
+            "decided. Default: none, the interval is reported and the exit status is 0.",
+            rich_help_panel=ANSWER,
+        ),
+    ] = None,
+    gap: Annotated[
+        float | None,
+        typer.Option(
+            help="End as soon as the upper bound is within this of what is attained, in units of the output. "
+            "Default: as close as numbers allow.",
+            rich_help_panel=ANSWER,
+        ),
+    ] = None,
+    output: Output = None,
+    seconds: Seconds = None,
+    stars: Stars = None,
+    memory: Memory = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float64",
+    method: Method = "auto",
+    arithmetic: Arithmetic = None,
+    kernels: KernelKind = "here",
+) -> None:
+    """Certify how far the outputs of networks A and B can differ over an input set.
+
+    Example: torchreach compare net.onnx small.onnx --box "0,1; 0,1" --tolerance 0.05
+    """
+    from torchreach.app.arguments import CompareSetup, SetOptions, Setup, check_networks
+
+    check_networks(original, compressed)
+    sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
+    asked = CompareSetup(tolerance, gap, arithmetic, kernels)
+    setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj)
+    from torchreach.app import commands
+
+    raise typer.Exit(commands.compare(setup, (original, compressed), sets, asked))
+
+
+@app.command(epilog="Exit status: 0 equivalent, 1 not equivalent or unknown, 2 bad input, 130 interrupted.")
+def equivalent(
+    ctx: typer.Context,
+    original: Original,
+    compressed: Compressed,
+    box: Box = None,
+    vnnlib: Vnnlib = None,
+    center: Center = None,
+    eps: Eps = None,
+    mask: Mask = None,
+    clip: Clip = None,
+    shape: Shape = None,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(
+            help="Whether |y1 - y2| is at most this for every output, in units of the output.", rich_help_panel=ANSWER
+        ),
+    ] = None,
+    top1: Annotated[
+        bool,
+        typer.Option("--top1", help="Whether the largest output is the same one, the label.", rich_help_panel=ANSWER),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for report.json, made if missing. Default: write no files.",
+            metavar="DIR",
+            rich_help_panel=ANSWER,
+        ),
+    ] = None,
+    seconds: Seconds = None,
+    stars: Stars = None,
+    memory: Memory = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float64",
+    arithmetic: Arithmetic = None,
+    kernels: KernelKind = "here",
+) -> None:
+    """Are networks A and B equivalent on an input set: yes, no with an input that shows it, or unknown?
+
+    Example: torchreach equivalent net.onnx small.onnx --box "0,1; 0,1" --top1
+    """
+    from torchreach.app.arguments import EquivalentSetup, SetOptions, Setup, check_networks
+
+    check_networks(original, compressed)
+    sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
+    asked = EquivalentSetup(epsilon, top1, arithmetic, kernels)
+    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj)
+    from torchreach.app import commands
+
+    raise typer.Exit(commands.equivalent(setup, (original, compressed), sets, asked))
+
+
+@app.command(epilog="Exit status: 0 target met, 1 not met, 2 bad input, 130 interrupted.")
+def repair(
+    ctx: typer.Context,
+    original: Original,
+    compressed: Compressed,
+    box: Box = None,
+    vnnlib: Vnnlib = None,
+    center: Center = None,
+    eps: Eps = None,
+    mask: Mask = None,
+    clip: Clip = None,
+    shape: Shape = None,
+    target: Target = None,
+    target_max: TargetMax = None,
+    alpha: Alpha = 2.0,
+    iterations: Iterations = 20,
+    rate: Rate = 1e-3,
+    epochs: Annotated[int, typer.Option(help="Epochs of each retraining.", rich_help_panel=REPAIR)] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the training points.", rich_help_panel=REPAIR)] = 0,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            help="File for the repaired network, .onnx or .pt2; .pth where B is one. Default: it is not kept.",
+            metavar="FILE",
+            rich_help_panel=ANSWER,
+        ),
+    ] = None,
+    output: Output = None,
+    seconds: Seconds = None,
+    stars: Stars = None,
+    memory: Memory = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float64",
+    method: Method = "auto",
+) -> None:
+    """Retrain network B until its outputs are certified to be close to those of A over an input set.
+
+    Zero weights stay zero and weights on a grid (int8 and below, float16) stay on it.
+
+    Example: torchreach repair net.onnx small.onnx --box "0,1; 0,1" --target 0.5 --save better.onnx
+    """
+    from torchreach.app.arguments import RepairSetup, SetOptions, Setup, check_networks, check_repair
+
+    check_networks(original, compressed)
+    sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
+    options = RepairSetup(target, target_max, alpha, iterations, epochs, rate, seed)
+    setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj)
+    check_repair(method, compressed, save)
+    from torchreach.app import commands
+
+    raise typer.Exit(commands.repair(setup, (original, compressed), sets, options, save))
+
+
+_DATA, _COMPRESSION = "Data and training", "Compression"
+
+
+@app.command(epilog="Exit status: 0 target met, 1 not met, 2 bad input, 130 interrupted.")
+def demo(
+    ctx: typer.Context,
+    data: Annotated[
+        str, typer.Option(help="digits (inside scikit-learn, no download) or mnist.", rich_help_panel=_DATA)
+    ] = "digits",
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --data mnist: folder that holds MNIST or to download it to.",
+            metavar="DIR",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Epochs of training the original.", rich_help_panel=_DATA)] = 30,
+    seed: Annotated[int, typer.Option(help="Seed of everything; one seed, one result.", rich_help_panel=_DATA)] = 0,
+    bits: Annotated[
+        int,
+        typer.Option(help="Bits of a weight after compression; 0 keeps floats.", rich_help_panel=_COMPRESSION),
+    ] = 8,
+    prune: Annotated[
+        float,
+        typer.Option(help="Share of the weights of each layer set to zero, 0 to 1.", rich_help_panel=_COMPRESSION),
+    ] = 0.0,
+    images: Annotated[
+        int, typer.Option(help="Test pictures, one of each digit in turn.", rich_help_panel="Input set")
+    ] = 10,
+    pixels: Annotated[
+        int, typer.Option(help="Central pixels that vary in each picture.", rich_help_panel="Input set")
+    ] = 4,
+    eps: Annotated[
+        float,
+        typer.Option(help="How far each of them may move; pixels lie in [0, 1].", rich_help_panel="Input set"),
+    ] = 0.1,
+    target: Target = None,
+    target_max: TargetMax = None,
+    alpha: Alpha = 2.0,
+    iterations: Iterations = 20,
+    rate: Rate = 1e-3,
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for report.json, report.html, the pictures and the three networks (.onnx), made if missing.",
+            metavar="DIR",
+            rich_help_panel=ANSWER,
+        ),
+    ] = Path("torchreach-demo"),
+    seconds: Seconds = None,
+    stars: Stars = None,
+    memory: Memory = None,
+    device: Device = "cpu",
+    method: Method = "auto",
+) -> None:
+    """See it work: train a digit classifier, compress it, certify the difference, repair it.
+
+    Takes well under two minutes on two cores, needs no files and no network.
+    """
+    from torchreach.app.arguments import DemoSetup, RepairSetup, Setup, check_repair
+
+    options = RepairSetup(target, target_max, alpha, iterations, 50, rate, seed)
+    digits = DemoSetup(data, root, images, pixels, eps, epochs, bits, prune)
+    setup = Setup.make(device, "float64", method, seconds, stars, memory, output, ctx.obj)
+    check_repair(method)
+    from torchreach.app import commands
+    from torchreach.app.demo import one_thread
+
+    with one_thread():
+        status = commands.demo(setup, options, digits)
+    raise typer.Exit(status)
+
+
+main = app

@@ -1,0 +1,341 @@
+"""What each command does: read, analyse, print, write. `torchreach.app.cli` has checked the options."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchreach.app import console as show
+from torchreach.app.arguments import (
+    METHODS,
+    CompareSetup,
+    DemoSetup,
+    EquivalentSetup,
+    RepairSetup,
+    SetOptions,
+    Setup,
+    is_state_dict,
+)
+from torchreach.app.inputs import InputSet, read_input_set
+from torchreach.app.report.content import NetworkInfo, Report
+from torchreach.app.report.equivalence import answer, equivalence_json, sentence, worst
+from torchreach.app.report.provenance import file_hashes
+from torchreach.app.report.report import render
+from torchreach.app.verdict import State, compare_verdict, repair_verdict
+from torchreach.core.clock import first_interrupt
+from torchreach.core.errors import OptionError
+from torchreach.core.files import whole, write_files
+from torchreach.core.options import Search
+from torchreach.core.results import Answer, Discrepancy, Equivalence, RepairResult
+from torchreach.core.terms import Semantics
+from torchreach.read.dialects.state_dict import load_int8
+from torchreach.read.load import input_shape, load
+from torchreach.read.save import onnx_bytes, save
+from torchreach.verbs.discrepancy import discrepancy
+from torchreach.verbs.equivalence import equivalent as equivalence
+from torchreach.verbs.int8_pair import rounds
+
+OK, NOT_OK, INTERRUPTED = 0, 1, 130  # exit statuses; 128 + SIGINT where Ctrl-C came before an answer
+
+
+def compare(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: CompareSetup) -> int:
+    """Runs `torchreach compare`; the exit status."""
+    device = _device(setup)
+    original = load(paths[0]).to(device)
+    runs = _compressed(paths)  # on the int8 kernels, where it has some: witnesses replay there
+    compressed = load(runs).to(device)
+    networks = {"original": original, "compressed": compressed}
+    inputs = _inputs(setup, sets, paths, original, device)
+    with first_interrupt() as pressed, show.live(setup.err, "compare") as live:
+        found = discrepancy(
+            original,
+            runs,
+            inputs.stars,
+            METHODS[setup.method],
+            tolerance=asked.tolerance,
+            gap=asked.gap,
+            arithmetic=asked.arithmetic,
+            budget=setup.budget,
+            progress=live.stars,
+            kernels=asked.kernels,
+        )
+    report = Report(
+        "compare",
+        setup.command_line,
+        {
+            role: NetworkInfo.of(str(path), networks[role], sha256=file_hashes(path))
+            for role, path in zip(networks, paths, strict=True)
+        },
+        inputs,
+        compare_verdict(found, asked.tolerance),
+        found,
+        evaluate(original, inputs.stars.center),
+        values={"compressed": at_witnesses(original, runs, found)},
+        settings=setup.settings(**asdict(asked)),
+        seconds=time.monotonic() - setup.began,
+    )
+    show.print_line(setup.out, f"input set: {inputs.text}")
+    show.print_discrepancy(setup.out, found, inputs.labels, tolerance=asked.tolerance)
+    show.print_reading(setup.out, found)
+    if report.verdict.state is State.EXCEEDED:
+        star, output = report.verdict.witness
+        x = found.witness[star, output][None]
+        show.print_witness(setup.out, report, found, (evaluate(original, x, found)[0], evaluate(runs, x, found)[0]))
+    finish(setup, report)
+    decided = report.verdict.state in (State.WITHIN, State.EXCEEDED)
+    return _status(setup, report.verdict.ok, bool(pressed) and not decided)
+
+
+def equivalent(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: EquivalentSetup) -> int:
+    """Runs `torchreach equivalent`; the exit status."""
+    device = _device(setup)
+    original, runs = load(paths[0]).to(device), _compressed(paths)
+    inputs = _inputs(setup, sets, paths, original, device)
+    with first_interrupt() as pressed, show.live(setup.err, "equivalent") as live:
+        found = equivalence(
+            original,
+            runs,
+            inputs.stars,
+            asked.epsilon,
+            top1=asked.top1,
+            budget=setup.budget,
+            progress=live.stars,
+            arithmetic=asked.arithmetic,
+            kernels=asked.kernels,
+        )
+    show.print_line(setup.out, f"input set: {inputs.text}")
+    show.print_equivalence(setup.out, found, inputs.labels)
+    whole = answer(found)
+    if whole is Answer.NOT_EQUIVALENT:
+        x = found.witness[worst(found)][None]
+        values = evaluate(original, x, found)[0], evaluate(runs, x, found)[0]
+        show.print_values(setup.out, f"witness, an input of {inputs.labels[worst(found)]}", x[0], values)
+    if setup.output is not None:
+        networks = {
+            role: NetworkInfo.of(str(path), load(network), sha256=file_hashes(path))
+            for role, path, network in zip(("original", "compressed"), paths, (original, runs), strict=True)
+        }
+        settings = setup.settings(**asdict(asked))
+        seconds = time.monotonic() - setup.began
+        text = equivalence_json(found, inputs, networks, setup.command_line, settings, seconds)
+        write_files(setup.output, {"report.json": text})
+        show.print_line(setup.out, f"report: {setup.output / 'report.json'}")
+    show.print_sentence(setup.out, sentence(found), whole is Answer.EQUIVALENT, whole is Answer.UNKNOWN)
+    return _status(setup, whole is Answer.EQUIVALENT, bool(pressed) and whole is Answer.UNKNOWN)
+
+
+def repair(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, options: RepairSetup, saved: Path | None) -> int:
+    """Runs `torchreach repair`; the exit status."""
+    device = _device(setup)
+    original, compressed = load(paths[0]).to(device), _compressed(paths).to(device)
+    inputs = _inputs(setup, sets, paths, original, device)
+    if saved is not None and saved.suffix.lower() == ".onnx":
+        onnx_bytes(load(compressed), inputs.stars.shape)  # refuses layers now rather than after the work
+    networks = {"original": original, "compressed": compressed}
+    names = {role: str(path) for role, path in zip(networks, paths, strict=True)}
+    show.print_line(setup.out, f"input set: {inputs.text}")
+    with first_interrupt() as pressed:
+        result = _repair(options, setup, original, compressed, inputs)
+    hashes = {role: file_hashes(path) for role, path in zip(networks, paths, strict=True)}
+    if saved is not None:
+        _save(result.network, saved, inputs.stars.shape)
+        hashes["repaired"] = file_hashes(saved)
+    report = repair_report("repair", setup, options, networks, names, inputs, result, hashes)
+    show.print_comparison(setup.out, result.before, result.after, inputs.labels)
+    if saved is not None:
+        show.print_line(setup.out, f"repaired network: {saved}")
+    finish(setup, report)
+    return _status(setup, report.verdict.ok, bool(pressed) and not result.satisfied)
+
+
+def _compressed(paths: tuple[Path, Path]) -> nn.Module:
+    """The second network; a state dict has the structure of the first."""
+    return load_int8(paths[1], paths[0]) if is_state_dict(paths[1]) else load(paths[1])
+
+
+def _save(network: nn.Module, path: Path, shape: tuple[int, ...]) -> None:
+    """The network as a state dict, or as a flat chain of layers."""
+    if is_state_dict(path):
+        with whole(path) as draft:
+            torch.save(network.state_dict(), draft)
+    else:
+        save(load(network).cpu(), path, shape)
+
+
+def _inputs(
+    setup: Setup, sets: SetOptions, paths: tuple[Path, Path], original: nn.Sequential, device: torch.device
+) -> InputSet:
+    """The input set, in the shape that the files say an input has."""
+
+    def file_shape() -> tuple[int, ...] | None:
+        shapes = (input_shape(path) for path in paths if not is_state_dict(path))
+        return next((shape for shape in shapes if shape is not None), None)
+
+    return read_input_set(sets, original, getattr(torch, setup.dtype), file_shape).to(device)
+
+
+def _repair(
+    options: RepairSetup,
+    setup: Setup,
+    original: nn.Module,
+    compressed: nn.Module,
+    inputs: InputSet,
+    evaluate: Callable[[nn.Module], float] | None = None,
+) -> RepairResult:
+    """The repair, with progress."""
+    from torchreach.training.repair import RepairOptions, Target, repair
+
+    method = METHODS[setup.method]
+    assert not isinstance(method, Search)
+    target = (
+        Target.factor(options.factor, over="all")
+        if options.largest is None
+        else Target.bounds(-options.largest, options.largest)
+    )
+    with show.live(setup.err, "repair") as live:
+        return repair(
+            original,
+            compressed,
+            inputs.stars,
+            target=target,
+            alpha=options.alpha,
+            iterations=options.iterations,
+            training=RepairOptions(epochs=options.epochs, learning_rate=options.rate),
+            evaluate=evaluate,
+            seed=options.seed,
+            method=method,
+            budget=setup.budget,
+            progress=live.step,
+        )
+
+
+def _status(setup: Setup, ok: bool, interrupted: bool) -> int:
+    """The exit status; an interrupted run says so."""
+    if interrupted:
+        show.print_line(setup.err, "torchreach: interrupted; what is certified so far holds")
+        return INTERRUPTED
+    return OK if ok else NOT_OK
+
+
+def demo(setup: Setup, options: RepairSetup, digits: DemoSetup) -> int:
+    """Runs `torchreach demo`; the exit status."""
+    from torchreach.app import demo as parts
+
+    device = _device(setup)
+    data = parts.load_data(digits.data, digits.root, options.seed)
+    inputs = parts.input_set(data, digits.images, digits.pixels, digits.eps).to(device)
+    with show.live(setup.err, f"training on {data.name}"):
+        original = parts.train(data, digits.epochs, options.seed)
+    compressed, how = parts.compress(original, digits.bits, digits.prune)
+    networks = {"original": original.to(device), "compressed": compressed.to(device)}
+    names = {"original": f"trained on {data.name}", "compressed": how}
+    right = {role: parts.accuracy(network, data) for role, network in networks.items()}
+    for role, name in names.items():
+        show.print_line(setup.out, f"{role + ':':<12}{name}, test accuracy {100 * right[role]:.2f} %")
+    show.print_line(setup.out, f"input set:  {inputs.text}")
+    with first_interrupt() as pressed:
+        result = _repair(options, setup, original, compressed, inputs, lambda network: parts.accuracy(network, data))
+    chains = {**networks, "repaired": result.network}
+    files = {f"{role}.onnx": onnx_bytes(load(network), inputs.stars.shape) for role, network in chains.items()}
+    hashes = {role: {name: sha256(data).hexdigest()} for role, (name, data) in zip(chains, files.items(), strict=True)}
+    report = repair_report("demo", setup, options, networks, names, inputs, result, hashes, right, **digits.settings())
+    show.print_discrepancy(setup.out, result.before, inputs.labels, "before repair")
+    show.print_comparison(setup.out, result.before, result.after, inputs.labels)
+    accuracy = report.networks["repaired"].accuracy or 0.0
+    show.print_line(setup.out, f"{'repaired:':<12}test accuracy {100 * accuracy:.2f} %")
+    finish(setup, report, files)
+    return _status(setup, report.verdict.ok, bool(pressed) and not result.satisfied)
+
+
+def repair_report(
+    command: str,
+    setup: Setup,
+    options: RepairSetup,
+    networks: Mapping[str, nn.Module],
+    names: Mapping[str, str],
+    inputs: InputSet,
+    result: RepairResult,
+    hashes: Mapping[str, Mapping[str, str]],
+    accuracy: Mapping[str, float] | None = None,
+    **settings: Any,
+) -> Report:
+    """Report of a repair of networks["compressed"] against networks["original"]."""
+    known = accuracy or {}
+    described = {
+        role: NetworkInfo.of(names[role], load(network), known.get(role), hashes.get(role))
+        for role, network in networks.items()
+    }
+    kept = result.history[result.index]
+    which = f"iteration {kept.iteration} of {result.history[-1].iteration}"
+    described["repaired"] = NetworkInfo.of(which, load(result.network), kept.accuracy, hashes.get("repaired"))
+    return Report(
+        command,
+        setup.command_line,
+        described,
+        inputs,
+        repair_verdict(result, options.wanted(result.before)),
+        result.before,
+        evaluate(networks["original"], inputs.stars.center),
+        values={
+            role: at_witnesses(networks["original"], network, found)
+            for role, network, found in (
+                ("compressed", networks["compressed"], result.before),
+                ("repaired", result.network, result.after),
+            )
+        },
+        repaired=result,
+        settings=setup.settings(**options.settings(), target_bound=options.wanted(result.before), **settings),
+        seconds=time.monotonic() - setup.began,
+    )
+
+
+def finish(setup: Setup, report: Report, files: Mapping[str, bytes] | None = None) -> None:
+    """Write the report where one was asked for, then print the verdict, so that it stands last."""
+    if setup.output is not None:
+        write_files(setup.output, {**render(report), **(files or {})})
+        show.print_line(setup.out, f"report: {setup.output / 'report.html'}")
+    show.print_verdict(setup.out, report.verdict)
+
+
+def evaluate(network: nn.Module, x: Tensor, found: Discrepancy | Equivalence | None = None) -> Tensor:
+    """The network's outputs [B, N] at x [B, *shape], in float64.
+
+    Of a float64 copy, close to what a certificate of real arithmetic speaks of; where `found` speaks of a network as
+    it is executed, of that network itself.
+    """
+    parameter = next(network.parameters(), None)
+    half = parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16)
+    real = found is None or found.semantics in (Semantics.FLOAT, Semantics.WEIGHT_ONLY)
+    single = found is not None and found.semantics is Semantics.FLOAT32
+    executed = not real and (half or single or rounds(network, None if x.ndim == 2 else tuple(x.shape[1:])))
+    with torch.no_grad():
+        if executed:
+            return network(x.to(torch.float32 if parameter is None else parameter.dtype)).double()
+        return copy.deepcopy(network).to(x.device, torch.float64).eval()(x.double())
+
+
+def at_witnesses(original: nn.Module, compressed: nn.Module, found: Discrepancy) -> tuple[Tensor, Tensor]:
+    """y1 and y2, [S, N] each: output n at the witness of output n."""
+    both = (
+        torch.stack([evaluate(network, x, found).diagonal() for x in found.witness])
+        for network in (original, compressed)
+    )
+    first, second = both
+    return first, second
+
+
+def _device(setup: Setup) -> torch.device:
+    device = torch.device(setup.device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OptionError(
+            f"--device {setup.device}: this machine has {torch.cuda.device_count()} CUDA devices that torch can use"
+        )
+    return device

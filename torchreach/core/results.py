@@ -1,0 +1,336 @@
+"""What the analyses return: frozen values, one per verb. Nothing here computes.
+
+Values that hold tensors are compared by identity. Their `repr` is a summary of a few lines.
+
+Axis letters: S input stars, N output features.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from torchreach.core.outward import at_least, at_most, counted
+from torchreach.core.terms import Kernels, Reason, Semantics, Status
+
+if TYPE_CHECKING:
+    from torchreach.sets.star import StarBatch
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Work done at one activation layer, summed over all stars that reached it.
+
+    `settled` counts (star, neuron) pairs by the test that showed the neuron cannot change sign on the star:
+    "root" (bounds of the whole input set, before any split), "vertices" (its values at all vertices of the
+    star); with linear programs instead of vertices: "box" (the predicate box alone), "dual" (a dual bound
+    from the star's analytic centre, one factorisation for all its neurons), "program" (its own program).
+    """
+
+    name: str
+    neurons: int
+    stars: int = 0
+    splits: int = 0
+    linear_programs: int = 0
+    settled: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ReachStats:
+    """Counts of one reachability run, or of a comparison of two networks.
+
+    A comparison that enumerated several times, longer each time, gives `layers` of the last run.
+    """
+
+    layers: tuple[LayerStats, ...]
+    method: str  # "vertices", "programs", "inputs", "signs", or several of them in the order of their use
+    root_bounds: str  # which library bounded the neurons before any split
+    seconds: float
+    output_programs: int = 0  # linear programs spent on the output range
+    branches: int = 0  # bounds of sub-problems taken by searches
+    fallback: str = ""  # why a search could not be used, where one was wanted
+
+    @property
+    def splits(self) -> int:
+        return sum(layer.splits for layer in self.layers)
+
+    @property
+    def linear_programs(self) -> int:
+        return sum(layer.linear_programs for layer in self.layers) + self.output_programs
+
+
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """State of a running enumeration, handed to a `progress` callback.
+
+    lower, upper: [S, N] certified range of the network's output (for a merged network: of y1 - y2) so far.
+    attained_lower, attained_upper: [S, N] the part of it already met at points of the stars.
+    done, open: pieces of work, of the kind that `unit` names.
+    """
+
+    done: int
+    open: int
+    lower: Tensor
+    upper: Tensor
+    attained_lower: Tensor
+    attained_upper: Tensor
+    seconds: float
+    unit: str = "star"  # or "branch", "cell"
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, eq=False)
+class ReachResult:
+    """Reach set of a network: the union of the output stars, and its certified range.
+
+    Attributes:
+        lower, upper: [S, N] certified range of each output over input star s. Sound: no input of star s
+            gives an output outside it.
+        attained_lower, attained_upper: [S, N] outputs really attained, at `argmin` and `argmax`; they equal
+            `lower` and `upper` up to tolerance where `status` is EXACT.
+        argmin, argmax: [S, N, *input shape] the inputs.
+        count: [S] number of output stars (linear regions that were enumerated) per input star.
+        stars: the output stars, `stars.origin` naming the input star of each; None if `keep_stars=False`.
+        status: per input star.
+        stats: what it took.
+        reasons: per input star, why the work ended.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    attained_lower: Tensor
+    attained_upper: Tensor
+    argmin: Tensor
+    argmax: Tensor
+    count: Tensor
+    stars: StarBatch | None
+    status: tuple[Status, ...]
+    stats: ReachStats
+    reasons: tuple[Reason, ...] = ()
+
+    def __len__(self) -> int:
+        return int(self.count.sum())
+
+    def __repr__(self) -> str:
+        low, high = float(self.lower.min()), float(self.upper.max())
+        met_low, met_high = float(self.attained_lower.min()), float(self.attained_upper.max())
+        return _lines(
+            f"ReachResult: {_size(self.lower)}, {counted(len(self), 'output star')}",
+            f"outputs certified in {at_least(low)} .. {at_most(high)}, "
+            f"attained {at_most(met_low)} .. {at_least(met_high)}",
+            ended(self.status, self.reasons),
+            _took(self.stats),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Discrepancy:
+    """Certified discrepancy of two networks over input stars.
+
+    Attributes:
+        lower, upper: [S, N] certified interval around max over the star of |y1 - y2|, per output
+            (the paper's equation 16). `lower` is attained at `witness`.
+        range_lower, range_upper: [S, N] certified signed range of y1 - y2.
+        witness: [S, N, *input shape] input that attains `lower`, replayed through both networks.
+        status: per input star: EXACT, or BOUNDED if the budget or the tolerance asked for ended the work first.
+        semantics: which reading of the networks the numbers speak of.
+        kernels: which integer arithmetic they cover, where the semantics is deployed int8.
+        uncovered: names of layers whose kernels may do something else, about which a warning was given.
+        reasons: per input star, why the work ended.
+        regions: [S] number of joint linear regions that were enumerated; of a deployed network, cells of its
+            input grid.
+        stats: what it took.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    range_lower: Tensor
+    range_upper: Tensor
+    witness: Tensor
+    regions: Tensor
+    status: tuple[Status, ...]
+    stats: ReachStats
+    semantics: Semantics = Semantics.FLOAT
+    kernels: Kernels = Kernels.NONE
+    uncovered: tuple[str, ...] = ()
+    reasons: tuple[Reason, ...] = ()
+
+    @property
+    def max_upper(self) -> Tensor:
+        """[S] certified upper bound of max over inputs and outputs of |y1 - y2| (equation 15, max norm)."""
+        return self.upper.amax(dim=1)
+
+    @property
+    def max_lower(self) -> Tensor:
+        """[S] largest |y1 - y2| attained by a witness."""
+        return self.lower.amax(dim=1)
+
+    def within(self, tolerance: float | Tensor) -> bool:
+        """Whether the certificate shows |y1 - y2| <= tolerance for every input of every star and output."""
+        return bool((self.upper <= torch.as_tensor(tolerance, device=self.upper.device)).all())
+
+    @property
+    def covers(self) -> str:
+        """The semantics, and the kernels where there are any: "deployed int8, exact integer sums"."""
+        return self.semantics if self.kernels is Kernels.NONE else f"{self.semantics}, {self.kernels}"
+
+    @property
+    def claim(self) -> str:
+        """What the upper ends may be called: "certified", unless layers are uncovered."""
+        return "computed" if self.uncovered else "certified"
+
+    def __repr__(self) -> str:
+        low, high = float(self.lower.max()), float(self.upper.max())
+        return _lines(
+            f"Discrepancy: {_size(self.lower)}; {self.covers}",
+            f"max |y1 - y2|: {at_least(low)} attained, {at_most(high)} {self.claim}",
+            *([f"not covered: kernels of {', '.join(self.uncovered)}"] if self.uncovered else []),
+            ended(self.status, self.reasons),
+            _took(self.stats),
+        )
+
+
+class Answer(enum.Enum):
+    """Answer to whether two networks are equivalent on an input star."""
+
+    EQUIVALENT = "equivalent"  # certified for every input of the star
+    NOT_EQUIVALENT = "not equivalent"  # a witness shows it
+    UNKNOWN = "unknown"  # the budget ended first, or numerical limits left a gap
+
+
+@dataclass(frozen=True, eq=False)
+class Equivalence:
+    """Whether two networks agree on input stars: to within `epsilon`, or in their label.
+
+    Attributes:
+        answer: per input star.
+        lower, upper: [S] certified interval. To within epsilon: around max over inputs and outputs of |y1 - y2|.
+            Labels: around the largest lead that any output has over output `label`, in either network; a
+            negative `upper` shows that all inputs have this label.
+        witness: [S, *input shape] where `answer` is NOT_EQUIVALENT, an input that shows it, replayed through both
+            networks; else the input that attains `lower`.
+        label: [S] the original's label at a point of the star; None where labels were not asked for.
+        epsilon: what was asked for; None where labels were.
+        branches: bounds of sub-problems taken by searches.
+        seconds: what it took.
+        semantics, kernels, uncovered, reasons: as of a `Discrepancy`.
+    """
+
+    answer: tuple[Answer, ...]
+    lower: Tensor
+    upper: Tensor
+    witness: Tensor
+    label: Tensor | None
+    epsilon: float | None
+    branches: int
+    seconds: float
+    semantics: Semantics = Semantics.FLOAT
+    kernels: Kernels = Kernels.NONE
+    uncovered: tuple[str, ...] = ()
+    reasons: tuple[Reason, ...] = ()
+
+    def count(self, answer: Answer) -> int:
+        """Number of stars with this answer."""
+        return self.answer.count(answer)
+
+    def __repr__(self) -> str:
+        asked = "the same label" if self.epsilon is None else f"within {self.epsilon:g}"
+        what = "lead" if self.epsilon is None else "|y1 - y2|"
+        low, high = float(self.lower.max()), float(self.upper.max())
+        answers = ", ".join(f"{n:,} {answer.value}" for answer, n in Counter(self.answer).items())
+        kernels = "" if self.kernels is Kernels.NONE else f", {self.kernels}"
+        return _lines(
+            f"Equivalence ({asked}): {answers}; {self.semantics}{kernels}",
+            f"max {what}: {at_least(low)} attained, at most {at_most(high)}",
+            *([f"not covered: kernels of {', '.join(self.uncovered)}"] if self.uncovered else []),
+            _reasons(self.reasons),
+            f"{counted(self.branches, 'branch')}, {self.seconds:.2f} s",
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class RepairStep:
+    """One iteration of the repair loop; iteration 0 is the compressed network as given."""
+
+    iteration: int
+    discrepancy: Discrepancy
+    accuracy: float | None
+    loss: float | None  # last training loss: mean squared error to the targets, or mean certified bound
+    satisfied: bool
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class RepairResult:
+    """Outcome of `repair`.
+
+    Attributes:
+        network: the repaired network; its certificate is `after`.
+        history: every evaluation, in order; the first is the compressed network as given.
+        satisfied: whether `after` lies in the target set.
+        index: position of `network` in `history`: the last entry if the target was reached, else the entry
+            that came closest to it.
+    """
+
+    network: torch.nn.Module
+    history: tuple[RepairStep, ...]
+    satisfied: bool
+    index: int = -1
+
+    @property
+    def before(self) -> Discrepancy:
+        """Discrepancy of the compressed network as given."""
+        return self.history[0].discrepancy
+
+    @property
+    def after(self) -> Discrepancy:
+        """Discrepancy of `network`."""
+        return self.history[self.index].discrepancy
+
+    @property
+    def accuracy(self) -> float | None:
+        """Accuracy of `network`, where one was measured."""
+        return self.history[self.index].accuracy
+
+    def __repr__(self) -> str:
+        before, after = float(self.before.upper.max()), float(self.after.upper.max())
+        accuracy = "" if self.accuracy is None else f", accuracy {100 * self.accuracy:.2f} %"
+        return _lines(
+            f"RepairResult: target {'met' if self.satisfied else 'missed'} after "
+            f"{counted(self.history[-1].iteration, 'iteration')}{accuracy}; {self.after.covers}",
+            f"max |y1 - y2|: {self.after.claim} {at_most(before)} before, {at_most(after)} after",
+            ended(self.after.status, self.after.reasons),
+        )
+
+
+def ended(status: tuple[Status, ...], reasons: tuple[Reason, ...]) -> str:
+    """Status of the stars, and why those that are not exact ended: "8 EXACT, 2 BOUNDED (budget 1, rounding 1)"."""
+    counts = Counter(status)
+    parts = [f"{counts[kind]:,} {kind.name}" for kind in Status if counts[kind]]
+    why = Counter(reason for kind, reason in zip(status, reasons, strict=False) if kind is not Status.EXACT)
+    return ", ".join(parts) + (f" ({_reasons(tuple(why.elements()))})" if why else "")
+
+
+def _reasons(reasons: tuple[Reason, ...]) -> str:
+    return ", ".join(f"{reason} {n:,}" for reason, n in Counter(reasons).items())
+
+
+def _size(values: Tensor) -> str:
+    stars, outputs = values.shape
+    return f"{counted(stars, 'star')}, {counted(outputs, 'output')}, {str(values.dtype).removeprefix('torch.')}"
+
+
+def _took(stats: ReachStats) -> str:
+    return f"{stats.method}, {stats.seconds:.2f} s"
+
+
+def _lines(first: str, *more: str) -> str:
+    return "\n".join([first, *(f"  {line}" for line in more if line)])

@@ -1,0 +1,136 @@
+"""Certified bounds of y1 - y2 over a box where one network or both round, by relaxations in difference coordinates.
+
+Each network that rounds becomes a ReLU network with noise and inputs of its own for the errors of its input quantiser
+(`rounding.relax`), the other one gets the same inputs and ignores them; then they are a pair for `difference_bounds`
+and for a search. What a quantiser clamps at the outputs is put back last.
+
+Axis letters: M inputs of the box, N features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from torchreach.core.clock import NO_LIMIT, Clock
+from torchreach.core.errors import ShapeError, UnsupportedLayerError
+from torchreach.domains.difference import difference_bounds
+from torchreach.domains.hexagon import Hexagon
+from torchreach.domains.pair import Pair
+from torchreach.domains.rounding import SINGLE, InputGrid, relax, with_inputs
+from torchreach.domains.zonotope import box_rows, zonotope_bounds
+from torchreach.graph.steps import Step
+
+
+@dataclass(frozen=True, eq=False)
+class RelaxedDifference:
+    """A relaxation over one box; `upper` [2, N_out] bounds y1 - y2 and y2 - y1.
+
+    pair: both networks on the box [low, high] of the inputs and of the errors of input quantisers, and `root` its
+    bounds; None where the architectures differ, and each network is bounded by itself. saturable: of each network, as
+    `relax` says.
+    """
+
+    pair: Pair | None
+    low: Tensor
+    high: Tensor
+    root: tuple[Hexagon, ...]
+    bottom: Tensor  # [2, N_out] ranges of both outputs before the clamps
+    top: Tensor
+    lowest: Tensor  # [2, 1] the clamps
+    highest: Tensor
+    upper: Tensor
+    saturable: tuple[tuple[str, ...], tuple[str, ...]]
+
+    @staticmethod
+    def of(
+        first: tuple[Step, ...],
+        second: tuple[Step, ...],
+        low: Tensor,
+        high: Tensor,
+        grid: InputGrid | None,
+        *,
+        clock: Clock = NO_LIMIT,
+    ) -> RelaxedDifference:
+        """Of the steps of both networks over the box [M]; `second` rounds. grid: part of the codes of its input.
+
+        Raises: UnsupportedLayerError: an affine step too large to be a matrix. OutOfTime: the clock is over.
+        """
+        clock.check()
+        relaxed2 = relax(second, low, high, InputGrid.of(second[0]) if grid is None else grid, clock=clock)
+        rounds = any(step.quantizer is not None for step in first)
+        relaxed1 = relax(first, low, high, InputGrid.of(first[0]), clock=clock) if rounds else None
+        clock.check()
+        own = 0 if relaxed1 is None else relaxed1.extra
+        size = torch.maximum(low.abs(), high.abs())
+        ones = size.new_ones(own + relaxed2.extra)
+        steps1 = first if relaxed1 is None else relaxed1.steps
+        steps1 = with_inputs(steps1, len(size) + own, relaxed2.extra, torch.cat((size, ones[:own])))
+        steps2 = with_inputs(relaxed2.steps, len(size), own, torch.cat((size, ones[own:])))
+        low, high = torch.cat((low, -ones)), torch.cat((high, ones))
+        infinite = low.new_tensor(torch.inf)
+        ends = [(-infinite, infinite) if r is None else (r.lowest, r.highest) for r in (relaxed1, relaxed2)]
+        lowest, highest = (torch.stack(part)[:, None] for part in zip(*ends, strict=True))
+        clock.check()
+        try:
+            pair = Pair.of(steps1, steps2)
+        except (ShapeError, UnsupportedLayerError):
+            # Different architectures: each network by itself.
+            rows = box_rows(low[None], high[None])
+            ranges = [zonotope_bounds(network, *rows, clock=clock)[-1] for network in (steps1, steps2)]
+            bottom, top = (torch.cat(part) for part in zip(*ranges, strict=True))
+            pair, root, upper = None, (), top - bottom.flip(0)
+        else:
+            root = difference_bounds(pair, low[None], high[None], clock=clock)
+            output = root[-1]
+            bottom, top = torch.cat((output.l1, output.l2)), torch.cat((output.u1, output.u2))
+            upper = torch.cat((output.du, -output.dl))
+        return RelaxedDifference(
+            pair,
+            low,
+            high,
+            root,
+            bottom,
+            top,
+            lowest,
+            highest,
+            _clamped(upper, bottom, top, lowest, highest),
+            (() if relaxed1 is None else relaxed1.saturable, relaxed2.saturable),
+        )
+
+    def clamped(self, upper: Tensor) -> Tensor:
+        """Bounds [2, N_out] on y1 - y2 and y2 - y1 from those of the pair."""
+        return _clamped(upper, self.bottom, self.top, self.lowest, self.highest)
+
+
+def relaxation_bytes(first: tuple[Step, ...], second: tuple[Step, ...], numbers: int) -> int:
+    """About how much memory `RelaxedDifference.of` takes: matrices, zonotopes, and rows of backward passes.
+
+    numbers: in one intermediate tensor of the latter.
+    """
+    sizes = [[*(prod(step.in_shape) for step in steps), steps[-1].features] for steps in (first, second)]
+    entries = [a * b for size in sizes for a, b in zip(size[:-1], size[1:], strict=True)]
+    widest, every = max(map(max, sizes)), max(map(sum, sizes))
+    matrices = 3 * sum(entries) + widest**2 + 2 * max(entries)
+    zonotopes = 3 * (every + sizes[0][0]) * widest
+    return 8 * (matrices + zonotopes + 24 * min(widest**2, widest + numbers))
+
+
+def _clamped(upper: Tensor, low: Tensor, high: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+    """Bounds [2, N_out] on y1 - y2 and y2 - y1 after the clamps, from those before them.
+
+    low, high: [2, N_out] ranges of both outputs before the clamps to [lowest, highest], [2, 1] each. With c the clamp,
+    c1(a) - c2(b) <= max(a - b, lowest1 - b, c1(a) - highest2), the last two only where the clamps can act; and it is
+    at most what the ranges of c1(a) and c2(b) say.
+    """
+    last, first = torch.minimum(high, highest), torch.maximum(low, lowest)
+    last, first = torch.maximum(last, lowest), torch.minimum(first, highest)
+    raised = torch.where(low < lowest, lowest - low.flip(0), -torch.inf)
+    cut = torch.where(high.flip(0) > highest.flip(0), last - highest.flip(0), -torch.inf)
+    # The ends of a clamp are products in float32 too.
+    rounded = torch.cat((lowest, highest), 1).abs()
+    loss = (4 * SINGLE * torch.where(rounded.isfinite(), rounded, 0.0)).sum()
+    return torch.minimum(torch.maximum(upper, torch.maximum(raised, cut)), last - first.flip(0)) + loss

@@ -1,0 +1,157 @@
+"""Bounds of every pre-activation over whole input stars, taken once, before any split."""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime
+from torchreach.core.tolerances import UNIT_ROUNDOFF
+from torchreach.domains.zonotope import Bounds, interval_bounds, zonotope_bounds
+from torchreach.graph.merged import MergedNetwork, MergedReLU
+from torchreach.graph.steps import Step
+
+log = logging.getLogger(__name__)
+
+# Of the time left, for each kind of bound.
+SHARE = 0.25
+
+
+def root_bounds(
+    module: nn.Sequential,
+    steps: tuple[Step, ...],
+    rows: Tensor,
+    slack: Tensor,
+    kind: str,
+    margin: float,
+    worth: float,
+    clock: Clock = NO_LIMIT,
+    memory: float = math.inf,
+) -> tuple[Bounds, str]:
+    """Certified (lower, upper) [S, N] per step, the output last, and the name of what gave them.
+
+    Args:
+        module: the network that the steps come from: a chain of layers, or a merged network.
+        rows: [S, 1 + M, N_in] input stars over [-1, 1]^M; slack: [S, N_in].
+        kind: one of `options.ROOT_BOUNDS`. "lirpa" intersects auto_LiRPA's bounds with zonotopes where
+            auto_LiRPA is installed and supports the network, "auto" does so where it is worth it.
+        margin: share of their magnitude by which auto_LiRPA's bounds are widened for rounding.
+        worth: number of neurons, beyond the first layer (where zonotopes are exact), that zonotopes must leave
+            open for auto_LiRPA to be worth its time.
+        clock: of what it has left, zonotopes and auto_LiRPA get a share each. Where zonotopes do not end in it,
+            intervals take over.
+        memory: bytes for zonotopes, and for auto_LiRPA, which is left out where they may not do.
+    """
+    if kind == "interval":
+        return interval_bounds(steps, rows, slack), "interval"
+    if kind == "none":  # of the neurons: what is left open in the end needs bounds of the output
+        infinite = [
+            (b.new_full((len(rows), b.numel()), -torch.inf), b.new_full((len(rows), b.numel()), torch.inf))
+            for b in (step.bias for step in steps[:-1])
+        ]
+        return [*infinite, interval_bounds(steps, rows, slack)[-1]], "none"
+    own = _zonotopes(steps, rows, slack, _share(clock), memory)
+    if kind == "zonotope" or (kind == "auto" and _open(own, steps) < worth):
+        return own, "zonotope"
+    theirs = _lirpa(module, steps, rows, slack, margin, _share(clock), memory)
+    if theirs is None:
+        return own, "zonotope"
+    tightest = [(torch.maximum(a, c), torch.minimum(b, d)) for (a, b), (c, d) in zip(own, theirs, strict=True)]
+    return tightest, "auto_LiRPA CROWN and zonotope"
+
+
+def _share(clock: Clock) -> Clock:
+    return clock.part(SHARE * clock.left if clock.limited else None)
+
+
+def _zonotopes(steps: tuple[Step, ...], rows: Tensor, slack: Tensor, clock: Clock, memory: float) -> Bounds:
+    """Zonotope bounds of as many stars at once as there is memory for."""
+    wide = [step.features for step in steps]
+    numbers = (rows.shape[1] + sum(wide[:-1])) * max(wide)
+    size = int(max(1, min(len(rows), memory // (rows.element_size() * numbers))))
+    parts = [
+        zonotope_bounds(steps, *part, clock=clock, memory=memory)
+        for part in zip(rows.split(size), slack.split(size), strict=True)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    ends = [list(zip(*bounds, strict=True)) for bounds in zip(*parts, strict=True)]
+    return [(torch.cat(low), torch.cat(high)) for low, high in ends]
+
+
+def _open(bounds: Bounds, steps: tuple[Step, ...]) -> int:
+    """Neurons beyond the first layer whose sign is open on some star."""
+    pairs = [(low, high, step.relu) for (low, high), step in zip(bounds, steps, strict=True) if step.relu is not None]
+    return int(sum((((low < 0) & (high > 0)).any(0) & relu).sum() for low, high, relu in pairs[1:]))
+
+
+def _lirpa(
+    module: nn.Sequential,
+    steps: tuple[Step, ...],
+    rows: Tensor,
+    slack: Tensor,
+    margin: float,
+    clock: Clock,
+    memory: float,
+) -> Bounds | None:
+    from torchreach.domains import lirpa
+
+    hidden = max((step.features for step in steps[:-1]), default=0)
+    if lirpa.MATRICES * rows.element_size() * len(rows) * hidden * max(hidden, rows.shape[2]) > memory:
+        log.info("no memory for auto_LiRPA")
+        return None
+    spread = rows[:, 1:].abs().sum(1) + slack
+    shape = steps[0].in_shape
+    lower = (rows[:, 0] - spread).reshape(-1, *shape)
+    upper = (rows[:, 0] + spread).reshape(-1, *shape)
+    try:
+        if isinstance(module, MergedNetwork):
+            first, second = lirpa.merged_bounds(module.first, module.second, lower, upper, clock)
+            bounds = [*_side_by_side(module, first, second), first[-1]]
+        else:
+            bounds = lirpa.preactivation_bounds(module, lower, upper, clock)
+    except OutOfTime:
+        log.info("no time for auto_LiRPA")
+        return None
+    except lirpa.LirpaUnavailableError as error:
+        _say_once(f"neurons are bounded by zonotopes only, so exact reach splits less early: {error}")
+        return None
+    flat = [(low.flatten(1), high.flatten(1)) for low, high in bounds]
+    # auto_LiRPA's rounding is in proportion to the terms that cancel in a bound, not to the bound.
+    terms, size = 0, spread + rows[:, 0].abs()
+    result: Bounds = []
+    for (low, high), step in zip(flat, steps, strict=True):
+        terms += step.terms + 8
+        size = step.magnitude(size) + step.bias_magnitude
+        extra = margin + 16 * terms * UNIT_ROUNDOFF * size
+        result.append((low - margin * low.abs() - extra, high + margin * high.abs() + extra))
+    return result
+
+
+def _side_by_side(module: MergedNetwork, first: Bounds, second: Bounds) -> Bounds:
+    """Bounds of the merged features: both halves where both still have a ReLU, else unbounded."""
+    result: Bounds = []
+    for layer in module:
+        if not isinstance(layer, MergedReLU):
+            continue
+        halves = []
+        sizes = (int(layer.split[0]), int(layer.split[1]))
+        index = len(result)
+        for bounds, size, active in zip((first, second), sizes, layer.active, strict=True):
+            if active:
+                halves.append(tuple(b.flatten(1) for b in bounds[index]))
+            else:
+                like = first[0][0]
+                free = like.new_full((like.shape[0], size), torch.inf)
+                halves.append((-free, free))
+        result.append((torch.cat([h[0] for h in halves], 1), torch.cat([h[1] for h in halves], 1)))
+    return result
+
+
+@lru_cache
+def _say_once(message: str) -> None:
+    log.warning(message)

@@ -1,0 +1,352 @@
+"""Are two networks equivalent on a set of inputs? To within epsilon, or in the label they give.
+
+    epsilon:  |y1_n - y2_n| <= epsilon for every output n and input x          `discrepancy`, with a tolerance
+    top1:     argmax y1(x) = argmax y2(x) for every input x
+
+Method for labels: with c the label at one point, both networks give c everywhere if no output has a lead over c,
+
+    max over x and j of  y_j - y_c  <  0     in either network,
+
+which is a search of its own for each network, as the difference of y_j - y_c from a network that is zero. Where labels
+change inside the star, they change on nearly the same surface in both networks. Between two inputs of different
+labels, bisection finds where each network changes; in between, their labels differ.
+
+Property: sound; complete for labels only where the label does not change inside the star.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from torchreach.compress.constraints import is_weight_only
+from torchreach.core.clock import Clock, OutOfTime, running
+from torchreach.core.errors import OptionError, ShapeError, UnsupportedLayerError
+from torchreach.core.memory import default_budget
+from torchreach.core.options import Budget, Exact, Search
+from torchreach.core.results import Answer, Discrepancy, Equivalence, Progress, ProgressCallback, Reason, Semantics
+from torchreach.core.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF, Tolerances, round_down, round_up
+from torchreach.domains.pair import identical
+from torchreach.domains.zonotope import interval_bounds
+from torchreach.graph.layers import Reshape
+from torchreach.graph.steps import Step
+from torchreach.read.load import as_network
+from torchreach.read.merge import merge
+from torchreach.read.module import reading_once
+from torchreach.read.steps import steps
+from torchreach.search.result import Question, SearchResult
+from torchreach.sets.star import StarBatch
+from torchreach.verbs.discrepancy import discrepancy, one_dtype
+from torchreach.verbs.executed import Formats, Side, formats, semantics_of
+from torchreach.verbs.int8_pair import rounds
+from torchreach.verbs.reach import reach_within, replay
+from torchreach.verbs.star_search import StarSearch
+
+log = logging.getLogger(__name__)
+
+SAMPLES = 256
+BISECTIONS = 60
+REPORT_SECONDS = 0.2
+# Closes once a lead is certainly negative.
+NEGATIVE = -torch.finfo(COMPUTE_DTYPE).tiny
+
+
+@reading_once()
+def equivalent(
+    original: nn.Module,
+    compressed: nn.Module,
+    stars: StarBatch,
+    epsilon: float | None = None,
+    *,
+    top1: bool = False,
+    budget: Budget | None = None,
+    tolerances: Tolerances | None = None,
+    progress: ProgressCallback | None = None,
+    kernels: str = "here",
+    arithmetic: str | None = None,
+) -> Equivalence:
+    """Whether two networks agree on every input of each star: to within `epsilon`, or (`top1`) in their label.
+
+    Args:
+        original, compressed: networks of supported layers with equal input and output sizes.
+        stars: input stars [S] of the networks' input shape.
+        epsilon: bound on |y1 - y2| for every output; give this or `top1`.
+        top1: whether the largest output is the same one.
+        budget, tolerances, progress, kernels, arithmetic: as in `discrepancy`. Ctrl-C ends it as a spent budget does.
+
+    Guarantee: EQUIVALENT is certified for the networks as real-valued functions of their weights (deployed networks and
+    networks in half precision: as `discrepancy` says); NOT_EQUIVALENT comes with a witness, replayed with a bound on
+    its rounding, or as this machine executes it.
+
+    Raises: as `discrepancy`; OptionError: not exactly one of `epsilon` and `top1`, or a negative epsilon.
+        UnsupportedLayerError: `top1` of networks that round activations.
+    """
+    if (epsilon is None) != top1:
+        given = "both" if top1 else "neither"
+        raise OptionError(f"equivalent needs either epsilon or top1=True, got {given}")
+    if not isinstance(stars, StarBatch):
+        raise ShapeError(f"two networks are compared on a torchreach.StarBatch, got {type(stars).__name__}")
+    original, compressed = as_network(original), as_network(compressed)
+    if epsilon is not None:
+        if not 0 <= epsilon < math.inf:
+            raise OptionError(f"epsilon must be a number >= 0, got {epsilon!r}")
+        found = discrepancy(
+            original,
+            compressed,
+            stars,
+            tolerance=epsilon,
+            budget=budget,
+            tolerances=tolerances,
+            progress=progress,
+            kernels=kernels,
+            arithmetic=arithmetic,
+        )
+        return _within(found, epsilon)
+    budget = budget or Budget()
+    with torch.no_grad(), running(budget.seconds) as clock:
+        if rounds(original, stars.shape) or rounds(compressed, stars.shape):
+            raise UnsupportedLayerError(
+                "top1 needs networks that do not round activations: compare torchreach.weight_only(network), or ask "
+                "for an epsilon"
+            )
+        kinds = formats(original, compressed, arithmetic)
+        return _Labels(original, compressed, stars, budget, progress, clock, kinds).run()
+
+
+def _within(found: Discrepancy, epsilon: float) -> Equivalence:
+    """Answers from certified intervals."""
+    lower, upper = found.max_lower, found.max_upper
+    covered = torch.tensor(not found.uncovered, device=upper.device)  # else kernels may leave the interval
+    rows = torch.arange(len(lower), device=lower.device)
+    return Equivalence(
+        answer=_answers((covered & (upper.double() <= epsilon)).tolist(), (lower.double() > epsilon).tolist()),
+        lower=lower,
+        upper=upper,
+        witness=found.witness[rows, found.lower.argmax(1)],
+        label=None,
+        epsilon=epsilon,
+        branches=found.stats.branches,
+        seconds=found.stats.seconds,
+        semantics=found.semantics,
+        kernels=found.kernels,
+        uncovered=found.uncovered,
+        reasons=found.reasons,
+    )
+
+
+def _answers(yes: list[bool], no: list[bool]) -> tuple[Answer, ...]:
+    return tuple(
+        Answer.EQUIVALENT if y else Answer.NOT_EQUIVALENT if n else Answer.UNKNOWN for y, n in zip(yes, no, strict=True)
+    )
+
+
+@dataclass
+class _Labels:
+    """The same-label question, star by star."""
+
+    original: nn.Module
+    compressed: nn.Module
+    stars: StarBatch
+    budget: Budget
+    progress: ProgressCallback | None
+    clock: Clock
+    kinds: Formats = (None, None)
+
+    def __post_init__(self) -> None:
+        stars, given = self.stars, (self.original, self.compressed)
+        self.same = self.original is self.compressed
+        self.original, self.compressed = one_dtype(*given, stars.shape)
+        merge(self.original, self.compressed, stars.shape)  # refuses wrong input
+        self.sides = tuple(Side.of(network, stars, kind) for network, kind in zip(given, self.kinds, strict=True))
+        self.networks = tuple(side.steps for side in self.sides)
+        self.outputs = self.networks[0][-1].features
+        if self.outputs < 2:
+            raise ShapeError("top1 needs networks of at least two outputs, got one")
+        self.branches, self.reported = 0, -math.inf
+
+    def run(self) -> Equivalence:
+        size, stars = len(self.stars), self.stars
+        points = stars.sample(SAMPLES)  # in the stars' dtype, as witnesses are
+        value, error = zip(*(side.values(points.flatten(0, 1)) for side in self.sides), strict=True)
+        first = value[0].reshape(size, SAMPLES, -1)[:, 0]
+        self.label = first.argmax(1)
+        self.lower = torch.full((size,), -torch.inf, dtype=COMPUTE_DTYPE, device=stars.device)
+        self.upper = -self.lower
+        self.witness = points[:, 0].clone()
+        self.lower = torch.stack([
+            _lead(y - e, y + e, self.label.repeat_interleave(SAMPLES)).reshape(size, SAMPLES).amax(1)
+            for y, e in zip(value, error, strict=True)
+        ]).amax(0)  # fmt: skip
+        self.margin = self._margin()
+        same = self.same or (identical(*self.networks) and self.kinds == (None, None))
+        yes, no = [same] * size, [False] * size
+        for s in range(size) if not same else ():
+            self._report()
+            if self.clock.over:
+                break
+            clock = self.clock.part(self.clock.left / (size - s))
+            found = self._differ(s, points[s])
+            if found is None:
+                yes[s], reached = self._constant(s, clock)
+                found = None if reached is None else self._differ(s, torch.cat((points[s], reached)))
+            if found is not None:
+                no[s] = True
+                self.witness[s] = found
+        answers = _answers(yes, no)
+        return Equivalence(
+            answer=answers,
+            lower=round_down(self.lower, stars.dtype),
+            upper=round_up(self.upper, stars.dtype),
+            witness=self.witness,
+            label=self.label,
+            epsilon=None,
+            branches=self.branches,
+            seconds=self.clock.elapsed,
+            semantics=self._semantics(),
+            reasons=tuple(map(self._reason, answers)),
+        )
+
+    def _margin(self) -> Tensor:
+        """[2, S] how much of a lead rounding in either network may take away."""
+        low, high, _ = self.stars.bounding_box()
+        rows, result = torch.arange(len(low), device=low.device), []
+        for side in self.sides:
+            try:
+                below, above = side.rounding(low, high, self.clock)
+            except OutOfTime:
+                result.append(torch.full_like(self.lower, torch.inf))
+                continue
+            loss = torch.maximum(-below, above)
+            result.append(loss[rows, self.label] + loss.amax(1))
+        return torch.stack(result)
+
+    def _constant(self, s: int, clock: Clock) -> tuple[bool, Tensor | None]:
+        """Whether both networks give the star's label everywhere; and inputs [B, *shape] that show another."""
+        star, label = self.stars.select([s]), int(self.label[s])
+        tops, others = [], []
+        for i, network in enumerate((self.original, self.compressed)):
+            margin = float(self.margin[i, s])
+            part = clock.part(0.0 if others else clock.left / (2 - i))
+            lower, upper, x = self._leads(network, star, label, part, margin)
+            tops.append(upper + margin)
+            if lower - margin > float(self.lower[s]):
+                self.lower[s], self.witness[s] = lower - margin, x
+            if lower >= 0:
+                others.append(x)
+        self.upper[s] = max(*tops, float(self.lower[s]))
+        return bool(self.upper[s] < 0), torch.stack(others) if others else None
+
+    def _leads(
+        self, network: nn.Module, star: StarBatch, label: int, clock: Clock, margin: float
+    ) -> tuple[float, float, Tensor]:
+        """Interval around the largest lead over `label`, and an input that attains its lower end.
+
+        margin: no more is asked about a lead than whether it certainly stays below -margin.
+        """
+        lead, zero = (self._compared(network, label, scale) for scale in (1.0, 0.0))
+        memory = self.budget.memory or default_budget(star.device)
+        question = Question("above", threshold=NEGATIVE - margin)
+        compared = steps(lead, star.shape, dtype=COMPUTE_DTYPE, device=star.device, smooth=True)
+        try:
+            work = StarSearch(lead, zero, star, question, Search(), memory=memory, alone=True, clock=clock)
+            work.run(lambda state: self._enough(state, clock, margin))
+        except UnsupportedLayerError as error:
+            log.info("no difference bounds: %s", error)
+            limits = Budget(stars=self.budget.stars, memory=self.budget.memory)
+            found = reach_within(clock, lead, star, Exact(), budget=limits, keep_stars=False)
+            at = int(found.attained_upper[0].argmax())
+            return float(found.attained_upper.max()), float(found.upper.max()), found.argmax[0, at]
+        except OutOfTime:
+            low, high, _ = star.bounding_box()
+            middle, radius = (low + high) / 2, (high - low) / 2 * (1 + 4 * UNIT_ROUNDOFF)
+            return -math.inf, float(interval_bounds(compared, middle[:, None], radius)[-1][1].max()), star.center[0]
+        state = work.state
+        assert state is not None
+        self.branches += state.branches
+        x = work.space.features(state.witness[0, state.lower[0].argmax()]).to(star.dtype)
+        y, error = replay(compared, x[None])
+        return float((y - error).max()), float(state.upper[0].max()), x
+
+    def _enough(self, state: SearchResult, clock: Clock, margin: float) -> bool:
+        """Whether the search for a lead has to stop; reports progress."""
+        self._report(state)
+        spent = self.budget.stars is not None and state.branches >= self.budget.stars
+        return clock.over or spent or state.closed or float(state.lower[0].max()) >= -margin
+
+    def _semantics(self) -> Semantics:
+        if self.kinds != (None, None):
+            return semantics_of(self.kinds)
+        return Semantics.WEIGHT_ONLY if is_weight_only(self.compressed) else Semantics.FLOAT
+
+    def _report(self, state: SearchResult | None = None) -> None:
+        if self.progress is None or self.clock.elapsed - self.reported < REPORT_SECONDS:
+            return
+        self.reported = self.clock.elapsed
+        done, open_ = (state.branches, state.open) if state else (0, 0)
+        low, high = self.lower[:, None], self.upper[:, None]
+        self.progress(Progress(self.branches + done, open_, low, high, low, low, self.clock.elapsed))
+
+    def _reason(self, answer: Answer) -> Reason:
+        if answer is not Answer.UNKNOWN:
+            return Reason.WITHIN if answer is Answer.EQUIVALENT else Reason.EXCEEDED
+        if self.clock.interrupted:
+            return Reason.INTERRUPTED
+        return Reason.BUDGET if self.clock.over or self.budget.stars is not None else Reason.NUMERICAL
+
+    def _compared(self, network: nn.Module, label: int, scale: float) -> nn.Module:
+        """The leads of all other outputs over `label`, times `scale`."""
+        others = [i for i in range(self.outputs) if i != label]
+        layer = nn.Linear(self.outputs, len(others), bias=False, dtype=COMPUTE_DTYPE, device=self.stars.device)
+        with torch.no_grad():
+            layer.weight.zero_()
+            layer.weight[torch.arange(len(others)), others] = scale
+            layer.weight[:, label] = -scale
+        return nn.Sequential(network, Reshape((self.outputs,)), layer)
+
+    def _differ(self, s: int, points: Tensor) -> Tensor | None:
+        """An input at which the labels certainly differ, looked for at points [B, *shape] and between them."""
+        points = points.to(COMPUTE_DTYPE)
+        labels = [replay(network, points)[0].argmax(1) for network in self.networks]
+        here = (labels[0] == self.label[s]) & (labels[1] == self.label[s])
+        other = (labels[0] != self.label[s]) & (labels[1] != self.label[s])
+        if bool(here.any()) and bool(other.any()):
+            inside, outside = points[here], points[other]
+            count = max(len(inside), len(outside))
+            a, b = (part[torch.arange(count, device=part.device) % len(part)] for part in (inside, outside))
+            shape = (-1, *[1] * (points.ndim - 1))
+            crossing = [self._crossing(network, a, b, int(self.label[s])) for network in self.networks]
+            points = torch.cat((points, a + ((crossing[0] + crossing[1]) / 2).reshape(shape) * (b - a)))
+        points = points.to(self.stars.dtype)
+        (label1, sure1), (label2, sure2) = (_label(side, points) for side in self.sides)
+        sure = torch.where(label1 != label2, torch.minimum(sure1, sure2), -torch.inf)
+        best = sure.argmax()
+        return points[best] if float(sure[best]) > 0 else None
+
+    @staticmethod
+    def _crossing(network: tuple[Step, ...], a: Tensor, b: Tensor, label: int) -> Tensor:
+        """Shares t [B] of the way from a to b at which the label stops being `label`."""
+        low, high = (torch.full((len(a),), end, dtype=a.dtype, device=a.device) for end in (0.0, 1.0))
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            x = a + middle.reshape(-1, *[1] * (a.ndim - 1)) * (b - a)
+            still = replay(network, x)[0].argmax(1) == label
+            low, high = torch.where(still, middle, low), torch.where(still, high, middle)
+        return (low + high) / 2
+
+
+def _lead(low: Tensor, high: Tensor, label: Tensor) -> Tensor:
+    """[B] certain lead of any other output over `label` [B], for outputs between low and high [B, N]."""
+    own = high.gather(1, label[:, None])
+    return (low.scatter(1, label[:, None], -torch.inf) - own).amax(1)
+
+
+def _label(side: Side, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels [B] at inputs [B, *shape], and by how much they certainly lead."""
+    y, error = side.values(x)
+    label = y.argmax(1)
+    others = (y + error).scatter(1, label[:, None], -torch.inf).amax(1)
+    return label, (y - error).gather(1, label[:, None])[:, 0] - others

@@ -1,0 +1,448 @@
+"""One star of a comparison in which one network or both round their activations, by ever better bounds.
+
+In the order of what they cost: intervals of both networks (`Compared.intervals`); a short ascent; cells of the input
+grid, where there are few (`search.cells`); a relaxation of the deployed network in one pass, and by branch and bound
+(`bounds.rounding.relax`, `search.signs`); division of the box at thresholds of the input grid. What is certified is
+intersected, so that a star can be left at any time with a valid interval.
+
+`lower` is attained by the networks as given: where the deployed module can be run, by what its kernels compute on this
+machine, which is where codes in doubt are decided; else by the least that any kernel computes.
+
+Axis letters: B points, M inputs that vary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime
+from torchreach.core.errors import UnsupportedLayerError
+from torchreach.core.options import Budget
+from torchreach.core.results import Reason
+from torchreach.core.tolerances import round_down
+from torchreach.domains.pair import Pair
+from torchreach.domains.relaxed_difference import RelaxedDifference, relaxation_bytes
+from torchreach.domains.rounding import InputGrid, blank, varying
+from torchreach.graph.steps import Step
+from torchreach.search.cells import LIMIT, NUMBERS, Cells, cells_of, representable, search_cells
+from torchreach.search.result import Question, SearchResult
+from torchreach.search.rounded_witness import climb, wander
+from torchreach.search.signs import search_signs
+from torchreach.sets.star import StarBatch
+from torchreach.verbs.int8_compared import Compared, quantised
+from torchreach.verbs.reach import VERTEX_DIM, reach_within
+
+log = logging.getLogger(__name__)
+
+# Numbers in all cells' boxes of one star.
+MEMORY = 2**23
+FEW = 2**20  # numbers in one intermediate tensor of points
+COPIES = 16  # of what is kept of a cell, or of an intermediate tensor, at once
+# States of a search without a budget of seconds.
+STATES = 8
+# Boxes looked at without a budget of seconds, and cells of one that is enumerated.
+BOXES, LEAF = 64, 2**12
+FIRST_STEPS, STEPS = 3, 30  # of ascents: before anything else, and where a box is not enumerated
+FIRST, SECOND, LEAST = 0.1, 0.15, 0.3  # what they take at most of the time that is left; seconds, of half of it
+# Gap up to which an interval is called exact, relative to the largest end of any output's range: a deployed network
+# knows its input only in float32.
+EXACT_GAP, TINY = 1e-4, 1e-9
+
+
+class DeployedStar:
+    """What is certified and attained of y1 - y2 (row 0) and y2 - y1 (row 1) over one star so far.
+
+    upper, lower: [2, N_out]; witness: [2, N_out, N_in]. complete: whether all cells were enumerated. relaxed: whether a
+    relaxation was bounded. spent: whether a limit kept something from being done. branches, cells: how many were
+    bounded. fallback: what was not possible.
+    """
+
+    def __init__(
+        self,
+        networks: Compared,
+        low: Tensor,
+        high: Tensor,
+        question: Question,
+        *,
+        upper: Tensor,
+        points: Tensor | None,
+        budget: Budget,
+        memory: float,
+        clock: Clock = NO_LIMIT,
+        seed: int = 0,
+        report: Callable[[], None] = lambda: None,
+    ) -> None:
+        """low, high: [N_in] box around the star. upper: [2, N_out] what is certified of it. points: [B, N_in] inputs of
+        the star, where it is not all of the box."""
+        self.networks, self.points, self.threshold = networks, points, question.threshold
+        # What is certified is rounded up at the end.
+        threshold = round_down(upper.new_tensor(question.threshold), networks.result)
+        self.question = replace(question, threshold=float(threshold))
+        self.budget, self.memory, self.clock, self.seed, self.report = budget, memory, clock, seed, report
+        self.numbers = int(max(min(NUMBERS, memory / 8 / COPIES), 1))
+        self.few = min(self.numbers, FEW)  # of what is looked at between two looks at the clock
+        self.box = low, high
+        self.upper, self.lower = upper, torch.full_like(upper, -torch.inf)
+        self.witness = ((low + high) / 2).expand(*upper.shape, -1).clone()
+        self.complete = self.spent = self.relaxed = self.looked_at = False
+        self.cells = self.branches = 0
+        self.fallback = ""
+        self.own: tuple[tuple[Step, ...], tuple[Step, ...], Tensor] | None = None
+
+    # -- state ------------------------------------------------------------------------------------------
+
+    @property
+    def answered(self) -> bool:
+        """Whether the question is answered."""
+        return self._exceeded or bool((self._top() <= self.question.enough(self.lower)).all())
+
+    @property
+    def _limit(self) -> float:
+        return torch.inf if self.budget.stars is None else self.budget.stars
+
+    @property
+    def _exceeded(self) -> bool:
+        return (
+            self.threshold > -torch.inf and float(round_down(self.lower.max(), self.networks.result)) > self.threshold
+        )
+
+    def _top(self) -> Tensor:
+        return torch.maximum(self.upper, self.lower)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the intervals around the largest |y1 - y2| of each output are as good as a number."""
+        upper, lower = self._top(), self.lower
+        gap = upper.amax(0) - lower.amax(0).clamp(min=0)
+        return bool((gap <= EXACT_GAP * upper.abs().amax() + TINY).all())
+
+    @property
+    def reason(self) -> Reason:
+        """Why the work ended."""
+        if self._exceeded:
+            return Reason.EXCEEDED
+        if float(self._top().max()) <= self.question.threshold:
+            return Reason.WITHIN
+        if self.closed:
+            return Reason.CLOSED
+        if self.answered:
+            return Reason.GAP
+        if self.clock.interrupted:
+            return Reason.INTERRUPTED
+        if self.spent or self.clock.over:
+            return Reason.BUDGET
+        return Reason.KERNEL_CODES if self.complete else Reason.ROUNDING
+
+    # -- work -------------------------------------------------------------------------------------------
+
+    def start(self, clock: Clock) -> None:
+        """Points of the star, or an ascent of few steps: at least a part of it, whatever the time."""
+        self._restrict()
+        if self.points is not None:
+            self._offer(self.points[:, self.varied[2]], whole=self.points)
+        else:
+            self._climb(FIRST_STEPS, clock.part(FIRST * clock.left))
+
+    def look_at_kernels(self) -> None:
+        """Notes in which layers a pair of products may saturate: closely, if there is time and memory."""
+        if self.looked_at:
+            return
+        self.looked_at = True
+        for network, steps in zip(self.networks.executed, self.varied[:2], strict=True):
+            network.look_at(steps, *self._ends(), closely=self._room, clock=self.clock)
+
+    def run(self, *, cells: bool, relaxation: bool, split: str) -> None:
+        """Better bounds, for as long as the question is open and there is time.
+
+        cells, relaxation: what may be used. split: "signs", "inputs", or "auto": inputs up to `VERTEX_DIM` that vary.
+        """
+        self._restrict()
+        if self.answered or self.clock.over or self.own is None:
+            return
+        first, second, index = self.own
+        grid = None if quantised(first) else InputGrid.of(second[0])
+        few = len(index) <= VERTEX_DIM
+        features = sum(step.features for step in (*first, *second))
+        quick = cells and grid is not None and cells_of(grid, *self._ends()) * features <= self.few
+        with suppress(OutOfTime):
+            if not quick:
+                self._ascend()
+            if cells and grid is not None:
+                self._enumerate(grid, few)
+            if self.answered or not relaxation or (few and self.complete):
+                return
+            if quick:
+                self._ascend()
+            self._relax_and_branch(grid, split if split != "auto" else "inputs" if few and len(index) else "signs")
+
+    def _restrict(self) -> None:
+        """Both networks on the inputs that vary, if that fits into memory."""
+        if self.own is not None:
+            return
+        networks, (low, high) = self.networks, self.box
+        size = int((high > low).sum())
+        steps = (*networks.first[:2], *networks.second[:2])
+        needed = 8 * size * (len(low) + 3 * sum(step.features for step in steps))
+        if needed > self.memory:
+            self.spent = True
+            self.fallback = f"the networks' first layers need {needed / 1e9:.2g} GB of memory as matrices"
+            return
+        self.own = varying(networks.first, networks.second, low, high)
+
+    @property
+    def varied(self) -> tuple[tuple[Step, ...], tuple[Step, ...], Tensor]:
+        """Both networks on the inputs that vary, and these: or on all inputs."""
+        if self.own is not None:
+            return self.own
+        return self.networks.first, self.networks.second, torch.arange(len(self.box[0]), device=self.box[0].device)
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """Inputs [..., N_in] with the varying ones x [..., M] filled in."""
+        return self.box[0].expand(*x.shape[:-1], -1).index_copy(-1, self.varied[2], x)
+
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        index = self.varied[2]
+        return self.box[0][index], self.box[1][index]
+
+    def _enumerate(self, grid: InputGrid, few: bool) -> None:
+        """The cells of the input grid, if they are few."""
+        assert self.own is not None
+        first, second, index = self.own
+        low, high = self._ends()
+        total = cells_of(grid, low, high)
+        room = self.memory / 8 / (1 + len(index) + COPIES * self.networks.outputs)
+        if total * (1 + len(index)) > MEMORY or total > min(LIMIT, room):
+            self.spent |= room < total <= LIMIT
+            return
+        cells = Cells(first, second, grid, low, high)
+        if not few:
+            cells.root = self._range_of_first(cells)
+        result = None
+        self.spent |= total > self._limit
+        for result in search_cells(
+            cells,
+            self._ranges if few else None,
+            self.question,
+            clock=self.clock,
+            limit=self._limit,
+            numbers=self.numbers,
+            dtype=self.networks.dtype,
+        ):
+            self.upper = torch.minimum(self.upper, result.upper)
+            self._offer_states(result.lower, result.witness)
+            self.cells = result.cells
+            self.report()
+            if self.answered:
+                break
+        assert result is not None
+        self.complete = result.complete
+
+    def _relax_and_branch(self, grid: InputGrid | None, split: str) -> None:
+        low, high = self._ends()
+        for upper in self._relaxed(low, high, grid, search=split == "signs"):
+            self.upper, self.relaxed = torch.minimum(self.upper, upper), True
+            self.report()
+            if self.answered:
+                return
+        if split == "inputs" and (grid is not None or not self.fallback):
+            self._branch(grid)
+
+    def _branch(self, grid: InputGrid | None) -> None:
+        """Best first: the box is divided at thresholds of its inputs; parts with few cells are enumerated."""
+        assert self.own is not None
+        low, high = self._ends()
+        open_ = [(low, high, grid, self.upper)]
+        finished = torch.full_like(self.upper, -torch.inf)
+        each = 8 * (2 * len(low) + self.upper.numel()) * 2
+        boxes = 0
+        while open_:
+            enough = self.question.enough(self.lower)
+            excess = torch.stack([upper for *_, upper in open_]).sub(enough).amax((1, 2))
+            worst = int(excess.argmax())
+            full = len(open_) * each > self.memory or self.branches + self.cells >= self._limit
+            self.spent |= full
+            over = self.clock.over or full or (not self.clock.limited and boxes >= BOXES)
+            if over or float(excess[worst]) <= 0 or self._exceeded:
+                break
+            low, high, part, above = open_.pop(worst)
+            boxes, self.branches = boxes + 1, self.branches + 1
+            if part is not None and cells_of(part, low, high) <= LEAF:
+                cells = Cells(self.own[0], self.own[1], part, low, high)
+                *_, result = search_cells(
+                    cells,
+                    self._ranges,
+                    self.question,
+                    clock=self.clock,
+                    limit=self._limit - self.branches - self.cells,
+                    numbers=self.numbers,
+                    dtype=self.networks.dtype,
+                )
+                self.spent |= result.cells < cells.total
+                finished = torch.maximum(finished, torch.minimum(result.upper, above))
+                self.cells += result.cells
+                self._offer_states(result.lower, result.witness)
+            else:
+                for half in self._divided(low, high, part):
+                    upper = next(self._relaxed(*half, search=False), above)
+                    open_.append((*half, torch.minimum(upper, above)))
+            top = torch.stack((finished, *(upper for *_, upper in open_))).amax(0)
+            self.upper = torch.minimum(self.upper, torch.maximum(top, self.lower))
+            self.report()
+        self.complete |= not open_ and not self.spent
+
+    def _divided(
+        self, low: Tensor, high: Tensor, grid: InputGrid | None
+    ) -> list[tuple[Tensor, Tensor, InputGrid | None]]:
+        """Two boxes that cover the box: apart at the middle threshold of an input with several codes, else halves."""
+        step = self.varied[1][0 if grid is None else 1]
+        weight = step.magnitude(torch.eye(len(low), dtype=low.dtype, device=low.device)).sum(1)
+        if grid is None:
+            at = int((weight * (high - low)).argmax())
+            middle = (low[at] + high[at]) / 2
+            return [(low, _set(high, at, middle), None), (_set(low, at, middle), high, None)]
+        first, last = grid.codes(low, high)
+        at = int((weight * (last - first)).argmax())
+        code = ((first + last) / 2).floor()
+        result: list[tuple[Tensor, Tensor, InputGrid | None]] = []
+        for start, end in ((first, _set(last, at, code[at])), (_set(first, at, code[at] + 1), last)):
+            cells = (grid.cell(start), grid.cell(end))
+            bottom = torch.minimum(cells[0][0], cells[1][0])[at].clamp(low[at], high[at])
+            top = torch.maximum(cells[0][1], cells[1][1])[at].clamp(low[at], high[at])
+            result.append((_set(low, at, bottom), _set(high, at, top), replace(grid, first=start, last=end)))
+        return result
+
+    def _ranges(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        boxes = StarBatch.from_box(*(self._whole(end).reshape(-1, *self.networks.shape) for end in (low, high)))
+        budget = Budget(memory=self.memory)
+        found = reach_within(self.clock, self.networks.original, boxes, keep_stars=False, budget=budget)
+        argmin, argmax = (part.flatten(2)[:, :, self.varied[2]] for part in (found.argmin, found.argmax))
+        return found.lower, found.upper, argmin, argmax
+
+    def _range_of_first(self, cells: Cells) -> tuple[Tensor, Tensor]:
+        """y1's own range [N_out] over the box: its difference from a network that is zero."""
+        upper = torch.stack((cells.root[1], -cells.root[0]))
+        if self._room:
+            pair = Pair.of(cells.first, blank(cells.first))
+            for state in self._search(pair, cells.lower, cells.upper, self.clock.part(self.clock.left / 2)):
+                upper = torch.minimum(upper, state.upper)
+                self.report()
+        return -upper[1], upper[0]
+
+    @property
+    def _room(self) -> bool:
+        """Whether there is memory for a relaxation of both networks."""
+        return self.own is not None and relaxation_bytes(self.own[0], self.own[1], self.numbers) <= self.memory
+
+    def _relaxed(self, low: Tensor, high: Tensor, grid: InputGrid | None, *, search: bool) -> Iterator[Tensor]:
+        """Bounds [2, N_out] over a box [M] from the relaxation: of a single pass, then tighter ones of a search.
+
+        None at all where there is no memory for it. Raises OutOfTime where there is no time.
+        """
+        first, second, _ = self.varied
+        if not self._room:
+            self.spent = True
+            self.fallback = f"a relaxation needs {relaxation_bytes(first, second, self.numbers) / 1e9:.2g} GB of memory"
+            log.info("no relaxation: it needs more memory than there is to spend, %.3g GB", self.memory / 1e9)
+            return
+        try:
+            relaxed = RelaxedDifference.of(first, second, low, high, grid, clock=self.clock)
+        except UnsupportedLayerError as error:
+            self.fallback = str(error)
+            log.info("no relaxation: %s", error)
+            return
+        if not self.looked_at:  # the first box is the whole one
+            self.looked_at = True
+            for network, names in zip(self.networks.executed, relaxed.saturable, strict=True):
+                network.saturable.update(names)
+        yield relaxed.upper
+        if search and relaxed.pair is not None:
+            for state in self._search(relaxed.pair, relaxed.low, relaxed.high, self.clock, root=relaxed.root):
+                if self.points is None:  # its witness may be one of ours
+                    self._offer(state.witness[..., : len(low)].flatten(0, 1))
+                yield relaxed.clamped(state.upper)
+
+    def _search(self, pair: Pair, low: Tensor, high: Tensor, clock: Clock, **options) -> Iterator[SearchResult]:
+        """States of a search until the clock is over, or a few of them."""
+        if pair.depth == 1:
+            return  # linear: a single pass is exact
+        question = replace(self.question, tolerance=max(self.question.tolerance, 1e-6))
+        before = self.branches
+        states = search_signs(
+            pair, low, high, question, memory=self.memory / 2, seed=self.seed, clock=clock, **options
+        )  # fmt: skip
+        for count, state in enumerate(states):
+            self.branches = before + state.branches
+            yield state
+            full = self.branches >= self._limit
+            self.spent |= full
+            if clock.over or full or state.closed or (not clock.limited and count + 1 >= STATES):
+                return
+
+    # -- what is attained -------------------------------------------------------------------------------
+
+    def _climb(self, steps: int, clock: Clock) -> None:
+        first, second, _ = self.varied
+        order = self.upper.flatten().argsort(descending=True, stable=True)
+        for x in climb(first, second, *self._ends(), order, steps=steps, seed=self.seed, clock=clock, numbers=self.few):
+            self._offer(x)
+            self.report()
+            if self._exceeded:
+                return
+
+    def _ascend(self) -> None:
+        """Inputs by chance, near the best ones, and by ascents."""
+        if self.points is not None or self.answered:
+            return
+        index = self.varied[2]
+        start, count = self.witness[..., index].flatten(0, 1), self.few // (4 * self._widest)
+        clock = self.clock.part(max(SECOND * self.clock.left, min(LEAST, self.clock.left / 2)))
+        value = lambda x: self.networks.estimate(*self.varied[:2], x, self._whole(x))  # noqa: E731
+        for x in wander(value, *self._ends(), start, count, seed=self.seed, clock=clock):
+            self._offer(x)
+            if self._exceeded:
+                return
+        self._climb(STEPS, self.clock.part(SECOND * self.clock.left))
+
+    @property
+    def _widest(self) -> int:
+        return max(step.features for steps in self.varied[:2] for step in steps)
+
+    def _offer_states(self, value: Tensor, x: Tensor) -> None:
+        """Values [2, N_out] that hold whatever the kernel, at inputs x [2, N_out, M]; and what else is attained there.
+
+        Where only a part of the box is the star, they say nothing.
+        """
+        better = value > self.lower
+        if self.points is not None or not bool(better.any()):
+            return
+        self.take(value, self._whole(x))
+        self._offer(x[better])
+
+    def _offer(self, x: Tensor, whole: Tensor | None = None) -> None:
+        """Takes inputs x [B, M] as numbers of the dtype in which inputs are attained. whole: [B, N_in] as they are."""
+        first, second, _ = self.varied
+        if whole is None:
+            x = representable(x, *self._ends(), self.networks.dtype)
+        for part in torch.arange(len(x), device=x.device).split(max(self.few // (4 * self._widest), 1)):
+            inputs = self._whole(x[part]) if whole is None else whole[part]
+            value, at = self.networks.attained(first, second, x[part], inputs).max(0)
+            self.take(value, inputs[at])
+            if self.clock.over:
+                return
+
+    def take(self, value: Tensor, x: Tensor) -> None:
+        """Values [2, N_out] attained at inputs x [2, N_out, N_in]."""
+        self.witness = torch.where((value > self.lower)[..., None], x, self.witness)
+        self.lower = torch.maximum(self.lower, value)
+
+
+def _set(values: Tensor, at: int, value: Tensor) -> Tensor:
+    changed = values.clone()
+    changed[at] = value
+    return changed

@@ -1,0 +1,143 @@
+"""Results in files that are safe to read.
+
+A file is what `torch.save` makes of dictionaries, lists, tensors, numbers and strings, and is read with
+`weights_only=True`: nothing in it is executed. Each value of a class of `torchreach.core.results` is a dictionary of
+its fields under the name of the class, so files stay readable when a field with a default is added.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchreach.core import results
+from torchreach.core.errors import FileFormatError, InvalidNetworkError, OptionError
+from torchreach.core.files import whole
+from torchreach.core.results import Discrepancy, Equivalence, ReachResult, RepairResult
+from torchreach.sets.star import StarBatch
+
+Result = Discrepancy | ReachResult | Equivalence | RepairResult
+
+_FORMAT, _VERSION = "torchreach result", 1
+_CLASSES: dict[str, type] = {
+    name: kind
+    for name, kind in vars(results).items()
+    if isinstance(kind, type) and (dataclasses.is_dataclass(kind) or issubclass(kind, enum.Enum))
+}
+
+
+def save_result(result: Result, path: str | Path) -> None:
+    """Writes what `discrepancy`, `reach`, `equivalent` or `repair` returned, for `load_result`; whole or not at all.
+
+    Tensors keep their dtype. Of a repaired network the state dict is kept, not the structure.
+
+    Raises: OptionError for anything else; OSError where `path` cannot be written.
+    """
+    if not isinstance(result, Result):
+        raise OptionError(f"a result of discrepancy, reach, equivalent or repair is required, got {_kind(result)}")
+    content = {"format": _FORMAT, "version": _VERSION, "result": _encode(result)}
+    with whole(Path(path)) as draft:
+        torch.save(content, draft)
+
+
+def load_result(path: str | Path, network: nn.Module | None = None, *, device: torch.device | str = "cpu") -> Result:
+    """The result in a file of `save_result`, its tensors on `device`.
+
+    network: for the result of a repair, a module of the structure of the one that was repaired, such as the compressed
+        network; its numbers do not matter, and it is not changed.
+
+    Raises: FileFormatError: a file that is missing, damaged, or no result; OptionError: the result of a repair, and no
+        network; InvalidNetworkError: a network of another structure.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileFormatError(f"no such file: {path}")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # zip and pickle errors, and what weights_only refuses
+        reason = (str(error).strip().splitlines() or [_kind(error)])[0]
+        raise FileFormatError(f"{path} is not a readable result of torchreach.save_result: {reason}") from None
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise FileFormatError(f"{path} is not a result of torchreach.save_result")
+    if content.get("version") != _VERSION:
+        raise FileFormatError(
+            f"{path} must be of version {_VERSION}, got {content.get('version')!r}: another torchreach wrote it"
+        )
+    try:
+        result = _decode(content.get("result"), network)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, OptionError | InvalidNetworkError):
+            raise
+        raise FileFormatError(f"{path} is damaged or was written by another torchreach: {error}") from None
+    if not isinstance(result, Result):
+        raise FileFormatError(f"{path} must hold a result, got {_kind(result)}")
+    return result
+
+
+def _encode(value: Any) -> Any:
+    match value:
+        case enum.Enum():
+            return {"type": _kind(value), "value": value.value}
+        case None | bool() | int() | float() | str():
+            return value
+        case Tensor():
+            return value.detach().clone()  # of a view, the part that is seen
+        case tuple():
+            return {"type": "tuple", "value": [_encode(part) for part in value]}
+        case dict():
+            return {"type": "dict", "value": {key: _encode(part) for key, part in value.items()}}
+        case nn.Module():
+            return {"type": "network", "value": dict(value.state_dict())}
+        case StarBatch():
+            return {"type": "StarBatch", "value": _fields(value)}
+        case _ if _kind(value) in _CLASSES:
+            return {"type": _kind(value), "value": _fields(value)}
+    raise OptionError(f"a result cannot keep a {_kind(value)}")
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {part.name: _encode(getattr(value, part.name)) for part in dataclasses.fields(value) if part.init}
+
+
+def _decode(value: Any, network: nn.Module | None) -> Any:
+    if not isinstance(value, dict):
+        return value
+    kind, content = value["type"], value["value"]
+    if kind == "network":
+        return _filled(network, content)
+    if kind == "tuple":
+        return tuple(_decode(part, network) for part in content)
+    if kind != "dict" and kind != "StarBatch" and issubclass(_CLASSES[kind], enum.Enum):
+        return _CLASSES[kind](content)
+    parts = {key: _decode(part, network) for key, part in content.items()}
+    if kind == "dict":
+        return parts
+    return StarBatch.trusted(**parts) if kind == "StarBatch" else _CLASSES[kind](**parts)
+
+
+def _filled(network: nn.Module | None, state: dict[str, Any]) -> nn.Module:
+    """A copy of `network` with the numbers of `state`."""
+    if network is None:
+        raise OptionError(
+            "the result of a repair holds the numbers of its network, not the structure: load_result needs network=, "
+            "a module of the structure of the one that was repaired"
+        )
+    filled = copy.deepcopy(network)
+    try:
+        filled.load_state_dict(state)
+    except (RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).splitlines()[1:2]).strip()
+        raise InvalidNetworkError(
+            f"network must have the structure of the repaired one, got {_kind(network)}: {reason}"
+        ) from None
+    return filled
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
