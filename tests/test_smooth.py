@@ -536,3 +536,18 @@ def test_the_loss_bounds_the_difference_and_falls_along_its_gradient(name: str) 
             p -= 1e-5 * p.grad / size**0.5
     # to first order, the loss falls by the length of the step times the gradient's
     assert float(before - loss(lower, upper)) == pytest.approx(1e-5 * size**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_planes_follow_the_slope_along_the_interval(name: str) -> None:
+    """Halving the interval of z around a steady difference quarters what planes leave open, away from kinks."""
+    f = smooth(CASES[name][0])
+    left = []
+    for width in (0.2, 0.1):
+        z = torch.tensor([-1.5, -0.8, 0.7, 1.6], dtype=torch.float64)
+        d = torch.full_like(z, 1e-3)
+        hexagon = Hexagon(*(x[None] for x in (z - width, z + width, z - d - width, z - d + width, d, d)))
+        planes = CurvePlanes.of(f, hexagon, torch.arange(4))
+        (p, q, r), (a, b, c) = planes.rise, planes.fall
+        left.append(((p - a) * z + (q - b) * d + r - c)[0])
+    assert bool((left[1] <= 0.3 * left[0] + 1e-14).all())

@@ -16,8 +16,17 @@ the largest slope [a, b] over the hull of both, hence
 
     min(a d, b d)  <=  e  <=  max(a d, b d)                                                    (mean value theorem)
 
-whose upper end is convex in d, and so below its chord over [dl, du]; the lower end is above its own. Other planes bound
-sigma(z) and sigma(z2) apart. Whichever is tighter in the middle is taken, neuron by neuron.
+whose upper end is convex in d, and so below its chord over [dl, du]; the lower end is above its own. More tightly, let
+sigma'(x) lie in c (x - m) + [a, b] over the hull, for any c. The mean of a linear function between z2 and z is its
+value at the midpoint v = (z + z2) / 2 = z - d / 2, so
+
+    c (v - m) d + min(a d, b d)  <=  e  <=  c (v - m) d + max(a d, b d)
+
+For fixed d the upper end is linear in v, for fixed v convex in d: less any plane, it is largest at a corner of a box of
+(v, d) around the hexagon, which gives the plane's offset. c = 0 is the mean value theorem. Where c is the slope of the
+chord of sigma', the band [a, b] comes from the cells again: sigma' - c (x - m) is at most its larger end plus
+curl w^2 / 8, for |sigma'''| <= curl, and at most what the range of sigma' says. Other planes bound sigma(z) and
+sigma(z2) apart. Whichever is tightest in the middle is taken, neuron by neuron.
 
 Every offset carries an allowance for rounding and for the error of sigma itself.
 
@@ -56,6 +65,8 @@ class Cells:
     low: Tensor
     high: Tensor
     error: Tensor
+    slope: Tensor  # sigma'(x) [1 + K, ...]
+    smooth: Tensor  # [K, ...] cells without a kink
 
     @staticmethod
     def of(function: Smooth, lower: Tensor, upper: Tensor) -> Cells:
@@ -66,13 +77,16 @@ class Cells:
         x[-1] = upper
         slope = function.slope(x)
         low, high = torch.minimum(slope[:-1], slope[1:]), torch.maximum(slope[:-1], slope[1:])
+        smooth = torch.ones_like(low, dtype=torch.bool)
         for turn in function.turns:
             near = NEAR * (1 + abs(turn.at))
             inside = (x[:-1] <= turn.at + near) & (x[1:] >= turn.at - near)
             low = torch.where(inside, low.clamp(max=turn.low), low)
             high = torch.where(inside, high.clamp(min=turn.high), high)
+            smooth = smooth & ~inside if turn.kink else smooth
         error = function.error(torch.maximum(lower.abs(), upper.abs()))
-        return Cells(x, function.value(x), low - function.slope_error, high + function.slope_error, error)
+        low, high = low - function.slope_error, high + function.slope_error
+        return Cells(x, function.value(x), low, high, error, slope, smooth)
 
     @property
     def slopes(self) -> Ends:
@@ -81,7 +95,7 @@ class Cells:
 
     def mirrored(self) -> Cells:
         """-sigma."""
-        return Cells(self.x, -self.y, -self.high, -self.low, self.error)
+        return Cells(self.x, -self.y, -self.high, -self.low, self.error, -self.slope, self.smooth)
 
     def height(self, slope: Tensor) -> Tensor:
         """t [...] with sigma(x) <= slope x + t."""
@@ -113,6 +127,20 @@ class Cells:
         """The line below sigma that is highest in the middle."""
         slope, height = self.mirrored().above()
         return -slope, -height
+
+    def tilt(self) -> Tensor:
+        """Slope c [...] of the chord of sigma', 0 where the interval is too narrow to tell."""
+        width, size = self.x[-1] - self.x[0], torch.maximum(self.x[0].abs(), self.x[-1].abs())
+        return torch.where(width > 1e-6 * (1 + size), (self.slope[-1] - self.slope[0]) / width.clamp(min=TINY), 0.0)
+
+    def lift(self, c: Tensor, middle: Tensor, curl: float, error: float) -> Tensor:
+        """b [...] with sigma'(x) <= c (x - middle) + b away from kinks; error: of each computed slope."""
+        line = c * (self.x - middle)
+        g, width = self.slope - line, self.x[1:] - self.x[:-1]
+        bent = torch.maximum(g[:-1], g[1:]) + curl * width**2 / 8 + error
+        top = self.high - torch.minimum(line[:-1], line[1:])
+        top = torch.where(self.smooth, torch.minimum(top, bent), top).amax(0)
+        return top + 16 * UNIT_ROUNDOFF * (top.abs() + line[0].abs() + line[-1].abs())
 
     def range(self) -> Ends:
         """Of sigma."""
@@ -152,13 +180,27 @@ class CurvePlanes:
         lower, upper = torch.minimum(lower, upper), torch.maximum(lower, upper)
         dl, du = torch.minimum(dl, du), torch.maximum(dl, du)
         cells = Cells.of(function, lower, upper)
-        low, high = Cells.of(function, lower.amin(0), upper.amax(0)).slopes
+        hull = Cells.of(function, lower.amin(0), upper.amax(0))
+        middle, tilt = (hull.x[0] + hull.x[-1]) / 2, hull.tilt()
+        c = torch.stack((torch.zeros_like(tilt), tilt))
+        curl, error = function.curl, function.slope_error
+        high = torch.stack([hull.lift(slope, middle, curl, error) for slope in c])
+        low = -torch.stack([hull.mirrored().lift(-slope, middle, curl, error) for slope in c])
+        vl = torch.stack(((l1 + l2) / 2, l1 - du / 2, l2 + dl / 2)).amax(0)
+        vu = torch.stack(((u1 + u2) / 2, u1 - dl / 2, u2 + du / 2)).amin(0)
+        size = 4 * UNIT_ROUNDOFF * (vl.abs() + vu.abs() + dl.abs() + du.abs())
+        box = torch.minimum(vl, vu) - size, torch.maximum(vl, vu) + size, dl, du
+        # torch's function may be off twice
+        jump = torch.where(
+            (dl == 0) & (du == 0), 0.0, 2 * function.jumps(torch.maximum(lower.abs(), upper.abs()).amax(0))
+        )
+        rise, fall = _rise(c, middle, low, high, box), _rise(-c, middle, -high, -low, box)
         return CurvePlanes(
             index,
             cells.above(),
             cells.below(),
-            _rise(low, high, dl, du),
-            tuple(-part for part in _rise(-high, -low, dl, du)),  # type: ignore[arg-type]
+            (*rise[:2], rise[2] + jump),
+            (-fall[0], -fall[1], -fall[2] - jump),
             ((l1 + u1) / 2, (dl + du) / 2),
             hexagon.sizes(),
         )
@@ -193,14 +235,30 @@ class CurvePlanes:
         return p, q, (r + 2 * (terms + 16) * UNIT_ROUNDOFF * loss).sum(-1)
 
 
-def _rise(low: Tensor, high: Tensor, dl: Tensor, du: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """p, q, r of a plane above e = s d for all slopes s in [low, high], d in [dl, du]."""
+def _rise(
+    c: Tensor, m: Tensor, low: Tensor, high: Tensor, box: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """p, q, r [B, n] of a plane p z + q d + r above (c (v - m) + s) d for all s in [low, high] and (v, d) in the box.
+
+    c, low, high: [2, B, n], of which the choice that is lower in the middle is taken. v = z - d / 2.
+
+    Rounding: a corner's value is off by 8 u of the terms it is summed from.
+    """
+    vl, vu, dl, du = box
+    v, d = (vl + vu) / 2, (dl + du) / 2
     left, right = torch.maximum(low * dl, high * dl), torch.maximum(low * du, high * du)
-    q = torch.where(du > dl, (right - left) / (du - dl).clamp(min=TINY), high)
-    q = torch.minimum(torch.maximum(q, low), high)
-    r = torch.maximum(left - q * dl, right - q * du)
-    size = torch.maximum(low.abs(), high.abs()) * torch.maximum(dl.abs(), du.abs())
-    return torch.zeros_like(q), q, r + 8 * UNIT_ROUNDOFF * size
+    chord = torch.where(du > dl, (right - left) / (du - dl).clamp(min=TINY), high)
+    p = c * d
+    q = c * (v - m) + torch.minimum(torch.maximum(chord, low), high) - p / 2
+    corners = [
+        c * (x - m) * y + top - p * (x + y / 2) - q * y for x in (vl, vu) for y, top in ((dl, left), (du, right))
+    ]
+    size_v, size_d = torch.maximum(vl.abs(), vu.abs()), torch.maximum(dl.abs(), du.abs())
+    size = (c.abs() * (size_v + m.abs()) + torch.maximum(low.abs(), high.abs()) + q.abs()) * size_d
+    r = torch.stack(corners).amax(0) + 16 * UNIT_ROUNDOFF * (size + p.abs() * (size_v + size_d))
+    best = (p * (v + d / 2) + q * d + r).argmin(0, keepdim=True)
+    p, q, r = (part.gather(0, best)[0] for part in (p, q, r))
+    return p, q, r
 
 
 def activated(step: Step, hexagon: Hexagon) -> tuple[Ends, Ends]:
@@ -214,7 +272,8 @@ def activated(step: Step, hexagon: Hexagon) -> tuple[Ends, Ends]:
         a, b = Cells.of(function, torch.minimum(l1, l2), torch.stack((u1, u2, l1, l2)).amax(0)).slopes
         ends = torch.stack((a * d1, b * d1, a * d2, b * d2))
         bottom, top = ends.amin(0), ends.amax(0)
-        bottom, top = bottom - 4 * UNIT_ROUNDOFF * bottom.abs(), top + 4 * UNIT_ROUNDOFF * top.abs()
+        jump = torch.where((d1 == 0) & (d2 == 0), 0.0, 2 * function.jumps(torch.stack((l1, u1, l2, u2)).abs().amax(0)))
+        bottom, top = bottom - 4 * UNIT_ROUNDOFF * bottom.abs() - jump, top + 4 * UNIT_ROUNDOFF * top.abs() + jump
         far = 4 * UNIT_ROUNDOFF * (most.abs() + least.abs()).sum(0)
         bottom, top = torch.maximum(bottom, least[0] - most[1] - far), torch.minimum(top, most[0] - least[1] + far)
         low, high = low.index_copy(1, index, least[0]), high.index_copy(1, index, most[0])

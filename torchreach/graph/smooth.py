@@ -72,8 +72,11 @@ class Smooth:
 
     def error(self, x: Tensor) -> Tensor:
         """Bound on |computed value - sigma| at all numbers of magnitude |x| at most."""
-        jump = torch.where(x.abs() >= self.after, self.jump, 0.0) if self.jump else 0.0
-        return ERROR * (self.height + self.steepest * x.abs()) + jump
+        return ERROR * (self.height + self.steepest * x.abs()) + self.jumps(x)
+
+    def jumps(self, x: Tensor) -> Tensor:
+        """The part of `error` that is no rounding."""
+        return torch.where(x.abs() >= self.after, self.jump, 0.0).to(x)
 
     @property
     def slope_error(self) -> float:
