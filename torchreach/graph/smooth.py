@@ -195,11 +195,11 @@ def _exponential(name: str, alpha: float, scale: float = 1.0, pace: float = 1.0)
 
 
 def _elu(alpha: float = 1.0) -> Smooth:
-    return _exponential(f"ELU(alpha={alpha!r})", alpha)
+    return _exponential(f"ELU(alpha={float(alpha)!r})", alpha)
 
 
 def _celu(alpha: float = 1.0) -> Smooth:
-    return _exponential(f"CELU(alpha={alpha!r})", alpha, pace=1 / alpha if alpha else 0.0)
+    return _exponential(f"CELU(alpha={float(alpha)!r})", alpha, pace=1 / alpha if alpha else 0.0)
 
 
 def _selu() -> Smooth:
