@@ -51,6 +51,8 @@ CASES: dict[str, tuple[nn.Module, Callable]] = {
     "celu": (nn.CELU(0.5), _exponential(mpmath.mpf(0.5), pace=2)),
     "selu": (nn.SELU(), _exponential(mpmath.mpf(1.6732632423543772), mpmath.mpf(1.0507009873554805))),
     "hardswish": (nn.Hardswish(), lambda x: x * min(max(x + 3, mpmath.mpf(0)), mpmath.mpf(6)) / 6),
+    "softplus": (nn.Softplus(), lambda x: mpmath.log1p(mpmath.exp(x))),
+    "softplus steep": (nn.Softplus(2.0, 8.0), lambda x: mpmath.log1p(mpmath.exp(2 * x)) / 2),
     "logsigmoid": (nn.LogSigmoid(), lambda x: -mpmath.log1p(mpmath.exp(-x))),
 }
 NAMES = list(CASES)

@@ -228,6 +228,25 @@ def _logsigmoid() -> Smooth:
     )
 
 
+def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Smooth:
+    """log(1 + exp(b x)) / b, of slope sigmoid(b x), which rises everywhere, and third derivative b^2 sigmoid''.
+
+    |sigmoid''| <= 1 / (6 sqrt 3). torch's is x where b x > threshold, too little by log(1 + exp(-b x)) / b.
+    """
+    if not (math.isfinite(beta) and beta > 0 and not math.isnan(threshold)):
+        raise ValueError(f"beta must be positive, got beta={beta!r} and threshold={threshold!r}")
+    jump = max(-threshold, 0.0) + math.log1p(math.exp(-abs(threshold)))
+    return Smooth(
+        f"Softplus(beta={float(beta)!r}, threshold={float(threshold)!r})",
+        lambda x: x.clamp(min=0) + torch.log1p(torch.exp(-beta * x.abs())) / beta,
+        lambda x: torch.sigmoid(beta * x),
+        (),
+        *(max(1.0, 1 / beta), 1.0, 0.097 * beta**2),
+        jump=jump / beta * (1 + 1e-12),
+        after=threshold / beta * (1 - 1e-12) if threshold > 0 else -math.inf,
+    )
+
+
 ENTRIES: tuple[Entry, ...] = (
     Entry(nn.Sigmoid, _sigmoid, ("sigmoid",), onnx="Sigmoid"),
     Entry(nn.Tanh, _tanh, ("tanh",), onnx="Tanh"),
@@ -237,6 +256,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(nn.CELU, _celu, ("celu",), ("alpha",), onnx="Celu"),
     Entry(nn.SELU, _selu, ("selu",), onnx="Selu"),
     Entry(nn.Hardswish, _hardswish, ("hardswish",), onnx="HardSwish"),
+    Entry(nn.Softplus, _softplus, ("softplus",), ("beta", "threshold"), onnx="Softplus"),
     Entry(nn.LogSigmoid, _logsigmoid, ("logsigmoid", "log_sigmoid")),
 )
 SMOOTH = tuple(entry.layer for entry in ENTRIES)
