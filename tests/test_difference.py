@@ -17,10 +17,10 @@ from torchreach.domains.difference import difference_bounds, quick_bounds
 from torchreach.domains.hexagon import Graph, Hexagon, height, planes, start_slopes
 from torchreach.domains.pair import Pair
 from torchreach.domains.zonotope import zonotope_bounds
-from torchreach.read.merge import merge
 from torchreach.read.steps import steps
 from torchreach.search.signs import search_signs
 from torchreach.search.witness import ascend
+from torchreach.verbs.merge import merge
 
 SHAPES = ([3, 4], [4, 12, 8, 3], [6, 10, 10, 10, 2], [20, 16, 12, 4], [3, 6, 6, 6, 6, 6, 2])
 NOISE = (0.0, 1e-3, 1e-2, 0.3)

@@ -21,9 +21,9 @@ from torchreach.domains.pair import Pair
 from torchreach.domains.smooth import Cells, CurvePlanes, activated
 from torchreach.domains.zonotope import box_rows, interval_bounds, zonotope_bounds
 from torchreach.graph.smooth import ENTRIES, ERROR, SMOOTH, smooth
-from torchreach.read.merge import merge
 from torchreach.read.module import chain
 from torchreach.read.steps import steps
+from torchreach.verbs.merge import merge
 from torchreach.verbs.reach import replay
 
 K, C = "0.044715", "2"

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from torchreach.graph.merged import Comparison, MergedLinear, MergedNetwork, MergedReLU
     from torchreach.read.dialects.state_dict import load_int8
     from torchreach.read.load import load
-    from torchreach.read.merge import merge
     from torchreach.read.module import weight_only
     from torchreach.sets.star import StarBatch
     from torchreach.training.loss import DiscrepancyLoss
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
     from torchreach.training.support import StarSupport
     from torchreach.verbs.discrepancy import discrepancy
     from torchreach.verbs.equivalence import equivalent
+    from torchreach.verbs.merge import merge
     from torchreach.verbs.reach import reach
     from torchreach.verbs.storage import load_result, save_result
 
@@ -118,7 +118,6 @@ _PLACES = {
         "graph.merged": "Comparison MergedLinear MergedNetwork MergedReLU",
         "read.dialects.state_dict": "load_int8",
         "read.load": "load",
-        "read.merge": "merge",
         "read.module": "weight_only",
         "sets.star": "StarBatch",
         "training.loss": "DiscrepancyLoss",
@@ -126,6 +125,7 @@ _PLACES = {
         "training.support": "StarSupport",
         "verbs.discrepancy": "discrepancy",
         "verbs.equivalence": "equivalent",
+        "verbs.merge": "merge",
         "verbs.reach": "reach",
         "verbs.storage": "load_result save_result",
     }.items()

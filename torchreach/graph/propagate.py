@@ -1,7 +1,7 @@
 """The one interface between layers and sets: `propagate(value, layer)`.
 
 Merged layers take tensors and star batches. Networks know no sets, so a set type registers here how it goes
-through a layer (`torchreach.verbs.reach` does it for `StarBatch`).
+through a layer (`torchreach.verbs.merge` does it for `StarBatch`).
 """
 
 from __future__ import annotations

@@ -32,7 +32,6 @@ from torchreach.core.tolerances import Tolerances
 from torchreach.graph.quantizer import Quantizer
 from torchreach.graph.weights import evaluation_mode
 from torchreach.read.load import as_network
-from torchreach.read.merge import merge
 from torchreach.read.module import chain
 from torchreach.sets.star import StarBatch
 from torchreach.training.fit import Data, RepairOptions, run
@@ -40,6 +39,7 @@ from torchreach.training.int8_student import DeployedStudent
 from torchreach.training.students import Student, WeightStudent
 from torchreach.training.target import Target
 from torchreach.verbs.discrepancy import discrepancy
+from torchreach.verbs.merge import merge
 
 __all__ = ["RepairOptions", "Target", "repair"]
 

@@ -35,7 +35,6 @@ from torchreach.domains.zonotope import interval_bounds
 from torchreach.graph.layers import Reshape
 from torchreach.graph.steps import Step
 from torchreach.read.load import as_network
-from torchreach.read.merge import merge
 from torchreach.read.module import reading_once
 from torchreach.read.steps import steps
 from torchreach.search.result import Question, SearchResult
@@ -43,6 +42,7 @@ from torchreach.sets.star import StarBatch
 from torchreach.verbs.discrepancy import discrepancy, one_dtype
 from torchreach.verbs.executed import Formats, Side, formats, semantics_of
 from torchreach.verbs.int8_pair import rounds
+from torchreach.verbs.merge import merge
 from torchreach.verbs.reach import reach_within, replay
 from torchreach.verbs.star_search import StarSearch
 

@@ -33,11 +33,11 @@ from torchreach.domains.hexagon import Hexagon
 from torchreach.domains.pair import Pair, identical
 from torchreach.domains.zonotope import interval_bounds
 from torchreach.engines.tally import added
-from torchreach.read.merge import merge
 from torchreach.read.steps import steps
 from torchreach.search.result import Question, SearchResult
 from torchreach.sets.star import StarBatch
 from torchreach.verbs.first_look import Places, first_look, regions_apart
+from torchreach.verbs.merge import merge
 from torchreach.verbs.reach import EXACT_GAP, VERTEX_DIM, reach_within, replay
 from torchreach.verbs.star_search import StarSearch
 

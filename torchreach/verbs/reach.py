@@ -23,11 +23,8 @@ from torchreach.engines.programs import ProgramEngine
 from torchreach.engines.record import RangeRecord
 from torchreach.engines.tally import Tally
 from torchreach.engines.vertices import VertexEngine
-from torchreach.graph.layers import MaskedReLU
 from torchreach.graph.merged import MergedNetwork
-from torchreach.graph.propagate import propagate
 from torchreach.graph.reduced import reduce
-from torchreach.graph.smooth import Activations
 from torchreach.graph.steps import Step, steps_of
 from torchreach.read.load import as_network
 from torchreach.read.module import chain, reading_once
@@ -303,14 +300,3 @@ def replay(network: tuple[Step, ...], x: Tensor) -> tuple[Tensor, Tensor]:
             error = function.steepest * error * (1 + 1e-12) + function.error(z[:, 0].abs() + error)
             slack = slack.index_copy(-1, index, error)
     return rows[:, 0], slack
-
-
-@propagate.register
-def _(stars: StarBatch, layer: nn.Module) -> StarBatch:
-    """A star batch through one layer of a merged network: affine layers map it, ReLU layers split it."""
-    if not isinstance(layer, MaskedReLU | Activations):
-        return stars.affine_map(layer)
-    result = reach(nn.Sequential(layer), stars, Exact(root_bounds="interval"))
-    split = result.stars
-    assert split is not None
-    return StarBatch.trusted(split.basis, split.A, split.b, split.lower, split.upper, stars.origin[split.origin])

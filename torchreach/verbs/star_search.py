@@ -20,12 +20,12 @@ from torchreach.core.tolerances import COMPUTE_DTYPE
 from torchreach.domains.hexagon import Hexagon
 from torchreach.domains.pair import Pair
 from torchreach.graph.layers import Reshape
-from torchreach.read.merge import merge
 from torchreach.read.steps import steps
 from torchreach.search.boxes import search_boxes
 from torchreach.search.result import Constraints, Question, SearchResult
 from torchreach.search.signs import search_signs
 from torchreach.sets.star import StarBatch
+from torchreach.verbs.merge import merge
 from torchreach.verbs.reach import VERTEX_DIM, reach_within
 
 # Inputs that vary, up to which halving boxes beats splitting signs.

@@ -1,4 +1,7 @@
-"""Two networks, read and merged: merged(x) = original(x) - compressed(x), see `torchreach.graph.merged`."""
+"""Two networks, read and merged: merged(x) = original(x) - compressed(x), see `torchreach.graph.merged`.
+
+Merged layers are made here alone, so how a star batch goes through one is registered here too.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from torchreach.core.errors import ShapeError, UnsupportedLayerError
+from torchreach.core.options import Exact
 from torchreach.graph.affine_graph import AffineGraph
 from torchreach.graph.layers import MaskedReLU, Reshape
 from torchreach.graph.merged import Comparison, MergedLinear, MergedNetwork, MergedReLU
+from torchreach.graph.propagate import propagate
 from torchreach.graph.quantizer import Quantizer
 from torchreach.graph.smooth import SMOOTH, Activations
 from torchreach.read.load import as_network
 from torchreach.read.module import chain
+from torchreach.sets.star import StarBatch
+from torchreach.verbs.reach import reach
 
 Shape = tuple[int, ...]
 
@@ -133,3 +140,14 @@ def _shared_input_shape(branches: tuple[nn.Sequential, ...]) -> Shape:
             f"networks must have equally many inputs: the original has {sizes[0]}, the compressed {sizes[1]}"
         )
     return (sizes[0],)
+
+
+@propagate.register
+def _(stars: StarBatch, layer: nn.Module) -> StarBatch:
+    """A star batch through one layer of a merged network: affine layers map it, ReLU layers split it."""
+    if not isinstance(layer, MaskedReLU | Activations):
+        return stars.affine_map(layer)
+    result = reach(nn.Sequential(layer), stars, Exact(root_bounds="interval"))
+    split = result.stars
+    assert split is not None
+    return StarBatch.trusted(split.basis, split.A, split.b, split.lower, split.upper, stars.origin[split.origin])
