@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torchreach as tr
-from torchreach.core.errors import UnsupportedLayerError
+from torchreach.core.errors import ShapeError, UnsupportedLayerError
 from torchreach.read.module import chain
 
 
@@ -227,3 +227,20 @@ def test_what_is_not_piecewise_linear_is_refused_by_name() -> None:
         chain(nn.Sequential(nn.Linear(2, 2), Product()), (2,))
     with pytest.raises(UnsupportedLayerError, match="Softsign"):
         chain(nn.Sequential(nn.Linear(2, 2), nn.Softsign()), (2,))
+
+
+class Joined(nn.Module):
+    def __init__(self, join: str) -> None:
+        super().__init__()
+        self.one, self.other, self.join = nn.Linear(3, 2), nn.Linear(3, 4), join
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.join == "cat":
+            return torch.cat((self.one(x).unsqueeze(1), self.other(x).unsqueeze(1)), 1)
+        return self.one(x) + self.other(x)
+
+
+@pytest.mark.parametrize("join", ["add", "cat"])
+def test_values_that_do_not_fit_together_are_refused(join: str) -> None:
+    with pytest.raises(ShapeError, match=r"shapes .*2.*4.* (do not broadcast|differ in another axis than 1)"):
+        chain(Joined(join), (3,))

@@ -75,7 +75,7 @@ def sample(stars: SimpleNamespace, count: int, seed: int) -> Tensor:
 def enumerated_range(first: nn.Module, second: nn.Module, stars: SimpleNamespace) -> tuple[Tensor, Tensor]:
     """[N] minimum and maximum of first - second over one star: every activation pattern, one program each."""
     nets = [affine_layers(first), affine_layers(second)]
-    hidden = [len(b) for layers in nets for _, b in layers[:-1]]
+    hidden = [len(b) for layers in nets for _, b, _ in layers[:-1]]
     M = stars.lower.shape[1]
     start = torch.cat((stars.basis[0, 1:].T, stars.basis[0, :1].T), dim=1)  # [inputs, M + 1], constant last
     rows, goals = [], []
@@ -84,7 +84,7 @@ def enumerated_range(first: nn.Module, second: nn.Module, stars: SimpleNamespace
         signs, outputs = [], []
         for layers in nets:
             value = start
-            for k, (W, b) in enumerate(layers):
+            for k, (W, b, _) in enumerate(layers):
                 value = torch.from_numpy(W) @ value
                 value[:, -1] += torch.from_numpy(b)
                 if k < len(layers) - 1:
@@ -173,7 +173,7 @@ class TestAffineLayers:
             module = module.double()
             layers = affine_layers(module)
             y = x
-            for k, (W, b) in enumerate(layers):
+            for k, (W, b, _) in enumerate(layers):
                 y = y @ torch.from_numpy(W).T + torch.from_numpy(b)
                 y = y.relu() if k < len(layers) - 1 else y
             torch.testing.assert_close(y, module(x), atol=1e-12, rtol=0)

@@ -89,7 +89,8 @@ def _one_sided(excess: Array, exact: NDArray[np.bool_]) -> Array:
 
 def _replay(discrepancy: Discrepancy, original: nn.Module, compressed: nn.Module, stars: Any) -> tuple[Array, Array]:
     """|y1 - y2| at each witness [S, N], and the witness's distance (max norm) from its star [S, N]."""
-    networks = (affine_layers(original), affine_layers(compressed))
+    shape = tuple(stars.basis.shape[2:])
+    networks = (affine_layers(original, shape), affine_layers(compressed, shape))
     basis, A, b, lower, upper = checked_stars(networks, stars)
     S, M = len(basis), basis.shape[1] - 1
     basis = basis.reshape(S, 1 + M, -1)

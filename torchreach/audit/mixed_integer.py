@@ -6,8 +6,8 @@ Method: max of y1 - y2 over a star, with one binary d for each ReLU that can cha
 
 which makes h = max(z, 0); solved by HiGHS. The linear region it finds is then solved again as a linear
 program, so that no big-M constant blurs the value, and the point is replayed through both networks.
-Property: exact up to HiGHS's tolerances. Nothing is shared with the rest of torchreach, so that an
-agreement of the two means something.
+Property: exact up to HiGHS's tolerances. Fully connected networks share nothing with the rest of torchreach, so that
+an agreement of the two means something; others share its reader (`read.steps`), whose dense matrices they take.
 Requirement: small networks. The time is exponential in the number of ReLUs that can change sign.
 Reference: Tjeng, Xiao, Tedrake, "Evaluating Robustness of Neural Networks with Mixed Integer Programming",
 ICLR 2019.
@@ -23,12 +23,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from torchreach.audit.reference import Array, LinearProgram, as_array, run
 from torchreach.core.errors import InvalidNetworkError, InvalidSetError, ShapeError, UnsupportedLayerError
+from torchreach.read.steps import steps
 
-AffineLayers = list[tuple[Array, Array]]
+Mask = NDArray[np.bool_]
+AffineLayers = list[tuple[Array, Array, Mask]]
 
 # Tighter feasibility tolerances make HiGHS lose optima; polishing makes up for looser ones.
 COMMON = {
@@ -74,17 +77,21 @@ class MixedIntegerResult:
         return torch.maximum(-self.range_lower, self.range_upper)
 
 
-def affine_layers(module: nn.Module) -> AffineLayers:
-    """Float64 (W [out, in], b [out]) of a fully connected network, with a ReLU between each two.
+def affine_layers(module: nn.Module, shape: tuple[int, ...] | None = None) -> AffineLayers:
+    """Float64 (W [out, in], b [out], bends [out]) of a network, with a ReLU on the features that bend after each.
 
     Takes nn.Linear, nn.ReLU and nn.Flatten, and nn.Sequential of them; neighbouring linear layers are
-    multiplied together, and a ReLU at either end is followed or preceded by an identity layer.
+    multiplied together, and a ReLU at either end is followed or preceded by an identity layer. With the shape of one
+    input, any network of affine and piecewise linear operations, whose affine layers become dense matrices.
     Raises: UnsupportedLayerError naming the layer and its position; InvalidNetworkError for weights that
     are not finite or do not fit together.
     """
+    flat = list(_flat(module, ""))
+    if shape is not None and not all(isinstance(layer, nn.Linear | nn.ReLU | nn.Flatten) for _, layer in flat):
+        return _lowered(module, shape)
     layers: AffineLayers = []
     after_relu = False
-    for name, layer in _flat(module, ""):
+    for name, layer in flat:
         if isinstance(layer, nn.ReLU):
             after_relu = True
         elif isinstance(layer, nn.Linear):
@@ -99,9 +106,9 @@ def affine_layers(module: nn.Module) -> AffineLayers:
             if after_relu and not layers:
                 layers.append(_identity(W.shape[1]))
             if layers and not after_relu:
-                inner_W, inner_b = layers.pop()
+                inner_W, inner_b, _ = layers.pop()
                 W, b = W @ inner_W, W @ inner_b + b
-            layers.append((W, b))
+            layers.append((W, b, np.ones(len(b), dtype=bool)))
             after_relu = False
         elif not (isinstance(layer, nn.Flatten) and layer.start_dim == 1 and layer.end_dim == -1):
             raise UnsupportedLayerError(
@@ -113,6 +120,17 @@ def affine_layers(module: nn.Module) -> AffineLayers:
     return [*layers, _identity(len(layers[-1][1]))] if after_relu else layers
 
 
+def _lowered(module: nn.Module, shape: tuple[int, ...]) -> AffineLayers:
+    result: AffineLayers = []
+    for step in steps(module, shape, dtype=torch.float64, device=torch.device("cpu")):
+        unit = torch.eye(int(np.prod(step.in_shape)), dtype=torch.float64)
+        W, b = step.linear(unit).T.numpy(), step.bias.numpy()
+        if not (np.isfinite(W).all() and np.isfinite(b).all()):
+            raise InvalidNetworkError(f"weights must be finite, got NaN or infinity before {step.name!r}")
+        result.append((W, b, np.zeros(len(b), dtype=bool) if step.relu is None else step.relu.numpy()))
+    return result
+
+
 def mixed_integer_discrepancy(original: nn.Module, compressed: nn.Module, stars: Any) -> MixedIntegerResult:
     """Exact signed range of original(x) - compressed(x) over each star, with the inputs that take it.
 
@@ -122,9 +140,10 @@ def mixed_integer_discrepancy(original: nn.Module, compressed: nn.Module, stars:
     Raises: UnsupportedLayerError, InvalidNetworkError; ShapeError for stars the networks do not take;
     InvalidSetError for an empty or unbounded star; RuntimeError if HiGHS does not close the gap.
     """
-    networks = (affine_layers(original), affine_layers(compressed))
+    shape = tuple(stars.basis.shape[2:])
+    networks = (affine_layers(original, shape), affine_layers(compressed, shape))
     basis, A, b, lower, upper = checked_stars(networks, stars)
-    S, M, shape = len(basis), basis.shape[1] - 1, basis.shape[2:]
+    S, M = len(basis), basis.shape[1] - 1
     N = len(networks[0][-1][1])
     basis = basis.reshape(S, 1 + M, -1)
 
@@ -133,7 +152,7 @@ def mixed_integer_discrepancy(original: nn.Module, compressed: nn.Module, stars:
     for s in range(S):
         centre, generators = basis[s, 0], basis[s, 1:].T
         # The networks as functions of the predicate variables: the star's own map joins the first layer.
-        pulled = tuple([(W0 @ generators, W0 @ centre + b0), *rest] for (W0, b0), *rest in networks)
+        pulled = tuple([(W0 @ generators, W0 @ centre + b0, bends), *rest] for (W0, b0, bends), *rest in networks)
         model = _Model(pulled, A[s], b[s], lower[s], upper[s])
         undecided[s] = model.undecided
         for side, sign in enumerate((-1.0, 1.0)):
@@ -159,22 +178,25 @@ class _Model:
     def __init__(self, networks: tuple[AffineLayers, ...], A: Array, b: Array, lower: Array, upper: Array) -> None:
         self.star, self.networks = (A, b, lower, upper), networks
         self.bounds = bounds = [_preactivation_bounds(layers, lower, upper) for layers in networks]
-        self.undecided = int(sum(((low < 0) & (high > 0)).sum() for network in bounds for low, high in network))
+        self.open = [
+            [bends & (low < 0) & (high > 0) for (_, _, bends), (low, high) in zip(layers[:-1], own, strict=True)]
+            for layers, own in zip(networks, bounds, strict=True)
+        ]
+        self.undecided = int(sum(open_.sum() for network in self.open for open_ in network))
         M, K = len(lower), self.undecided
         switching: list[Array] = [np.empty((0, M + K + 1))]
         ranges: list[Array] = [np.empty((0, 2))]
         outputs, seen = [], 0
-        for layers, layer_bounds in zip(networks, bounds, strict=True):
+        for layers, layer_bounds, opens in zip(networks, bounds, self.open, strict=True):
             value = np.eye(M, M + K + 1)
-            for (W, offset), (low, high) in zip(layers[:-1], layer_bounds, strict=True):
+            for (W, offset, bends), (low, high), open_ in zip(layers[:-1], layer_bounds, opens, strict=True):
                 value = _affine(W, offset, value)
-                open_ = (low < 0) & (high > 0)
                 switching.append(value[open_])
                 ranges.append(np.stack((low[open_], high[open_]), axis=1))
-                value[high <= 0] = 0
+                value[bends & (high <= 0)] = 0
                 value[open_] = np.eye(int(open_.sum()), M + K + 1, k=M + seen)
                 seen += int(open_.sum())
-            outputs.append(_affine(*layers[-1], value))
+            outputs.append(_affine(*layers[-1][:2], value))
         self.difference = outputs[0] - outputs[1]
         self.z = np.concatenate(switching)
         self._compile(np.concatenate(ranges))
@@ -246,12 +268,12 @@ class _Model:
     def _pattern_at(self, a: Array) -> Array:
         """[K] 1 where an undecided ReLU is on at a."""
         pattern = [np.zeros(0)]
-        for layers, layer_bounds in zip(self.networks, self.bounds, strict=True):
+        for layers, opens in zip(self.networks, self.open, strict=True):
             x = a
-            for (W, b), (low, high) in zip(layers[:-1], layer_bounds, strict=True):
+            for (W, b, bends), open_ in zip(layers[:-1], opens, strict=True):
                 x = W @ x + b
-                pattern.append((x > 0)[(low < 0) & (high > 0)].astype(np.float64))
-                x = np.maximum(x, 0)
+                pattern.append((x > 0)[open_].astype(np.float64))
+                x = np.where(bends, np.maximum(x, 0), x)
         return np.concatenate(pattern)
 
     def _solve_region(self, objective: Array, d: Array) -> tuple[float, Array]:
@@ -281,12 +303,12 @@ def _preactivation_bounds(layers: AffineLayers, low: Array, high: Array) -> list
     """
     bounds: list[tuple[Array, Array]] = []
     middle, radius = (low + high) / 2, (high - low) / 2
-    for k, (W, b) in enumerate(layers[:-1]):
+    for k, (W, b, _) in enumerate(layers[:-1]):
         if k == 0:
             centre, reach = W @ middle + b, np.abs(W) @ radius
             below, above = centre - reach, centre + reach
         else:
-            floor, ceiling = np.maximum(bounds[-1], 0)
+            floor, ceiling = np.where(layers[k - 1][2], np.maximum(bounds[-1], 0), bounds[-1])
             centre, reach = W @ (floor + ceiling) / 2 + b, np.abs(W) @ (ceiling - floor) / 2
             above = np.minimum(centre + reach, _substituted(layers[:k], bounds, W, b, middle, radius))
             below = np.maximum(centre - reach, -_substituted(layers[:k], bounds, -W, -b, middle, radius))
@@ -299,10 +321,10 @@ def _substituted(
     layers: AffineLayers, bounds: list[tuple[Array, Array]], W: Array, b: Array, middle: Array, radius: Array
 ) -> Array:
     """Upper bound of W h + b, h being the output of the ReLU after `layers`."""
-    for (inner_W, inner_b), (low, high) in zip(reversed(layers), reversed(bounds), strict=True):
-        undecided = (low < 0) & (high > 0)
-        upper_slope = np.where(undecided, high / np.where(undecided, high - low, 1), low >= 0)
-        lower_slope = np.where(undecided, high > -low, low >= 0)
+    for (inner_W, inner_b, bends), (low, high) in zip(reversed(layers), reversed(bounds), strict=True):
+        undecided = bends & (low < 0) & (high > 0)
+        upper_slope = np.where(undecided, high / np.where(undecided, high - low, 1), (low >= 0) | ~bends)
+        lower_slope = np.where(undecided, high > -low, (low >= 0) | ~bends)
         rising, falling = np.maximum(W, 0), np.minimum(W, 0)
         b = b - rising @ np.where(undecided, low * upper_slope, 0)
         W = rising * upper_slope + falling * lower_slope
@@ -319,14 +341,15 @@ def _affine(W: Array, b: Array, value: Array) -> Array:
 
 def forward(layers: AffineLayers, x: Array) -> Array:
     """The network at x, in float64: [..., in] -> [..., out]."""
-    for W, b in layers[:-1]:
-        x = np.maximum(x @ W.T + b, 0)
-    W, b = layers[-1]
+    for W, b, bends in layers[:-1]:
+        x = x @ W.T + b
+        x = np.where(bends, np.maximum(x, 0), x)
+    W, b, _ = layers[-1]
     return x @ W.T + b
 
 
-def _identity(size: int) -> tuple[Array, Array]:
-    return np.eye(size), np.zeros(size)
+def _identity(size: int) -> tuple[Array, Array, Mask]:
+    return np.eye(size), np.zeros(size), np.ones(size, dtype=bool)
 
 
 def _flat(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
