@@ -2,7 +2,7 @@
 
 A handler takes the node and the arguments of the torch function it is named after; values are already at hand in the
 builder. `_join_` handlers take several values. A node is whatever its reader walks over: traced graphs
-(`networks.graph`) and ONNX files (`networks.onnx_operations`) share these handlers.
+(`read.fx`) and ONNX files (`read.onnx_operations`) share these handlers.
 """
 
 # Handlers share the signatures of the torch functions they are named after.

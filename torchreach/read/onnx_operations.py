@@ -40,7 +40,7 @@ DIGITS: dict[int, tuple[int, int]] = {
 
 
 class OnnxOperations(OnnxLayers):
-    """The handlers, by lower-case name of the operator; `networks.onnx_reader` walks the file and calls them."""
+    """The handlers, by lower-case name of the operator; `read.onnx` walks the file and calls them."""
 
     kind: int  # element type of the value at hand
 
