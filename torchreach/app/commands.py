@@ -167,7 +167,7 @@ def _save(network: nn.Module, path: Path, shape: tuple[int, ...]) -> None:
         with whole(path) as draft:
             torch.save(network.state_dict(), draft)
     else:
-        save(load(network).cpu(), path, shape)
+        save(load(network, input_shape=shape).cpu(), path, shape)
 
 
 def _inputs(

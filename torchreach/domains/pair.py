@@ -218,8 +218,9 @@ def _shifted(
     """
     if box is None:
         raise UnsupportedLayerError("difference bounds of steps that leave features without ReLU require a box")
-    rows = box_rows(*(end[None].to(COMPUTE_DTYPE) for end in box))
-    bounds = [zonotope_bounds(steps, *rows) for steps in (first, second)]
+    with torch.no_grad():  # any shift that is large enough will do
+        rows = box_rows(*(end[None].to(COMPUTE_DTYPE) for end in box))
+        bounds = [zonotope_bounds(steps, *rows) for steps in (first, second)]
     steps1, steps2, differences = [], [], []
     before: Tensor | None = None
     for k, (s, t) in enumerate(zip(first, second, strict=True)):

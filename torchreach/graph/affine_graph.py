@@ -76,10 +76,10 @@ class AffineGraph(MergedAffine):
         self, x: Tensor, rule: Callable[[nn.Module, Tensor], Tensor], subtract: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
         if len(self.parts) == 1:
-            parts = [x.reshape(len(x), *self.parts[0])]
+            parts = [x.reshape(x.shape[0], *self.parts[0])]  # not len(x), which would fix the batch in an export
         else:
             pieces = x.split([prod(shape) for shape in self.parts], 1)
-            parts = [piece.reshape(-1, *shape) for piece, shape in zip(pieces, self.parts, strict=True)]
+            parts = [piece.reshape(x.shape[0], *shape) for piece, shape in zip(pieces, self.parts, strict=True)]
         values: list[Tensor] = []
         for term in self.terms:
             inputs = [values[i] for i in term.inputs]

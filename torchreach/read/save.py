@@ -1,23 +1,38 @@
-"""Writes a flat chain of layers so that `load` reads it back: .onnx (fully connected ReLU networks) or .pt2."""
+"""Writes a network so that `load` reads it back: .onnx (fully connected ReLU networks) or .pt2."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchreach.core.errors import UnsupportedLayerError
 from torchreach.core.files import check_target, whole
+from torchreach.graph.layers import MaskedReLU
 
 _ONNX_OPSET, _ONNX_IR = 17, 8  # read by every runtime in use
 
 
-def save(network: nn.Sequential, path: str | Path, input_shape: tuple[int, ...]) -> None:
+class _Stretches(nn.Module):
+    """`MaskedReLU` in operations that every reader knows: ReLU on stretches of the features [N], joined again."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        runs = mask.to(torch.int8).unique_consecutive(return_counts=True)
+        self.on, self.sizes = (run.tolist() for run in runs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.split(self.sizes, 1)
+        return torch.cat([part.relu() if on else part for part, on in zip(parts, self.on, strict=True)], 1)
+
+
+def save(network: nn.Module, path: str | Path, input_shape: tuple[int, ...]) -> None:
     """Writes `network` to `path`, whole or not at all. Weights are stored as they are.
 
     Args:
-        network: a flat chain as `load` returns it; for .onnx of Linear, ReLU and Flatten layers.
+        network: a module that `torch.export` takes, or a flat chain as `load` returns it; for .onnx a chain of Linear,
+            ReLU and Flatten layers.
         input_shape: shape of one input, without batch axis; the batch axis stays free.
 
     Raises: OptionError for another ending; UnsupportedLayerError for a layer that .onnx is not written for.
@@ -31,18 +46,24 @@ def save(network: nn.Sequential, path: str | Path, input_shape: tuple[int, ...])
             parameter = next(network.parameters(), torch.zeros(()))
             example = torch.zeros(2, *input_shape, dtype=parameter.dtype, device=parameter.device)
             batch = torch.export.Dim("batch")
-            program = torch.export.export(network.eval(), (example,), dynamic_shapes=({0: batch},))
+            program = torch.export.export(_written(network).eval(), (example,), dynamic_shapes=({0: batch},))
             torch.export.save(program, draft)
 
 
-def onnx_bytes(network: nn.Sequential, input_shape: tuple[int, ...]) -> bytes:
+def _written(network: nn.Module) -> nn.Module:
+    if not any(isinstance(layer, MaskedReLU) for layer in network.children()):
+        return network
+    return nn.Sequential(*(_Stretches(f.mask) if isinstance(f, MaskedReLU) else f for f in network.children()))
+
+
+def onnx_bytes(network: nn.Module, input_shape: tuple[int, ...]) -> bytes:
     """The contents of an .onnx file of `network`; as `save`."""
     import onnx
     from onnx import helper, numpy_helper
 
     nodes, tensors, last = [], [], "x"
     dtype, outputs = torch.float32, 0
-    for i, layer in enumerate(network):
+    for i, layer in enumerate(network if isinstance(network, nn.Sequential) else [network]):
         name = f"layer{i}"
         match layer:
             case nn.Linear():

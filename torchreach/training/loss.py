@@ -31,6 +31,7 @@ from torchreach.core.tolerances import COMPUTE_DTYPE, round_up
 from torchreach.domains.difference import Backward, checked_boxes
 from torchreach.domains.hexagon import Hexagon
 from torchreach.domains.pair import Pair
+from torchreach.graph.affine_graph import AffineGraph
 from torchreach.graph.quantizer import Quantizer
 from torchreach.graph.steps import Step
 from torchreach.read.module import chain
@@ -93,8 +94,10 @@ class DiscrepancyLoss(nn.Module):
         like = next((value for value in values.values()), lower)
         shape, device = tuple(lower.shape[1:]), like.device
         self._prepare(shape, device)
-        pair = Pair.of(self._original, _live_steps(self._student, values, shape, device), live=True)
-        lower, upper = checked_boxes(pair, lower.flatten(1), upper.flatten(1))
+        lower, upper = (end.detach().to(device).flatten(1) for end in (lower, upper))
+        box = lower.amin(0), upper.amax(0)
+        pair = Pair.of(self._original, _live_steps(self._student, values, shape, device), box, live=True)
+        lower, upper = checked_boxes(pair, lower, upper)
         bound = _rounded_up(upper_bounds(pair, lower, upper, full_gradient=self.full_gradient).amax(1), like.dtype)
         if self.reduction == "none":
             return bound
@@ -128,7 +131,7 @@ class DiscrepancyLoss(nn.Module):
                     "DiscrepancyLoss requires networks that do not round activations, but "
                     f"{layer.name or 'a layer'!r} does; use torchreach.weight_only(network), or torchreach.repair"
                 )
-            if next(layer.children(), None) is not None:
+            if next(layer.children(), None) is not None and not isinstance(layer, AffineGraph):
                 raise UnsupportedLayerError(
                     "DiscrepancyLoss requires two networks of plain layers, but "
                     f"{type(layer).__name__} is made of other modules (a merged network, a parametrisation)"
@@ -221,13 +224,15 @@ def _live_steps(
             return value
         return values.get(id(value), value).to(device=device, dtype=COMPUTE_DTYPE)
 
-    twins = []
-    for layer in layers:
+    def live(layer: nn.Module) -> nn.Module:
         twin = copy.copy(layer)
         # All buffers, because a Parameter cannot be the result of a computation.
         twin._parameters = {}
         twin._buffers = {name: moved(value) for name, value in (*layer._parameters.items(), *layer._buffers.items())}
-        twins.append(twin)
+        twin._modules = {name: part and live(part) for name, part in layer._modules.items()}
+        return twin
+
+    twins = [live(layer) for layer in layers]
     read = steps(nn.Sequential(*twins), shape, dtype=COMPUTE_DTYPE, device=device, smooth=True)
     zeros = (torch.zeros(1, *step.in_shape, dtype=COMPUTE_DTYPE, device=device) for step in read)
     return tuple(replace(step, bias=step.block(zero).flatten()) for step, zero in zip(read, zeros, strict=True))
