@@ -94,8 +94,8 @@ class DiscrepancyLoss(nn.Module):
         like = next((value for value in values.values()), lower)
         shape, device = tuple(lower.shape[1:]), like.device
         self._prepare(shape, device)
-        lower, upper = (end.detach().to(device).flatten(1) for end in (lower, upper))
-        box = lower.amin(0), upper.amax(0)
+        lower, upper = (end.to(device).flatten(1) for end in (lower, upper))
+        box = lower.detach().amin(0), upper.detach().amax(0)
         pair = Pair.of(self._original, _live_steps(self._student, values, shape, device), box, live=True)
         lower, upper = checked_boxes(pair, lower, upper)
         bound = _rounded_up(upper_bounds(pair, lower, upper, full_gradient=self.full_gradient).amax(1), like.dtype)
