@@ -217,7 +217,7 @@ class _MixesBatch(InPlace):
             r"layer 2 \('1.1', Softsign\): .*not",
         ),
         (nn.Softsign(), "Softsign is not among them"),
-        (_Branch(), "node 'mul': mul combines two values"),
+        (_Branch(), "mul combines two values"),
         (_Residual(), "sum"),
         (_TwoInputs(), "node 'y': the network must have one input"),
         (_TwoOutputs(), "node 'output': the network must have one output"),

@@ -180,7 +180,7 @@ def test_operators_agree_with_the_runtime(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("nodes", "message"),
     [
-        ([("Relu", "x"), ("Mul", "v0 x")], r"layer 1 \('n1', Mul\): it combines two values that both depend"),
+        ([("Relu", "x"), ("Mul", "v0 x")], r"layer 1 \('n1', Mul\): mul combines two values that both depend"),
         ([("MatMul", "x x")], r"\('n0', MatMul\): one of its factors must be constant"),
         ([("Concat", "x x", {"axis": 0})], r"\('n0', Concat\): axis 0 is the batch"),
         ([("Gather", "x places", {"axis": 1})], r"\('n0', Gather\): its indices must lie in \[-2, 2\)"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import mpmath
 import pytest
@@ -20,7 +22,7 @@ from torchreach.domains.hexagon import Hexagon
 from torchreach.domains.pair import Pair
 from torchreach.domains.smooth import Cells, CurvePlanes, activated
 from torchreach.domains.zonotope import box_rows, interval_bounds, zonotope_bounds
-from torchreach.graph.smooth import ENTRIES, ERROR, SMOOTH, smooth
+from torchreach.graph.smooth import ENTRIES, ERROR, SMOOTH, Activations, Erf, smooth
 from torchreach.read.module import chain
 from torchreach.read.steps import steps
 from torchreach.verbs.merge import merge
@@ -41,6 +43,7 @@ def _exponential(alpha, scale=1, pace=1):
 CASES: dict[str, tuple[nn.Module, Callable]] = {
     "sigmoid": (nn.Sigmoid(), lambda x: 1 / (1 + mpmath.exp(-x))),
     "tanh": (nn.Tanh(), mpmath.tanh),
+    "erf": (Erf(), mpmath.erf),
     "gelu": (nn.GELU(), lambda x: x * mpmath.erfc(-x / mpmath.sqrt(2)) / 2),
     "gelu tanh": (nn.GELU("tanh"), lambda x: x / (1 + mpmath.exp(-2 * _tanh_gate(x)))),
     "silu": (nn.SiLU(), lambda x: x / (1 + mpmath.exp(-x))),
@@ -553,3 +556,57 @@ def test_planes_follow_the_slope_along_the_interval(name: str) -> None:
         (p, q, r), (a, b, c) = planes.rise, planes.fall
         left.append(((p - a) * z + (q - b) * d + r - c)[0])
     assert bool((left[1] <= 0.3 * left[0] + 1e-14).all())
+
+
+class Products(nn.Module):
+    """Activations as exporters write them out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[0](x)
+        x = self.layers[1](x * torch.sigmoid(1.7 * x))
+        x = self.layers[2](x * 0.5 * (1 + torch.erf(x / math.sqrt(2))))
+        return self.layers[3](F.hardsigmoid(x) * x)
+
+
+@pytest.mark.parametrize("traced", ["fx", "export"])
+def test_products_that_are_activations_are_recognised(traced: str) -> None:
+    torch.manual_seed(1)
+    module, x = Products().double(), 3 * random(15, 50, 4)
+    read: nn.Module = module
+    if traced != "fx":
+        read = torch.export.export(module, (x[:2],)).module(check_guards=False)
+    layers = chain(read, (4,))
+    torch.testing.assert_close(layers(x), module(x))
+    names = [f.name for layer in layers if isinstance(layer, Activations) for f, _ in layer.parts]
+    assert names == ["SiLU()", "GELU()", "Hardswish()"]
+    stars, compressed = box(4, 0.1), tr.quantize_weights(module, 6)
+    found = tr.discrepancy(module, compressed, stars, budget=tr.Budget(stars=4))
+    best = attacked(module, compressed, *(end[0] for end in stars.bounding_box()[:2]), 1000, 4)
+    assert bool((best <= found.upper[0]).all())
+    assert float((found.upper[0] / best).max()) < 2
+
+
+@pytest.mark.parametrize("opset", [11, 14, 20])
+def test_files_are_read_as_the_modules_they_come_from(tmp_path: Path, opset: int) -> None:
+    torch.manual_seed(2)
+    kinds = [nn.Sigmoid(), nn.Tanh(), nn.GELU(), nn.SiLU(), nn.ELU(0.5), nn.SELU(), nn.Softplus()]
+    if opset >= 14:
+        kinds += [nn.CELU(0.5), nn.Hardswish()]
+    module = nn.Sequential(
+        nn.Conv2d(1, 2, 2), nn.SiLU(), nn.Flatten(), *(part for k in kinds for part in (nn.Linear(8, 8), k))
+    )
+    path = tmp_path / "net.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module, (torch.zeros(1, 1, 3, 3),), path, dynamo=False, input_names=["x"], opset_version=opset
+        )
+    x = torch.randn(20, 1, 3, 3)
+    torch.testing.assert_close(tr.load(path)(x), module(x), rtol=1e-5, atol=1e-6)
+    stars = tr.StarBatch.from_box(x[:1], x[:1] + 0.01)
+    found = tr.discrepancy(module, path, stars, budget=tr.Budget(stars=1))
+    assert 0 <= float(found.upper.max()) < 1e-5

@@ -125,6 +125,22 @@ def _tanh() -> Smooth:
     return Smooth("Tanh()", torch.tanh, lambda x: 1 - torch.tanh(x) ** 2, (Turn.smooth(0.0, 1.0),), 1.0, 1.0, 2.0)
 
 
+class Erf(nn.Module):
+    """torch.erf as a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.erf(x)
+
+
+def _erf() -> Smooth:
+    """erf' = r exp(-x^2), r = 2 / sqrt pi: rises up to 0, then falls.
+
+    Its third derivative is r exp(-x^2) (4 x^2 - 2), at most 2 r, at 0.
+    """
+    r = 2 / math.sqrt(math.pi)
+    return Smooth("Erf()", torch.erf, lambda x: r * torch.exp(-(x**2)), (Turn.smooth(0.0, r),), *(1.0, 1.1284, 2.2568))
+
+
 def _gelu(approximate: str = "none") -> Smooth:
     """x Phi(x); approximate="tanh": x S(x), S = (1 + tanh g) / 2, g = c (x + k x^3).
 
@@ -250,6 +266,7 @@ def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Smooth:
 ENTRIES: tuple[Entry, ...] = (
     Entry(nn.Sigmoid, _sigmoid, ("sigmoid",), onnx="Sigmoid"),
     Entry(nn.Tanh, _tanh, ("tanh",), onnx="Tanh"),
+    Entry(Erf, _erf, ("erf",), onnx="Erf"),
     Entry(nn.GELU, _gelu, ("gelu",), ("approximate",), onnx="Gelu"),
     Entry(nn.SiLU, _silu, ("silu",)),
     Entry(nn.ELU, _elu, ("elu",), ("alpha",), onnx="Elu"),
@@ -273,7 +290,7 @@ def smooth(layer: nn.Module) -> Smooth:
 
 
 class Activations(nn.Module):
-    """ReLU on the features [N] where `relu` is true, smooth functions on others; the rest pass. Takes [B, N].
+    """ReLU on the features [N] where `relu` is true, smooth functions on others; the rest pass. Takes N features.
 
     parts: functions, and the mask [N] of the features of each.
     """
@@ -302,10 +319,11 @@ class Activations(nn.Module):
     def forward(self, x: Any) -> Any:
         if not isinstance(x, Tensor):
             return propagate(x, self)
-        result = torch.where(self.relu, x.relu(), x)
+        flat = x.flatten(1)
+        result = torch.where(self.relu, flat.relu(), flat)
         for function, mask in self.parts:
-            result = torch.where(mask, function.value(x), result)
-        return result
+            result = torch.where(mask, function.value(flat), result)
+        return result.reshape(x.shape)
 
     def extra_repr(self) -> str:
         shown = [f"{f.name} on {int(mask.sum())}" for f, mask in self.parts]

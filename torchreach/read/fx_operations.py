@@ -20,7 +20,7 @@ from torchreach.graph.layers import Rearrange
 from torchreach.graph.lowering import ABSOLUTE, HARDSIGMOID, RELU, PiecewiseLinear
 from torchreach.graph.weights import as_parameter
 from torchreach.read.builder import ChainBuilder
-from torchreach.read.joins import extremum, max_pool, prelu, slices
+from torchreach.read.joins import extremum, max_pool, prelu, product, slices
 
 
 class GraphOperations:
@@ -50,6 +50,15 @@ class GraphOperations:
 
     def _join_rsub(self, node: Any, a: Any, b: Any, alpha: Any = 1) -> None:
         self._sum(node, "sub", b, a, alpha)
+
+    def _join_mul(self, node: Any, a: Any, b: Any) -> None:
+        if not product(self.builder, a.at, b.at, self._place(node)):
+            self._refuse(
+                node,
+                "mul",
+                "mul combines two values that both depend on the input; known products are x * sigmoid(x), "
+                "x * (1 + erf(x / sqrt(2))) and x * hardsigmoid(x)",
+            )
 
     def _join_maximum(self, node: Any, a: Any, b: Any) -> None:
         self._two(node, a, b, largest=True)

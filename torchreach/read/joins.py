@@ -5,6 +5,7 @@ Readers of traced graphs and of ONNX files share these; each adds nodes to a bui
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from torchreach.graph.layers import ElementwiseAffine, Rearrange, Reshape
 from torchreach.graph.lowering import HARDSIGMOID, RELU, PiecewiseLinear
+from torchreach.graph.smooth import Smooth
 
 if TYPE_CHECKING:
     from torchreach.read.builder import ChainBuilder
@@ -54,6 +56,58 @@ def extremum(builder: ChainBuilder, first: int, second: int, name: str, *, large
         negated.append(builder.at)
     builder.join("maximum", (negated[0], negated[1]), name)
     builder.append(_scaled(-1.0), name)
+
+
+def product(builder: ChainBuilder, first: int, second: int, name: str) -> bool:
+    """A product of two values that is a smooth activation of one; False where it is none that torchreach knows.
+
+        x s(k x) = silu(k x) / k,    x (1 + erf(k x)) = 2 gelu(w) / w',    x clamp(k x + 1/2, 0, 1) = hardswish(w) / w'
+
+    with w = w' x, w' = sqrt(2) k and 6 k: so exporters write SiLU, GELU and Hardswish. Both may carry factors.
+    """
+    for at, other in ((first, second), (second, first)):
+        root, height, shift = _factors(builder, other)
+        gate = builder.nodes[root]
+        if gate.op != "pointwise" or not height:
+            continue
+        base, pace, offset = _factors(builder, gate.inputs[0])
+        own, scale, rest = _factors(builder, at)
+        if own != base or offset or rest or not scale or not pace:
+            continue
+        f = gate.value
+        if isinstance(f, Smooth) and f.name == "Sigmoid()" and shift == 0:
+            layer, inner, outer = nn.SiLU(), pace, height
+        elif isinstance(f, Smooth) and f.name == "Erf()" and shift == height:
+            layer, inner, outer = nn.GELU(), pace * math.sqrt(2), 2 * height
+        elif isinstance(f, PiecewiseLinear) and shift == 0 and (slope := _ramp(f)):
+            layer, inner, outer = nn.Hardswish(), 6 * pace * slope, height
+        else:
+            continue
+        builder.move(base, name)
+        for part in (_scaled(inner), layer, _scaled(scale * outer / inner)):
+            if not isinstance(part, ElementwiseAffine) or float(part.scale) != 1:
+                builder.append(part, name)
+        return True
+    return False
+
+
+def _factors(builder: ChainBuilder, at: int) -> tuple[int, float, float]:
+    """A value as scale * root + shift: the node of the root, before arithmetic with single numbers; scale, shift."""
+    scale, shift = 1.0, 0.0
+    while isinstance(layer := builder.nodes[at].value, ElementwiseAffine):
+        if layer.scale.numel() != 1 or layer.shift.numel() != 1:
+            break
+        scale, shift = scale * float(layer.scale.double()), scale * float(layer.shift.double()) + shift
+        at = builder.nodes[at].inputs[0]
+    return at, scale, shift
+
+
+def _ramp(f: PiecewiseLinear) -> float:
+    """k where f(z) = clamp(k z + 1/2, 0, 1), else 0."""
+    if isinstance(f.slope, Tensor) or f.slope or f.shift or len(f.pieces) != 2:
+        return 0.0
+    (h1, s1, o1), (h2, s2, o2) = f.pieces
+    return s1 if not isinstance(h1, Tensor) and (h1, h2, o1, o2, s1) == (1, -1, 0.5, -0.5, s2) else 0.0
 
 
 def max_pool(

@@ -21,10 +21,12 @@ from torch import nn
 
 from torchreach.graph.layers import Rearrange, Reshape
 from torchreach.graph.lowering import PiecewiseLinear
+from torchreach.graph.smooth import BY_ONNX
 from torchreach.read.joins import extremum, slices
 from torchreach.read.onnx_layers import OnnxLayers, OnnxNode, OnnxValue, tensor
 
 _ARITHMETIC = {"Add": ("add", "add"), "Sub": ("sub", "rsub"), "Mul": ("mul", "mul"), "Div": ("div", None)}
+SELU = {"alpha": 1.6732632423543772, "gamma": 1.0507009873554805}
 _JOINS = {"Add": "add", "Sub": "sub", "Sum": "add"}
 # Bits of the significand and of the exponent; of a whole number, what keeping it takes.
 _T = onnx.TensorProto
@@ -47,6 +49,8 @@ class OnnxOperations(OnnxLayers):
     def handler(self, op: str) -> Callable[[OnnxNode], Sequence[int] | None] | None:
         if op in _ARITHMETIC:
             return self._elementwise
+        if op in BY_ONNX:
+            return self._smooth
         return getattr(self, f"_onnx_{op.lower()}", None)
 
     def _arithmetic(self, node: Any, operation: str, operand: Any) -> None:
@@ -65,6 +69,9 @@ class OnnxOperations(OnnxLayers):
         if "axis" in node.attributes:
             self._refuse(node, node.op, "broadcasting along an axis (opset 6 and older) is not supported")
         if len(node.values) > 1:
+            if node.op == "Mul":
+                self._join_mul(node, *node.values)
+                return
             if node.op not in _JOINS:
                 self._refuse(node, node.op, "it combines two values that both depend on the input")
             self._join(node, _JOINS[node.op])
@@ -134,6 +141,18 @@ class OnnxOperations(OnnxLayers):
         self.builder.join("cat", tuple(value.at for value in node.values), node.name, axis)
 
     # Functions of each feature.
+
+    def _smooth(self, node: OnnxNode) -> None:
+        given: dict[str, Any] = {
+            key: value.decode() if isinstance(value, bytes) else value for key, value in node.attributes.items()
+        }
+        if node.op == "Selu":  # whose constants torch's has, too
+            given = {key: value for key, value in given.items() if abs(value - SELU.get(key, np.inf)) > 1e-6}
+        try:
+            layer = BY_ONNX[node.op].called(**given)
+        except TypeError as error:
+            self._refuse(node, node.op, str(error))
+        self.builder.append(layer, node.name)
 
     def _onnx_relu(self, node: OnnxNode) -> None:
         self._op_relu(node, None)
