@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -182,3 +183,64 @@ def test_exports_are_what_type_checkers_see():
 def test_files_stay_short(path):
     lines = len(path.read_text(encoding="utf-8").splitlines())
     assert lines <= MAX_LINES, f"{lines} lines; one algorithm per file, at most {MAX_LINES} lines"
+
+
+ROOT = PACKAGE.parent
+PROSE = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("benchmarks/*.md"))]
+ROOMS = "|".join(sorted(set(MAY_IMPORT) - {"top"}))
+
+
+def names_of(module: str) -> set[str]:
+    """What a module defines or imports at its top, and what its classes do."""
+    found = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name) | ast.alias(name=name):
+                found.add(name)
+    return found
+
+
+def unknown(text: str, files: tuple[Path, ...], links: bool = False) -> set[str]:
+    """Names of modules and paths in backticks, and `links`, that lead nowhere; paths start in one of `files`."""
+    missing = set()
+    for name in re.findall(rf"`(?:torchreach\.)?((?:{ROOMS})(?:\.(?!py`)\w+)+)`", text):
+        module = module_of(name.split("."))
+        rest = name.split(".")[len(module.split("/")) :]
+        if module.endswith("__init__") or not set(rest) <= names_of(module):
+            missing.add(name)
+    paths = re.findall(r"`([\w./-]+\.(?:py|md)|[\w.-]+/[\w./-]+\.(?:json|toml|png))`", text)
+    if links:
+        paths += re.findall(r"\]\((?!https?:)([\w./-]+)", text)
+    for path in paths:
+        if not any((start / path).exists() for start in files):
+            missing.add(path)
+    return missing
+
+
+@pytest.mark.parametrize("path", PROSE, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_documents_name_what_there_is(path):
+    assert not unknown(path.read_text(encoding="utf-8"), (path.parent, ROOT, PACKAGE), links=True)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_docstrings_and_comments_name_what_there_is(path):
+    assert not unknown(path.read_text(encoding="utf-8"), (ROOT, PACKAGE))
+
+
+def test_names_that_lead_nowhere_are_seen():
+    text = "`graph.steps.Step`, `torchreach.graph.stairs`, `graph.steps.Stair`, `graph/steps.py`, `graph/stairs.py`"
+    assert unknown(text, (PACKAGE,)) == {"graph.stairs", "graph.steps.Stair", "graph/stairs.py"}
+
+
+def test_the_picture_of_the_rooms_shows_the_directions():
+    """Every arrow of docs/architecture.md is allowed, and every room that may be imported lies along the arrows."""
+    picture = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("```")[1]
+    arrows = re.findall(r"^\s*(\w+)(?:\[.*?\])? --> (\w+)", picture, re.M)
+    assert set(sum(arrows, ())) == set(MAY_IMPORT) - {"top"}
+    for one, other in arrows:
+        assert other in MAY_IMPORT[one]
+    for one, others in MAY_IMPORT.items():
+        below = {one}
+        for _ in MAY_IMPORT:
+            below |= {b for a, b in arrows if a in below}
+        assert one == "top" or others - {"top"} <= below

@@ -1,6 +1,6 @@
 """What rounding of activations does to a deployed network: exact codes of points, and a relaxation over a box.
 
-A deployed network alternates affine steps and quantisers (`networks.quantizer`). The kernels that execute it do not
+A deployed network alternates affine steps and quantisers (`graph.quantizer`). The kernels that execute it do not
 evaluate z = W x + b exactly, so a code is known only where z keeps away from thresholds by
 
     integer arithmetic    9 u |z| + 20 u |b|                 the sum is exact in int32, then a few roundings
@@ -9,7 +9,7 @@ evaluate z = W x + b exactly, so a code is known only where z keeps away from th
                                                              zero point in float32 before they round
 
 with u = 2^-24; nearer than that both codes are possible, and both are followed. Where pairs of products saturate in
-int16, `Step.sums` says what that takes off the sums (`networks.kernels`): exactly where the codes are known, else a
+int16, `Step.sums` says what that takes off the sums (`graph.kernels`): exactly where the codes are known, else a
 range of it. A network that may be executed in several ways is followed through each.
 
     outputs(steps, values)     all outputs that codes at the input can lead to: exact but for the rows above

@@ -1,7 +1,7 @@
 """Lines and planes around smooth activations sigma, and around the difference of two of them, for sets of neurons.
 
 An interval [l, u] of a pre-activation is cut into `CELLS` cells [x, x'] of width w. On each, sigma' is monotone between
-the turns of `networks.smooth`, so its range [a, b] is that of its values at x, x' and the turns in between. For any
+the turns of `graph.smooth`, so its range [a, b] is that of its values at x, x' and the turns in between. For any
 slope s, g = sigma - s x has slopes in [a - s, b - s] there, so that
 
     g  <=  max(g(x), g(x'))  +  (b - a) w / 4  where a < s < b, else  + 0                                (height)

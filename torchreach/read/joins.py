@@ -1,6 +1,6 @@
 """Operations that make a graph of a chain: sums, stacks, maxima, pooling by maxima, and functions that bend twice.
 
-Readers of traced graphs and of ONNX files share these; each adds nodes to a builder (`networks.builder`).
+Readers of traced graphs and of ONNX files share these; each adds nodes to a builder (`read.builder`).
 """
 
 from __future__ import annotations

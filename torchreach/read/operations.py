@@ -1,6 +1,6 @@
 """Names of the operations in a traced graph: one name for each, whichever tracer and spelling it came from.
 
-Only functions listed here get a name that `graph.py` knows: an unknown function that happens to be called
+Only functions listed here get a name that `read.fx` knows: an unknown function that happens to be called
 "relu" must not pass for one.
 """
 

@@ -8,7 +8,7 @@ Cells are closed and reach over their thresholds by what rounding may do to the 
 input lies in a cell of each code that a kernel can give it. y1 is bounded on all cells at once by zonotopes of the
 network without its settled neurons (exact where it is linear on the cell); only cells whose bound exceeds what is
 already attained are enumerated, by a rule that the caller brings. Inputs attained lie inside their cell by more than
-that rounding, and their codes are followed through the network (`bounds.rounding.outputs`).
+that rounding, and their codes are followed through the network (`domains.rounding.outputs`).
 
 Axis letters: C cells, R rows (a cell and one of its possible outputs), J inputs with several codes, M inputs that
 vary, N features.
@@ -56,7 +56,7 @@ class CellResult:
 
 
 class Cells:
-    """The cells of one box of M inputs, as `bounds.rounding.varying` leaves them."""
+    """The cells of one box of M inputs, as `domains.rounding.varying` leaves them."""
 
     def __init__(
         self, first: tuple[Step, ...], second: tuple[Step, ...], grid: InputGrid, lower: Tensor, upper: Tensor

@@ -1,6 +1,6 @@
 """Branch and bound on the signs of single neurons, for boxes of many dimensions.
 
-A branch keeps the hexagons (see `bounds.hexagon`) of the neurons that were undecided at the root; a split of z >= 0 or
+A branch keeps the hexagons (see `domains.hexagon`) of the neurons that were undecided at the root; a split of z >= 0 or
 z <= 0, or of z2, only moves one bound to zero. Its bound is the Lagrange dual
 
     U(p, q) = sum_layers sum_neurons r(alpha, beta, p, q) + constants + max over the box
@@ -23,7 +23,7 @@ Method: best first over all outputs and signs at once, in batches; Adam with a s
     several, descent alone.
 Property: anytime; every state is certified, and its interval lies in the one before. It can stay open although nothing
     is left to split, by what linear programs or descent leave.
-References: those of `bounds.hexagon`; Bunel et al.: Branch and bound for piecewise linear neural network
+References: those of `domains.hexagon`; Bunel et al.: Branch and bound for piecewise linear neural network
     verification (JMLR 2020).
 
 Axis letters: R branches, N undecided neurons of a layer.

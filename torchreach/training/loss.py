@@ -1,6 +1,6 @@
 """Certified bound of max |y1 - y2| over boxes as a loss: differentiable in the compressed network's parameters.
 
-One backward pass in difference coordinates with closed-form planes (`bounds.difference`, `bounds.hexagon`), taken
+One backward pass in difference coordinates with closed-form planes (`domains.difference`, `domains.hexagon`), taken
 over the student's live parameters instead of copies. For one box x0 +- r, layers 0 .. L - 1:
 
     layer 0       z = W x0 + b +- |W| r,  d = z - z2 = D x0 + db +- |D| r
@@ -8,7 +8,7 @@ over the student's live parameters instead of copies. For one box x0 +- r, layer
                   p . z + q . d  <=  p . z(x0) + q . d(x0) + |p W + q D| r
     output        max(upper bound of d, upper bound of -d)
 
-with every rounding allowance of `bounds.difference`: sound for each value of the parameters. Gradients go through the
+with every rounding allowance of `domains.difference`: sound for each value of the parameters. Gradients go through the
 bounds of hidden neurons too, unless `full_gradient=False` holds these, and with them the planes: docs/training.md says
 what either costs and gains.
 

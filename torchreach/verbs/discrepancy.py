@@ -3,7 +3,7 @@
     discrepancy_n = max over the input star of |y1_n - y2_n|          (Mo et al., equation 16)
 
 The range of y1 - y2 is the exact reach set of the merged network, enumerated, or enclosed by branch and bound
-(`portfolio`). Upper bounds are certified, lower bounds are attained by witnesses that are replayed through both
+(`verbs.float_pair`). Upper bounds are certified, lower bounds are attained by witnesses that are replayed through both
 networks.
 """
 
@@ -74,7 +74,7 @@ def discrepancy(
     "weight-only" (weights on a grid, activations real), "as executed in float16" and the like, where `lower` is what
     this machine's kernels gave and `upper` holds for every kernel that keeps sums in float32 (docs/certificates.md), or
     "deployed int8": where a network rounds its activations, as int8 kernels execute it, for inputs in float32 (see
-    `deployed`): there "exact" enumerates the cells of the input grid, and "search" relaxes the rounding.
+    `verbs.int8_pair`): there "exact" enumerates the cells of the input grid, and "search" relaxes the rounding.
 
     Raises: as `merge` and `reach`; OptionError: an unknown method, kind of kernels or arithmetic, a negative tolerance,
         or a gap that is not positive. InvalidNetworkError: a layer that may overflow its format as executed.

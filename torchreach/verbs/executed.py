@@ -2,9 +2,9 @@
 
     y1 - y2 as executed  =  (y1 - y2 of the real-valued networks)  -  (y1 - executed y1)  +  (y2 - executed y2)
 
-The first term is compared as ever (`portfolio`), the others are bounded by `bounds.execution`; the certified range is
-their sum. A lower bound is what this machine's kernels give: both modules, as they are, run on inputs of the set. It is
-attained here; other kernels within the certified range may attain another value at that input.
+The first term is compared as ever (`verbs.float_pair`), the others are bounded by `domains.execution`; the certified
+range is their sum. A lower bound is what this machine's kernels give: both modules, as they are, run on inputs of the
+set. It is attained here; other kernels within the certified range may attain another value at that input.
 
 Axis letters: S stars, N outputs, B inputs.
 """

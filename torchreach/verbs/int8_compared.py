@@ -113,7 +113,7 @@ def _by_point(rows: tuple[Tensor, Tensor, Tensor], count: int) -> tuple[Tensor, 
 
 
 def one_network(original: nn.Module, compressed: nn.Module, networks: Compared, stars: StarBatch) -> bool:
-    """Whether both modules are one deployed network: see `deployed.deployed_discrepancy`."""
+    """Whether both modules are one deployed network: see `verbs.int8_pair.deployed_discrepancy`."""
     if original is compressed:
         return True
     first, second = networks.first, networks.second

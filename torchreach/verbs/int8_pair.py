@@ -1,12 +1,12 @@
 """Certified discrepancy of networks whose activations are rounded: deployed int8 semantics.
 
 Few cells of the input grid: enumeration, exact (`search.cells`). Many: the deployed network is relaxed to a ReLU
-network with bounded noise (`bounds.rounding.relax`), and the two are compared in difference coordinates, in one pass
-and then by branch and bound for as long as the budget allows (`bounds.difference`, `search.signs`). Both where both
-apply; the interval is their intersection (`deployed_star`).
+network with bounded noise (`domains.rounding.relax`), and the two are compared in difference coordinates, in one pass
+and then by branch and bound for as long as the budget allows (`domains.difference`, `search.signs`). Both where both
+apply; the interval is their intersection (`verbs.int8_star`).
 
 What is certified: y1 as the real-valued function of its weights; y2 as any kernel executes it that computes its sums
-within `bounds.rounding.kernel_error`, for inputs in float32. What is attained: by the networks as given, y2 as the
+within `domains.rounding.kernel_error`, for inputs in float32. What is attained: by the networks as given, y2 as the
 module computes it on this machine. One star at a time: each has a grid of its own.
 """
 

@@ -2,7 +2,7 @@
 
 In the order of what they cost: intervals of both networks (`Compared.intervals`); a short ascent; cells of the input
 grid, where there are few (`search.cells`); a relaxation of the deployed network in one pass, and by branch and bound
-(`bounds.rounding.relax`, `search.signs`); division of the box at thresholds of the input grid. What is certified is
+(`domains.rounding.relax`, `search.signs`); division of the box at thresholds of the input grid. What is certified is
 intersected, so that a star can be left at any time with a valid interval.
 
 `lower` is attained by the networks as given: where the deployed module can be run, by what its kernels compute on this

@@ -71,7 +71,7 @@ class Chunk(Protocol):
 
 
 class Engine(Protocol):
-    """How chunks advance; `reach.vertices` and `reach.programs` are the two engines."""
+    """How chunks advance; `engines.vertices` and `engines.programs` are the two engines."""
 
     name: str
     load: int  # how many times as many stars a chunk should have as it has for vertices
