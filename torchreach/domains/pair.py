@@ -266,7 +266,8 @@ def _dense(step: Step, clock: Clock) -> Tensor:
 def _is_matrix(step: Step) -> bool:
     """Whether pushing unit vectors through returns the weights themselves, unrounded."""
     layers = [layer for layer in step.block if not isinstance(layer, PASS_THROUGH + RESHAPING)]
-    return len(layers) <= 1 and all(isinstance(layer, nn.Linear) for layer in layers)
+    whole = (step.features, _inputs(step))  # of several rows of a value each is multiplied by the weights
+    return len(layers) <= 1 and all(isinstance(layer, nn.Linear) and layer.weight.shape == whole for layer in layers)
 
 
 def identical(first: tuple[Step, ...], second: tuple[Step, ...]) -> bool:
