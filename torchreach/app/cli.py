@@ -60,14 +60,23 @@ class _Group(TyperGroup):
         except KeyboardInterrupt:
             raise typer.Abort from None
 
-    def main(self, args: Any = None, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(
+        self,
+        args: Any = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
         """As typer's; errors and warnings are printed here."""
         args = list(sys.argv[1:] if args is None else args)
         args = args or ["--help"]
         shown = warnings.showwarning
         warnings.showwarning = lambda message, *_, **__: print(f"torchreach: warning: {message}", file=sys.stderr)
         try:
-            status = super().main(args, standalone_mode=False, obj=shlex.join(["torchreach", *args]), **extra)
+            obj = shlex.join(["torchreach", *args])
+            status = super().main(args, prog_name, complete_var, False, windows_expand_args, obj=obj, **extra)
         except (_ClickException, TorchreachError, OSError) as error:
             message = getattr(error, "format_message", error.__str__)()
             print(f"torchreach: error: {' '.join(message.split())}", file=sys.stderr)

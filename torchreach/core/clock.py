@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Generator, Sized
 from contextlib import contextmanager
 from types import FrameType
 
@@ -89,7 +89,7 @@ NO_LIMIT = Clock()  # for callers without a budget; nobody can interrupt it
 
 
 @contextmanager
-def first_interrupt() -> Iterator[list[int]]:
+def first_interrupt() -> Generator[list[int], None, None]:
     """Make the first Ctrl-C fill the list this yields instead of raising; the second one raises as usual.
 
     An exception could come between taking work off a queue and putting its children back, and lose it. Inside another
@@ -110,7 +110,7 @@ def first_interrupt() -> Iterator[list[int]]:
 
 
 @contextmanager
-def running(seconds: float | None) -> Iterator[Clock]:
+def running(seconds: float | None) -> Generator[Clock, None, None]:
     """The clock of one call of a verb, which the first Ctrl-C ends."""
     with first_interrupt() as interrupted:
         yield Clock(seconds, interrupted)

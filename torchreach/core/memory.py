@@ -6,10 +6,10 @@ of a control group (a container) if that is less; on CUDA what the device and to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
-        for part in value:
+        for part in cast("Sequence[Any]", value):
             yield from _tensors(part)
     elif is_dataclass(value):
         for field in fields(value):
@@ -90,7 +90,7 @@ def _group_rooms() -> list[int | None]:
         lines = (PROC / "self" / "cgroup").read_text().splitlines()
     except OSError:
         return []
-    rooms = []
+    rooms: list[int | None] = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":

@@ -38,7 +38,7 @@ class LayerStats:
     stars: int = 0
     splits: int = 0
     linear_programs: int = 0
-    settled: dict[str, int] = field(default_factory=dict)
+    settled: dict[str, int] = field(default_factory=dict[str, int])
 
 
 @dataclass(frozen=True)

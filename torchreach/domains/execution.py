@@ -204,6 +204,7 @@ def _forward(
     noisy: list[Step] = []
     shifts: list[Tensor] = []
     hexagons: list[Hexagon] = []
+    dl, du = -off, off
     for step in steps:
         shape = step.in_shape
         real, run, apart = real.shaped(shape), run.shaped(shape), apart.shaped(shape)

@@ -81,6 +81,7 @@ def ways(steps: tuple[Step, ...]) -> int:
 def _outputs(steps: tuple[Step, ...], values: Tensor, radius: Tensor | None, way: int) -> tuple[Tensor, Tensor, Tensor]:
     index = torch.arange(len(values), device=values.device)
     middle, radius = values, torch.zeros_like(values) if radius is None else radius
+    low = high = middle
     for step in steps:
         size = middle.abs() + radius
         # |W| |x| <= |W| 1 max |x| is enough for what float64 rounds off.

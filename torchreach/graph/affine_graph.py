@@ -78,7 +78,7 @@ class AffineGraph(MergedAffine):
         if len(self.parts) == 1:
             parts = [x.reshape(x.shape[0], *self.parts[0])]  # not len(x), which would fix the batch in an export
         else:
-            pieces = x.split([prod(shape) for shape in self.parts], 1)
+            pieces = torch.split(x, [prod(shape) for shape in self.parts], 1)
             parts = [piece.reshape(x.shape[0], *shape) for piece, shape in zip(pieces, self.parts, strict=True)]
         values: list[Tensor] = []
         for term in self.terms:

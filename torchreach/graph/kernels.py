@@ -23,11 +23,11 @@ Axis letters: B points, G groups, N output channels of a group, P output positio
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import cycle
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +75,7 @@ class IntegerLayer:
     geometry: Any = None
     packed: Any = None
 
-    def __deepcopy__(self, memo: dict) -> IntegerLayer:
+    def __deepcopy__(self, memo: dict[int, Any]) -> IntegerLayer:
         return self  # nothing in it changes, and a copy of `packed` would be packed anew
 
     @property
@@ -90,7 +90,8 @@ class IntegerLayer:
             blocks = [channels] * (size // channels)
         elif pairing is Pairing.ONEDNN and HALVED[0] < size <= HALVED[1]:
             blocks = [(size + 1) // 2, size // 2]
-        first, start = [], 0
+        first: list[Tensor] = []
+        start = 0
         for block in blocks if pairing in ENGINES else ():
             first.append(torch.arange(start, start + block - 1, 2))
             start += block
@@ -202,7 +203,7 @@ class Unfolded:
         return padded[group, row, one], padded[group, row, two]
 
 
-class _Kept(dict):
+class _Kept(dict[Pairing, Tensor]):
     """Values of a function, computed once each."""
 
     def __init__(self, rule: Callable[[Pairing], Tensor]) -> None:
@@ -218,9 +219,10 @@ def _geometry(layer: IntegerLayer) -> list[tuple[int, int]]:
     """Kernel size, stride, padding and dilation along rows and columns."""
     flat = layer.weight.ndim == 3
     values = (layer.weight.shape[2:], layer.geometry.stride, layer.geometry.padding, layer.geometry.dilation)
-    found = []
+    found: list[tuple[int, int]] = []
     for value, across in zip(values, (1, 1, 0, 1), strict=True):
-        along = [int(v) for v in (value if isinstance(value, tuple | list) else (value, value))]
+        both = cast("Sequence[int]", value) if isinstance(value, tuple | list) else (value, value)
+        along = [int(v) for v in both]
         found.append((across if flat else along[0], along[-1]))
     return found
 
@@ -302,7 +304,7 @@ class IntegerSums:
         below = first.new_zeros(batch, at.weight.shape[:2].numel() * at.index.shape[1])
         above, changed = below.clone(), False
         index = F.pad(at.index, (0, 1), value=at.inputs)
-        for part in found.split(max(NUMBERS // max(index.shape[1], 1), 1)):
+        for part in torch.split(found, max(NUMBERS // max(index.shape[1], 1), 1)):
             one, two = (index[part[:, 0], :, part[:, k]] for k in (2, 3))  # [C, P]
             w = [weight[:, None].expand_as(one) for weight in at.weights(part)]
             low, high = _products((least[one], most[one], w[0]), (least[two], most[two], w[1]))
@@ -317,7 +319,7 @@ class IntegerSums:
             for total, lost in ((below, down), (above, up)):
                 total += total.new_zeros(total.shape[1]).index_add_(0, place[known], lost[active][known])
             rest = (~known).nonzero().flatten()
-            for some in rest.split(max(NUMBERS // max(batch, 1), 1)):
+            for some in torch.split(rest, max(NUMBERS // max(batch, 1), 1)):
                 i, j = one[some], two[some]
                 bounds = _products((first[:, i], last[:, i], w[0][some]), (first[:, j], last[:, j], w[1][some]))
                 for total, lost in zip((below, above), _lost(pairing, *bounds), strict=True):
@@ -370,7 +372,7 @@ def identified(at: Unfolded) -> tuple[Pairing, ...]:
 
 def _saturated(at: Unfolded, row: Tensor) -> int | None:
     """Whether the pair of `candidates` row [4] saturates in the packed layer, as `_nearest`: 0 no, 1 yes."""
-    layer, (group, channel, *pair) = at.layer, row.tolist()
+    layer, (group, channel, *pair) = at.layer, [int(place) for place in row]
     position = int((at.index[group] < at.inputs).sum(1).argmax())
     index, raw = at.index[group, position], at.weight[group, channel]
     if bool((index[pair] >= at.inputs).any()):
@@ -384,7 +386,7 @@ def _saturated(at: Unfolded, row: Tensor) -> int | None:
     # Every third product, so that no two of them are neighbours; nor neighbours of the pair.
     others = torch.arange(len(raw), device=raw.device)
     apart = (others % 3 == 0) & ((others[:, None] - others[pair]).abs() > 1).all(1) & (index < at.inputs)
-    for other in others[apart & (weight * total < 0)].tolist():
+    for other in map(int, others[apart & (weight * total < 0)]):
         codes[other] = min(layer.highest, abs(total) // abs(float(weight[other])))
         total += float(codes[other] * weight[other])
         if abs(total) < abs(float(weight[other])):

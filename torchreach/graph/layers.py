@@ -103,18 +103,38 @@ class Rearrange(nn.Module):
         return f"{self.operation}, {', '.join(shown)}"
 
 
+def _permute(x: Tensor, *axes: int) -> Tensor:
+    return x.permute(axes)
+
+
+def _slice(x: Tensor, axis: int, start: int | None, stop: int | None, step: int | None) -> Tensor:
+    return x[(slice(None),) * axis + (slice(start, stop, step),)]
+
+
+def _flip(x: Tensor, *axes: int) -> Tensor:
+    return x.flip(axes)
+
+
+def _pad(x: Tensor, *sizes: int) -> Tensor:
+    return F.pad(x, sizes)
+
+
+def _expand(x: Tensor, *shape: int) -> Tensor:
+    return x.expand(-1, *shape)
+
+
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
-    "permute": lambda x, *axes: x.permute(axes),
-    "slice": lambda x, axis, start, stop, step: x[(slice(None),) * axis + (slice(start, stop, step),)],
+    "permute": _permute,
+    "slice": _slice,
     "select": torch.select,
-    "index_select": lambda x, axis, index: x.index_select(axis, index),
-    "flip": lambda x, *axes: x.flip(axes),
-    "sum": lambda x, axes, keep: x.sum(axes, keepdim=keep),
-    "mean": lambda x, axes, keep: x.mean(axes, keepdim=keep),
-    "pad": lambda x, *sizes: F.pad(x, sizes),
+    "index_select": torch.index_select,
+    "flip": _flip,
+    "sum": torch.sum,
+    "mean": torch.mean,
+    "pad": _pad,
     "adaptive_avg_pool1d": F.adaptive_avg_pool1d,
     "adaptive_avg_pool2d": F.adaptive_avg_pool2d,
-    "expand": lambda x, *shape: x.expand(-1, *shape),
+    "expand": _expand,
 }
 PASS_THROUGH = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 RESHAPING = (nn.Flatten, nn.Unflatten, Reshape)
@@ -218,8 +238,9 @@ def _part(layer: nn.Module, x: Tensor, *, magnitude: bool) -> Tensor:
     if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
         assert layer.running_var is not None
         scale = torch.rsqrt(layer.running_var + layer.eps)
-        if layer.weight is not None:
-            scale = scale * layer.weight
+        weight = getattr(layer, "weight", None)
+        if weight is not None:
+            scale = scale * weight
         return x * _sized(scale, magnitude).reshape(-1, *[1] * (x.ndim - 2))
     if isinstance(layer, ElementwiseAffine):
         return x * _sized(layer.scale, magnitude)

@@ -196,9 +196,9 @@ class _Lowering:
 
     def _carried(self, level: int) -> list[int]:
         """Values known at this level that something later reads, other than ReLUs of the next level alone."""
-        result = []
-        for i, node in enumerate(self.nodes):
-            if self.levels[i] > level:
+        result: list[int] = []
+        for i, own in enumerate(self.levels):
+            if own > level:
                 continue
             readers = [j for j, other in enumerate(self.nodes) if i in other.inputs]
             later = [j for j in readers if self.levels[j] > level]

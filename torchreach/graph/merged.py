@@ -61,7 +61,7 @@ class MergedLinear(MergedAffine):
         if self.shared_input:
             return x, x
         shape1, shape2 = self.in_shapes
-        z1, z2 = x.split((prod(shape1), prod(shape2)), dim=1)
+        z1, z2 = torch.split(x, [prod(shape1), prod(shape2)], dim=1)
         return z1.reshape(len(x), *shape1), z2.reshape(len(x), *shape2)
 
 

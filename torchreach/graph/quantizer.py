@@ -13,7 +13,7 @@ A ReLU next to a quantiser is the same quantiser with lowest >= zero_point: `wit
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -185,7 +185,7 @@ class Quantizer(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Quantizer:
         """Moves between devices; the scale stays in float64 whatever the network's dtype becomes."""
         scale = self.scale
-        super()._apply(fn, recurse)
+        cast(Any, super())._apply(fn, recurse)
         self.scale = scale.to(self.scale.device)
         return self
 

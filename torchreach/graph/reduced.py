@@ -74,7 +74,9 @@ def reduce(
     Returns: steps, signs and bounds of the reduced network, and how many neurons of each layer it leaves out.
         A neuron is left out where its sign is known and the same on all S input stars.
     """
-    active, live, left_out = [], [], []
+    active: list[Tensor] = []
+    live: list[Tensor] = []
+    left_out: list[int] = []
     for step, sign in zip(steps, signs, strict=True):
         if step.relu is None:
             live.append(torch.arange(step.features, device=sign.device))
@@ -89,7 +91,9 @@ def reduce(
     before = sum(step.terms * step.features for step in steps[1:])
     if width[0] > max(step.features for step in steps) or work > before:
         return None
-    result, new_signs, new_bounds = [], [], []
+    result: list[Step] = []
+    new_signs: list[Tensor] = []
+    new_bounds: list[Pair] = []
     for k, step in enumerate(steps):
         if clock.over:
             return None
@@ -100,11 +104,8 @@ def reduce(
             layer: MergedAffine = _Entry(steps, active, live)
             terms = layer.terms
             zero = step.bias.new_zeros(1, prod(step.in_shape))
-            constants = (lambda step: step.bias), (lambda step: step.bias_magnitude)
-            bias, magnitude = (
-                _collect(steps, active, live, zero, rule, constant)[0]
-                for rule, constant in zip(RULES, constants, strict=True)
-            )
+            bias = _collect(steps, active, live, zero, Step.linear, lambda step: step.bias)[0]
+            magnitude = _collect(steps, active, live, zero, Step.magnitude, lambda step: step.bias_magnitude)[0]
             # Noise of settled neurons reaches the live features behind them; that of live ones is theirs.
             noise = None
             if any(step.noise is not None for step in steps):
@@ -148,7 +149,7 @@ def _collect(
     constant: Callable[[Step], Tensor] | None = None,
 ) -> Tensor:
     """Rows [R, N_in] through `steps` by `rule`, with a constant added or without: the live features [R, T] of each."""
-    parts = []
+    parts: list[Tensor] = []
     for step, index, passes in zip(steps, live, [*active, None], strict=True):
         rows = rule(step, rows)
         if constant is not None:

@@ -171,8 +171,8 @@ def _gelu(approximate: str = "none") -> Smooth:
     root, steepest = math.sqrt(2), 1.1289041451851548
     return Smooth(
         "GELU()",
-        lambda x: 0.5 * x * torch.special.erfc(-x / root),
-        lambda x: 0.5 * torch.special.erfc(-x / root) + x * torch.exp(-(x**2) / 2) / math.sqrt(2 * math.pi),
+        lambda x: 0.5 * x * torch.erfc(-x / root),
+        lambda x: 0.5 * torch.erfc(-x / root) + x * torch.exp(-(x**2) / 2) / math.sqrt(2 * math.pi),
         (Turn.smooth(-root, 1 - steepest), Turn.smooth(root, steepest)),
         *(1.0, 1.13, 0.8),
     )

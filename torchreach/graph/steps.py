@@ -7,6 +7,7 @@ rows [R, N_in] -> W rows [R, N_out]; |W| e for e >= 0; and the bias, for row 0 o
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -79,7 +80,7 @@ class Step:
         out[:, 0] += self.bias
         return out
 
-    def _apply(self, rule, rows: Tensor) -> Tensor:
+    def _apply(self, rule: Callable[[nn.Module, Tensor], Tensor], rows: Tensor) -> Tensor:
         flat = rule(self.block, rows.reshape(rows.shape[:-1].numel(), *self.in_shape))
         return flat.reshape(*rows.shape[:-1], self.features)
 

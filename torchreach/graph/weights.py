@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +51,9 @@ def plain_layer(layer: nn.Module, name: str, refuse: Refuse) -> nn.Module:
     refresh_pruned(layer)
     used = _used(layer, refuse)
     # A pruned weight is exact in any precision, so it stays what the layer's hook makes of it.
-    pruned = {hook._tensor_name for hook in _pruning(layer)}
-    held = {**layer._parameters, **layer._buffers, **{key: used[key] for key in pruned & used.keys()}}
+    pruned = {name for name, _ in _pruning(layer)}
+    parameters, buffers = (_held(layer, kind) for kind in ("_parameters", "_buffers"))
+    held = {**parameters, **buffers, **{key: used[key] for key in pruned & used.keys()}}
     plain = {
         key: None if value is None else plain_tensor(value, f"{name}.{key}", refuse) for key, value in used.items()
     }
@@ -61,16 +62,16 @@ def plain_layer(layer: nn.Module, name: str, refuse: Refuse) -> nn.Module:
     result = kind.__new__(kind)
     # Everything else is shared: sizes, strides, the mode.
     result.__dict__.update({key: value for key, value in vars(layer).items() if key not in _TENSORS})
-    result._forward_pre_hooks, result._modules = OrderedDict(), {}
-    result._parameters = {}
-    result._buffers = {key: value for key, value in layer._buffers.items() if key == "num_batches_tracked"}
+    own: dict[str, Any] = {}
+    kept = {key: value for key, value in buffers.items() if key == "num_batches_tracked"}
+    result.__dict__.update(_forward_pre_hooks=OrderedDict[int, Any](), _modules={}, _parameters=own, _buffers=kept)
     for key, value in plain.items():
         if value is not None and is_packed(used[key]):
             value = value.to(used[key].dtype if plain["bias"] is None else plain["bias"].dtype)
         if key in ("weight", "bias"):
-            result._parameters[key] = None if value is None else as_parameter(value)
+            own[key] = None if value is None else as_parameter(value)
         else:
-            result._buffers[key] = value
+            kept[key] = value
     if is_packed(used.get("weight")):
         result.__dict__[_KIND] = type(used["weight"]).__name__
     return result
@@ -119,9 +120,10 @@ def is_packed(value: object) -> bool:
     return type(value).__module__.startswith("torchao.")
 
 
-def is_weight_hook(hook: object) -> bool:
+def is_weight_hook(hook: Any) -> bool:
     """Whether a forward pre-hook is one of torch's that compute a weight, and nothing else."""
-    pruning = isinstance(hook, prune.BasePruningMethod) and type(hook).__call__ is prune.BasePruningMethod.__call__
+    base: Any = prune.BasePruningMethod
+    pruning = isinstance(hook, base) and type(hook).__call__ is base.__call__
     return pruning or type(hook) in (WeightNorm, SpectralNorm)
 
 
@@ -129,12 +131,19 @@ def refresh_pruned(layer: nn.Module) -> None:
     """Pruning computes `weight` in a hook before each pass; without this it is that of the last pass."""
     with torch.no_grad():
         for part in layer.modules():
-            for hook in _pruning(part):
+            for _, hook in _pruning(part):
                 hook(part, None)
 
 
-def _pruning(layer: nn.Module) -> list[Any]:
-    return [hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, prune.BasePruningMethod)]
+def _held(layer: nn.Module, kind: str) -> dict[Any, Any]:
+    """What torch keeps in one of a module's own dictionaries, such as "_buffers"."""
+    return vars(layer)[kind]
+
+
+def _pruning(layer: nn.Module) -> list[tuple[str, Any]]:
+    """Names of pruned parameters, and the hooks that compute them."""
+    hooks = _held(layer, "_forward_pre_hooks").values()
+    return [(vars(hook)["_tensor_name"], hook) for hook in hooks if isinstance(hook, prune.BasePruningMethod)]
 
 
 def as_parameter(value: Tensor) -> nn.Parameter:
@@ -151,7 +160,7 @@ def linear_layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 @contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
+def evaluation_mode(module: nn.Module) -> Generator[None, None, None]:
     """`module` in evaluation mode within the block; every submodule's own mode after it.
 
     Sets the modes alone: a `train` method of the user's may do more than that, and exported programs refuse it.
@@ -184,26 +193,26 @@ def standalone_copy(network: nn.Module, *, keep_masks: bool = False) -> nn.Modul
     }
     result = copy.deepcopy(network, memo)
     for module in result.modules():
-        for hook in list(module._forward_pre_hooks.values()):
-            if isinstance(hook, prune.BasePruningMethod):
-                key = hook._tensor_name
-                mask = getattr(module, f"{key}_mask")
-                prune.remove(module, key)
-                if keep_masks:
-                    module.register_buffer(f"{key}_mask", mask != 0)
+        for key, _ in _pruning(module):
+            mask = getattr(module, f"{key}_mask")
+            cast(Any, prune).remove(module, key)
+            if keep_masks:
+                module.register_buffer(f"{key}_mask", mask != 0)
     return result
 
 
-def _used(layer: Any, refuse: Refuse) -> dict[str, Any]:
+def _used(layer: nn.Module, refuse: Refuse) -> dict[str, Any]:
     """The tensors that a forward pass in evaluation mode uses, by name."""
-    computed = {}
+    computed: dict[str, Any] = {}
     with torch.no_grad():
-        for hook in layer._forward_pre_hooks.values():
+        for hook in _held(layer, "_forward_pre_hooks").values():
             match hook:
                 case WeightNorm():
                     computed[hook.name] = hook.compute_weight(layer)
                 case SpectralNorm():
                     computed[hook.name] = hook.compute_weight(layer, do_power_iteration=False)
+                case _:
+                    pass
         if not hasattr(type(layer), "weight") and not parametrize.is_parametrized(layer):
             return {key: computed.get(key, getattr(layer, key, None)) for key in _TENSORS if hasattr(layer, key)}
         # The user's code computes them, in the layer's own precision: rounding in it must come out the same.

@@ -199,13 +199,14 @@ def _trace(builder: ChainBuilder, module: nn.Module, name: str) -> None:
     state = torch.get_rng_state()
     with evaluation_mode(module):
         try:
-            graph = _Tracer().trace(module)
+            graph, failure = _Tracer().trace(module), None
         except Exception as error:  # whatever the user's forward does with a proxy
             graph, failure = None, error
         if not torch.equal(torch.get_rng_state(), state):
             torch.set_rng_state(state)
             builder.refuse(name, type(module).__name__, "its forward pass draws random numbers")
-        if graph is not None:
+        if failure is None:
+            assert graph is not None
             GraphReader(builder, graph, module, name, _add).read()
             return
         _log.debug("torch.fx could not trace %s (%s); trying torch.export", type(module).__name__, failure)

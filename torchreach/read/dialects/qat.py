@@ -110,6 +110,7 @@ def _qat_layer(builder: ChainBuilder, module: Any, name: str) -> None:
     weight, bias = module.weight.detach(), module.bias
     along = [-1] + [1] * (weight.ndim - 1)
     norm = getattr(module, "bn", None)
+    factor = weight.new_ones(())
     if norm is not None:
         factor = norm.weight.detach() / torch.sqrt(norm.running_var + norm.eps)  # in float32, as torch does
         weight = weight * factor.reshape(along)
