@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -66,9 +67,10 @@ def test_a_student_is_certified_repaired_saved_and_loaded(tmp_path: Path, depth:
     with torch.no_grad():
         assert ((teacher(x) - result.network(x)).abs() <= result.after.upper + 1e-9).all()
     certified = tr.discrepancy(teacher, result.network, stars)
-    for network in (result.network, chain(result.network, SHAPE)):
-        save(network, tmp_path / "student.pt2", SHAPE)
-        again = tr.discrepancy(teacher, load(tmp_path / "student.pt2"), stars)
+    lowered = chain(result.network, SHAPE)
+    for network, file in product((result.network, lowered), ("student.pt2", "student.onnx")):
+        save(network, tmp_path / file, SHAPE)
+        again = tr.discrepancy(teacher, load(tmp_path / file), stars)
         assert_same(again, certified)
         assert again.regions.equal(certified.regions)
 

@@ -16,6 +16,7 @@ from tests.test_graphs import CASES, network
 from tests.test_load import _onnx
 from torchreach.core.errors import UnsupportedLayerError
 from torchreach.read.load import load
+from torchreach.read.save import save
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -222,3 +223,10 @@ def test_a_residual_network_of_tinyml_agrees_with_the_runtime() -> None:
     x = np.random.default_rng(0).uniform(0, 255, (3, *shape)).astype(np.float32)
     expected = np.concatenate([session.run(None, {session.get_inputs()[0].name: row[None]})[0] for row in x])
     np.testing.assert_allclose(load(path)(torch.from_numpy(x)).numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_torch_does_not_write_is_refused(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Conv2d(1, 1, 2), nn.AdaptiveAvgPool2d(2))  # on 3 x 3, where windows differ
+    with pytest.raises(UnsupportedLayerError, match=r"does not write this network as \.onnx.*save as \.pt2"):
+        save(module, tmp_path / "net.onnx", (1, 4, 4))
+    assert not (tmp_path / "net.onnx").exists()

@@ -138,7 +138,9 @@ def repair(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, options: Re
     original, compressed = load(paths[0]).to(device), _compressed(paths).to(device)
     inputs = _inputs(setup, sets, paths, original, device)
     if saved is not None and saved.suffix.lower() == ".onnx":
-        onnx_bytes(load(compressed), inputs.stars.shape)  # refuses layers now rather than after the work
+        onnx_bytes(
+            load(compressed, input_shape=inputs.stars.shape), inputs.stars.shape
+        )  # refuses layers now rather than after the work
     networks = {"original": original, "compressed": compressed}
     names = {role: str(path) for role, path in zip(networks, paths, strict=True)}
     show.print_line(setup.out, f"input set: {inputs.text}")

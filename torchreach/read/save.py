@@ -1,7 +1,9 @@
-"""Writes a network so that `load` reads it back: .onnx (fully connected ReLU networks) or .pt2."""
+"""Writes a network so that `load` reads it back, as .onnx or .pt2, with its weights as they are."""
 
 from __future__ import annotations
 
+import io
+import warnings
 from pathlib import Path
 
 import torch
@@ -31,11 +33,10 @@ def save(network: nn.Module, path: str | Path, input_shape: tuple[int, ...]) -> 
     """Writes `network` to `path`, whole or not at all. Weights are stored as they are.
 
     Args:
-        network: a module that `torch.export` takes, or a flat chain as `load` returns it; for .onnx a chain of Linear,
-            ReLU and Flatten layers.
+        network: a module that torch exports, or a flat chain as `load` returns it.
         input_shape: shape of one input, without batch axis; the batch axis stays free.
 
-    Raises: OptionError for another ending; UnsupportedLayerError for a layer that .onnx is not written for.
+    Raises: OptionError for another ending; UnsupportedLayerError for a layer that torch does not write as .onnx.
     """
     path = Path(path)
     check_target(path)
@@ -77,9 +78,7 @@ def onnx_bytes(network: nn.Module, input_shape: tuple[int, ...]) -> bytes:
             case nn.Flatten(start_dim=1, end_dim=-1):
                 nodes.append(helper.make_node("Flatten", [last], [name], name=name, axis=1))
             case _:
-                raise UnsupportedLayerError(
-                    f"layer {i} ({type(layer).__name__}): .onnx is written for Linear, ReLU and Flatten; save as .pt2"
-                )
+                return _exported(network, input_shape)
         last = name
     kind = helper.np_dtype_to_tensor_dtype(torch.zeros((), dtype=dtype).numpy().dtype)
     graph = helper.make_graph(
@@ -93,3 +92,23 @@ def onnx_bytes(network: nn.Module, input_shape: tuple[int, ...]) -> bytes:
     model = helper.make_model(graph, opset_imports=opsets, ir_version=_ONNX_IR, producer_name="torchreach")
     onnx.checker.check_model(model)
     return model.SerializeToString()
+
+
+def _exported(network: nn.Module, input_shape: tuple[int, ...]) -> bytes:
+    """By torch's exporter that needs no other package, without its folding of weights."""
+    parameter = next(network.parameters(), torch.zeros(()))
+    example = torch.zeros(2, *input_shape, dtype=parameter.dtype, device=parameter.device)
+    buffer = io.BytesIO()
+    try:
+        with warnings.catch_warnings():  # it announces its end, and that the batch is free
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                _written(network).eval(), (example,), buffer, dynamo=False,  # type: ignore[arg-type]
+                opset_version=_ONNX_OPSET,
+                input_names=["x"], dynamic_axes={"x": {0: "batch"}}, do_constant_folding=False,
+                training=torch.onnx.TrainingMode.PRESERVE,
+            )  # fmt: skip
+    except Exception as error:  # of many kinds, one for each operator without a rule
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnsupportedLayerError(f"torch does not write this network as .onnx ({reason}); save as .pt2") from None
+    return buffer.getvalue()
