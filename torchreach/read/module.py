@@ -102,6 +102,17 @@ def weight_only(module: nn.Module, input_shape: Shape | None = None) -> WeightOn
     """Float twin of a deployed network: its dequantised weights, and no rounding or clamping of activations.
 
     Arguments and errors as `chain`; a network without quantisers gives the same as `chain`.
+
+    Example:
+        >>> from torch.ao import quantization
+        >>> network = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> wrapped = quantization.QuantWrapper(network).eval()
+        >>> wrapped.qconfig = quantization.default_qconfig
+        >>> prepared = quantization.prepare(wrapped)
+        >>> _ = prepared(torch.rand(20, 2))  # calibrates
+        >>> int8 = quantization.convert(prepared)
+        >>> [type(layer).__name__ for layer in tr.weight_only(int8)]
+        ['Linear', 'ReLU', 'Linear']
     """
     return WeightOnly(*(layer for layer in chain(module, input_shape) if not isinstance(layer, Quantizer)))
 

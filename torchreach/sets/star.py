@@ -78,6 +78,11 @@ class StarBatch:
 
         One predicate variable per feature that has width in some box. The star is the box exactly, in any
         dtype.
+
+        Example:
+            >>> stars = tr.StarBatch.from_box(torch.zeros(5, 3), torch.ones(5, 3))
+            >>> len(stars), stars.shape, stars.dim
+            (5, (3,), 3)
         """
         lower, upper = numbers("lower", lower), numbers("upper", upper)
         if lower.shape != upper.shape:

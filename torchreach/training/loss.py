@@ -57,8 +57,11 @@ class DiscrepancyLoss(nn.Module):
     for weights that are not finite, or if a parameter that wants a gradient could not get one.
 
     Example:
-        >>> loss = DiscrepancyLoss(original, student)
-        >>> (cross_entropy(student(x), y) + loss(x - 0.01, x + 0.01)).backward()
+        >>> original, student = nn.Linear(2, 1), nn.Linear(2, 1)
+        >>> loss, x, y = tr.DiscrepancyLoss(original, student), torch.rand(5, 2), torch.rand(5, 1)
+        >>> (nn.functional.mse_loss(student(x), y) + loss(x - 0.01, x + 0.01)).backward()
+        >>> student.weight.grad.shape
+        torch.Size([1, 2])
     """
 
     def __init__(

@@ -109,6 +109,16 @@ def repair(
     Ctrl-C ends it: the result is the best network so far, with its certificate.
 
     Raises: OptionError; InvalidNetworkError if no parameter trains; as `discrepancy`.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> original = nn.Sequential(nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, 1))
+        >>> compressed = tr.quantize_weights(original, bits=3)
+        >>> stars = tr.StarBatch.from_box(torch.zeros(2), torch.ones(2))
+        >>> quick = tr.RepairOptions(samples=50, epochs=10)
+        >>> result = tr.repair(original, compressed, stars, target=0.9, iterations=5, training=quick)
+        >>> result.satisfied, bool(result.after.max_upper <= 0.9 * result.before.max_upper)
+        (True, True)
     """
     goal = Target.of(target)
     training = training or RepairOptions()

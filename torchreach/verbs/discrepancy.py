@@ -81,6 +81,13 @@ def discrepancy(
         KernelMismatchError: this machine's kernels left the certified range, see `torchreach.verbs.int8_kernels`.
 
     Warns: UncoveredKernelsWarning: int8 kernels that add up in a way that is not known.
+
+    Example:
+        >>> original, compressed = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+        >>> _ = nn.init.constant_(original.weight, 1.0), nn.init.constant_(compressed.weight, 0.75)
+        >>> found = tr.discrepancy(original, compressed, tr.StarBatch.from_box(torch.zeros(2), torch.ones(2)))
+        >>> round(float(found.max_upper), 4), found.witness[0, 0].tolist()
+        (0.5, [1.0, 1.0])
     """
     if tolerance is not None and not tolerance >= 0:
         raise OptionError(f"tolerance must be a number >= 0 or None, got {tolerance!r}")

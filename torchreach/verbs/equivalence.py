@@ -84,6 +84,13 @@ def equivalent(
 
     Raises: as `discrepancy`; OptionError: not exactly one of `epsilon` and `top1`, or a negative epsilon.
         UnsupportedLayerError: `top1` of networks that round activations.
+
+    Example:
+        >>> original, compressed = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+        >>> _ = nn.init.constant_(original.weight, 1.0), nn.init.constant_(compressed.weight, 0.75)
+        >>> stars = tr.StarBatch.from_box(torch.zeros(2), torch.ones(2))
+        >>> [tr.equivalent(original, compressed, stars, epsilon).answer[0].value for epsilon in (0.4, 0.6)]
+        ['not equivalent', 'equivalent']
     """
     if (epsilon is None) != top1:
         given = "both" if top1 else "neither"

@@ -37,6 +37,12 @@ def merge(original: nn.Module, compressed: nn.Module, input_shape: Shape | None 
         UnsupportedLayerError: a layer without a sound rule, named with its position.
         ShapeError: input or output sizes differ, or `input_shape` is needed.
         InvalidNetworkError: a weight is NaN or infinite.
+
+    Example:
+        >>> original, compressed = nn.Linear(2, 1), nn.Linear(2, 1)
+        >>> x = torch.rand(5, 2)
+        >>> torch.allclose(tr.merge(original, compressed)(x), original(x) - compressed(x), atol=1e-6)
+        True
     """
     original, compressed = as_network(original), as_network(compressed)
     branches = tuple(

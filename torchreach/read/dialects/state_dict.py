@@ -83,6 +83,18 @@ def load_int8(
             outside of 0..255.
         ShapeError: a weight of another shape.
         UnsupportedLayerError: layers that are not quantised, or that the int8 kernels cannot run.
+
+    Example:
+        >>> from torch.ao import quantization
+        >>> network = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> wrapped = quantization.QuantWrapper(network).eval()
+        >>> wrapped.qconfig = quantization.default_qconfig
+        >>> prepared = quantization.prepare(wrapped)
+        >>> _ = prepared(torch.rand(20, 2))  # calibrates
+        >>> int8 = quantization.convert(prepared)
+        >>> x = torch.rand(5, 2)
+        >>> torch.equal(tr.load_int8(int8.state_dict(), network)(x), int8(x))
+        True
     """
     state = source if isinstance(source, Mapping) else _read(Path(source))
     if not isinstance(network, nn.Module):
