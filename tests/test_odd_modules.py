@@ -222,10 +222,10 @@ def test_what_a_call_computes_is_read(name):
         ),
         (lambda: around(lambda _, x: x.view(torch.int64)), r"'view', view\): called in a way torchreach does not know"),
         (
-            lambda: nn.Sequential(dense(), nn.Softmax(1)),
-            r"Softmax\).*leave it out of both.*top1=True",
+            lambda: nn.Sequential(dense(), nn.Softmax(1), dense()),
+            r"Softmax\).*as the last layer",
         ),
-        (lambda: around(lambda self, x: self.inner(x).log_softmax(1)), "log_softmax.*compare the scores before it"),
+        (lambda: around(lambda self, x: self.inner(x).log_softmax(0)), r"LogSoftmax\).*over the features"),
         (
             lambda: nn.Sequential(nn.Linear(4, 3, dtype=torch.complex64)),
             r"'0.weight' must hold real floating",

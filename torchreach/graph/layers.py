@@ -137,6 +137,8 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "expand": _expand,
 }
 PASS_THROUGH = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
+# Known to the comparisons of two networks alone, and as the last layer.
+SOFTMAX = (nn.Softmax, nn.LogSoftmax)
 RESHAPING = (nn.Flatten, nn.Unflatten, Reshape)
 AFFINE = (
     nn.Linear,

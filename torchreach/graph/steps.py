@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torchreach.core.errors import ShapeError, UnsupportedLayerError
 from torchreach.graph.kernels import IntegerSums, Unfolded
-from torchreach.graph.layers import RESHAPING, MaskedReLU, fan_in, linear, magnitude, with_bias_magnitude
+from torchreach.graph.layers import RESHAPING, SOFTMAX, MaskedReLU, fan_in, linear, magnitude, with_bias_magnitude
 from torchreach.graph.quantizer import Quantizer
 from torchreach.graph.smooth import SMOOTH, Activations, Smooth
 
@@ -107,6 +107,11 @@ def steps_of(
             raise UnsupportedLayerError(
                 f"{layer.name or 'a layer'!r} rounds activations, which is no linear region's business: "
                 "use torchreach.discrepancy(original, deployed, stars), or torchreach.weight_only(network)"
+            )
+        if isinstance(layer, SOFTMAX):
+            raise UnsupportedLayerError(
+                f"{type(layer).__name__}: only torchreach.discrepancy and torchreach.equivalent know it, as the last "
+                "layer of both networks; leave it out (network[:-1], for instance)"
             )
         if isinstance(layer, (Activations, *SMOOTH)) and not smooth:
             names = [function.name for function, _ in Activations.of(layer, 0).parts]

@@ -20,6 +20,7 @@ from torchreach.graph.layers import (
     AFFINE,
     PASS_THROUGH,
     RESHAPING,
+    SOFTMAX,
     ElementwiseAffine,
     MaskedReLU,
     MergedAffine,
@@ -39,7 +40,7 @@ Shape = tuple[int, ...]
 LEAVES = (
     *(kind for kind in AFFINE if kind is not MergedAffine),
     *(Arithmetic, Quantizer),
-    *(*POINTWISE, *SMOOTH, *POOLING, *ADAPTIVE),
+    *(*POINTWISE, *SMOOTH, *POOLING, *ADAPTIVE, *SOFTMAX),
 )
 _OWN = (MergedAffine, ElementwiseAffine, Reshape, Rearrange)
 # What torch computes on quantised tensors as it is; pooling rounds to the same grid again.
@@ -126,7 +127,7 @@ class ChainBuilder:
             self._advance(layer, name)
             self.layers.append(layer)
             bends = isinstance(layer, (*POINTWISE, *SMOOTH))
-            if isinstance(layer, SMOOTH):
+            if isinstance(layer, (*SMOOTH, *SOFTMAX)):
                 self._refuse_rounding(name, type(layer).__name__)
             if isinstance(layer, nn.PReLU) and layer.weight.numel() > 1 and self.shape is None:
                 self.refuse(name, "PReLU", "input_shape=(...) is required for a slope of each channel")
@@ -223,7 +224,20 @@ class ChainBuilder:
         self.append(Arithmetic(operation, operand), name)
 
     def sequential(self) -> nn.Sequential:
-        """Chains as they are; any other graph lowered to one."""
+        """Chains as they are; any other graph lowered to one. A Softmax stays the last layer."""
+        used = Graph.to(self.nodes, self.at).nodes
+        if middle := next((node for node in used[:-1] if isinstance(node.value, SOFTMAX)), None):
+            kind = type(middle.value).__name__
+            self.refuse(middle.name, kind, f"torchreach supports {kind} as the last layer, of a classifier")
+        head = self.nodes[self.at]
+        if not isinstance(head.value, SOFTMAX):
+            return self._body()
+        self.at = head.inputs[0]
+        self.nodes.remove(head)
+        self.layers.remove(head.value)
+        return nn.Sequential(*self._body(), head.value)
+
+    def _body(self) -> nn.Sequential:
         straight = all(node.inputs == (i,) for i, node in enumerate(self.nodes[1:])) and self.at == len(self.nodes) - 1
         if straight and all(node.op == "layer" or node.stays for node in self.nodes[1:]):
             return nn.Sequential(*self.layers)
@@ -279,6 +293,8 @@ class ChainBuilder:
             self.refuse(name, kind, "it has no running statistics, so its output depends on the whole batch")
         if isinstance(layer, nn.Flatten) and (layer.start_dim < 1 or 0 <= layer.end_dim < layer.start_dim):
             self.refuse(name, kind, f"start_dim must be at least 1 (axis 0 is the batch), got {layer.start_dim}")
+        if isinstance(layer, SOFTMAX) and (layer.dim not in (1, -1) or len(self.shape or (1,)) != 1):
+            self.refuse(name, kind, f"it must go over the features of flat values, dim=1, got dim={layer.dim}")
         if isinstance(layer, nn.Unflatten) and not (isinstance(layer.dim, int) and layer.dim >= 1):
             self.refuse(name, kind, f"dim must be at least 1 (axis 0 is the batch), got {layer.dim!r}")
 

@@ -132,6 +132,17 @@ class GraphOperations:
     def _op_relu(self, node: Any, x: Any, inplace: bool = False) -> None:
         self._pointwise(node, RELU)
 
+    def _op_softmax(self, node: Any, x: Any, dim: Any = None, *_: Any, dtype: Any = None, **__: Any) -> None:
+        self._last(node, nn.Softmax(dim), dtype)
+
+    def _op_log_softmax(self, node: Any, x: Any, dim: Any = None, *_: Any, dtype: Any = None, **__: Any) -> None:
+        self._last(node, nn.LogSoftmax(dim), dtype)
+
+    def _last(self, node: Any, layer: nn.Module, dtype: Any) -> None:
+        if dtype is not None:
+            self._refuse(node, type(layer).__name__, "it must keep the dtype")
+        self.builder.append(layer, self._place(node))
+
     def _number(self, node: Any, value: Any) -> float:
         if isinstance(value, Tensor) and value.numel() == 1:
             value = value.item()

@@ -154,6 +154,12 @@ class OnnxOperations(OnnxLayers):
             self._refuse(node, node.op, str(error))
         self.builder.append(layer, node.name)
 
+    def _onnx_softmax(self, node: OnnxNode) -> None:
+        self._op_softmax(node, None, self._axis(node, node.attributes.get("axis", len(self._sizes()) - 1)))
+
+    def _onnx_logsoftmax(self, node: OnnxNode) -> None:
+        self._op_log_softmax(node, None, self._axis(node, node.attributes.get("axis", len(self._sizes()) - 1)))
+
     def _onnx_relu(self, node: OnnxNode) -> None:
         self._op_relu(node, None)
 

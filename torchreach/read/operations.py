@@ -39,6 +39,7 @@ _FUNCTIONS: dict[Any, str] = {
     torch.fake_quantize_per_tensor_affine: "fake_quantize_per_tensor_affine",
     torch.fake_quantize_per_channel_affine: "fake_quantize_per_channel_affine",
     torch.dequantize: "dequantize",
+    **{getattr(where, n): n for n in ("softmax", "log_softmax") for where in (torch, functional)},
     functional.relu: "relu",
     functional.relu_: "relu_",
     functional.linear: "linear",
@@ -65,6 +66,7 @@ _METHODS = {
     *("relu", "relu_", "clamp", "clamp_", "clamp_min", "clamp_min_", "neg", "matmul", "mm"),
     *("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_"),
     *("flatten", "view", "reshape", "unflatten", "t", "transpose", "permute", "squeeze", "unsqueeze"),
+    *("softmax", "log_softmax"),
     *("abs", "abs_", "clamp_max", "clamp_max_", "maximum", "minimum", "max", "chunk", "split", "mean", "sum"),
     *("index_select", "select", "flip", "prelu"),
     *("contiguous", "clone", "detach", "to", "float", "double", "size", "dim"),
@@ -91,6 +93,8 @@ _SAME = {
     "true_divide": "div",
     "_unsafe_view": "view",
     "concat": "cat",
+    "_softmax": "softmax",
+    "_log_softmax": "log_softmax",
 }
 
 

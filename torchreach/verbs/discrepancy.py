@@ -16,7 +16,7 @@ from torch import nn
 
 from torchreach.compress.constraints import is_weight_only
 from torchreach.core.clock import running
-from torchreach.core.errors import OptionError, ShapeError
+from torchreach.core.errors import OptionError, ShapeError, UnsupportedLayerError
 from torchreach.core.options import Budget, Exact, Search
 from torchreach.core.results import Discrepancy, ProgressCallback, Semantics
 from torchreach.core.tolerances import Tolerances
@@ -28,6 +28,7 @@ from torchreach.verbs.executed import as_executed, formats, widened
 from torchreach.verbs.float_pair import compare
 from torchreach.verbs.int8_kernels import CHOICES
 from torchreach.verbs.int8_pair import deployed_discrepancy, rounds
+from torchreach.verbs.softmax import asked_of_scores, both_scores, probabilities
 
 METHODS = {"auto": None, "exact": Exact(), "search": Search()}
 
@@ -75,6 +76,10 @@ def discrepancy(
     this machine's kernels gave and `upper` holds for every kernel that keeps sums in float32 (docs/certificates.md), or
     "deployed int8": where a network rounds its activations, as int8 kernels execute it, for inputs in float32 (see
     `verbs.int8_pair`): there "exact" enumerates the cells of the input grid, and "search" relaxes the rounding.
+
+    Networks that both end in Softmax (or LogSoftmax) are compared in probabilities, which are certified through the
+    scores (see `verbs.softmax`): `gap` and `tolerance` are about probabilities, but only the scores are searched, so
+    that an interval can stay wider than was asked for.
 
     Raises: as `merge` and `reach`; OptionError: an unknown method, kind of kernels or arithmetic, a negative tolerance,
         or a gap that is not positive. InvalidNetworkError: a layer that may overflow its format as executed.
@@ -130,6 +135,12 @@ def discrepancy(
 
             kind = None if rounds(original, stars.shape) else kinds[0]
             return widened(deployed, original, stars, kind, question, clock)
+        weight_only = is_weight_only(compressed)
+        original, compressed, head = both_scores(original, compressed, stars.shape)
+        if head is not None and kinds != (None, None):
+            raise UnsupportedLayerError(
+                f"{head.__name__}: how it is executed is not known; ask for the real-valued reading (arithmetic='real')"
+            )
         networks = one_dtype(original, compressed, stars.shape)
 
         def real(stars: StarBatch, question: Question) -> Discrepancy:
@@ -139,8 +150,12 @@ def discrepancy(
 
         if kinds != (None, None):
             return as_executed(original, compressed, stars, kinds, question, real, clock)
-        found = real(stars, question)
-    return replace(found, semantics=Semantics.WEIGHT_ONLY if is_weight_only(compressed) else Semantics.FLOAT)
+        if head is None:
+            found = real(stars, question)
+        else:
+            found = real(stars, asked_of_scores(question, head))
+            found = probabilities(found, networks, head, stars, question, clock)
+    return replace(found, semantics=Semantics.WEIGHT_ONLY if weight_only else Semantics.FLOAT)
 
 
 def one_dtype(original: nn.Module, compressed: nn.Module, shape: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:
