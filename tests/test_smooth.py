@@ -228,7 +228,6 @@ def excess_of_planes(name: str, neurons: int, count: int, seed: int) -> tuple[fl
     """Largest excess of alpha a + beta e over its plane, relative; and how many samples there were."""
     f, hexagon = smooth(CASES[name][0]), hexagons(neurons, seed)
     z, d = pairs(hexagon, count, seed + 6)
-    planes = CurvePlanes.of(f, hexagon, torch.arange(neurons))
     a = f.value(z)
     e = a - f.value(z - d)
     worst, seen = -math.inf, 0
@@ -239,15 +238,13 @@ def excess_of_planes(name: str, neurons: int, count: int, seed: int) -> tuple[fl
     for apart in (False, True):
         # one neuron a row, so that sums over neurons are single heights
         alpha, beta = 2 * random(seed + 8, 2, neurons) - 1
-        p, q, _ = planes.above(alpha[None, None], beta[None, None], neurons, apart=apart)
-        heights = torch.stack([
-            CurvePlanes.of(f, hexagon.map(lambda x, i=i: x[:, i]), torch.arange(len(i))).above(
-                torch.diag(alpha[i])[None], torch.diag(beta[i])[None], neurons, apart=apart
-            )[2][0]
-            for i in torch.arange(neurons).split(50)
-        ]).flatten()[:neurons] if neurons % 50 == 0 else None  # fmt: skip
-        assert heights is not None
-        value = alpha * a + beta * e - p[0, 0] * z - q[0, 0] * d - heights
+        rows = []
+        for i in torch.arange(neurons).split(50):
+            part = CurvePlanes.of(f, hexagon.map(lambda x, i=i: x[:, i]), torch.arange(len(i)))
+            p, q, height = part.above(alpha[i].diag()[None], beta[i].diag()[None], neurons, apart=apart)
+            rows.append(torch.stack((p[0].diagonal(), q[0].diagonal(), height[0])))
+        p, q, heights = torch.cat(rows, 1)
+        value = alpha * a + beta * e - p * z - q * d - heights
         value = value / (1 + z.abs())
         seen += int((~value.isnan()).sum())
         worst = max(worst, float(torch.nan_to_num(value, nan=-math.inf).max()))
