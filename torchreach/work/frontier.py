@@ -43,6 +43,8 @@ GRACE = 0.5
 CLOSING = {"cpu": 1 << 22, "cuda": 1 << 27}
 # Bytes of the budget for each of them.
 CLOSING_BYTES = 64
+# Numbers in the rows of one star from which on a pass would take seconds: its whole input star's bounds stand.
+WIDEST = 1 << 26
 # Processes pay once a run has lasted so long, and a chunk is open for each (or it has lasted longer still,
 # and the next step of what is open takes so long).
 FORK_SECONDS = 0.1
@@ -334,7 +336,10 @@ class Frontier:
         if not self.open:
             return 0.0
         chunk = self.groups[max(self.groups)].chunks[-1]
-        sample = chunk.select(slice(0, self._closing(chunk.layer)))
+        size = self._closing(chunk.layer)
+        if not size:
+            return 0.0
+        sample = chunk.select(slice(0, size))
         clock = self.clock.part(None)
         self._bound(sample, clock)
         return clock.elapsed / len(sample)
@@ -348,7 +353,7 @@ class Frontier:
         clock = self.clock
         if clock.limited or clock.interrupted:
             clock = clock.grace(GRACE if clock.interrupted else max(GRACE, clock.left))
-        while self.open and not clock.over:
+        while self.open and not clock.over and self._closing(max(self.groups)[0]):
             key = max(self.groups)
             chunk = self._take(key, len(self.groups[key].chunks[-1]))
             left[chunk.origin] = True
@@ -372,8 +377,10 @@ class Frontier:
         return left
 
     def _closing(self, layer: int) -> int:
-        """How many stars at a layer are bounded at once."""
+        """How many stars at a layer are bounded at once; 0: none can be."""
         wide = [step.features for step in self.steps[layer:]]
+        if (1 + self.dim) * max(wide) > WIDEST:
+            return 0
         generators = 1 + self.dim + sum(wide[:-1])
         numbers = min(CLOSING.get(self.device.type, CLOSING["cuda"]), self.memory / CLOSING_BYTES)
         return int(max(1, numbers // (generators * max(wide))))
