@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torchreach.core.errors import OptionError
+from torchreach.core.terms import Reason
 from torchreach.core.tolerances import UNIT_ROUNDOFF
 from torchreach.domains.pair import Pair
 
@@ -91,6 +92,15 @@ class Question:
         if self.goal == "above":
             enough[1] = torch.inf
         return enough
+
+    def settled(self, lower: Tensor, upper: Tensor) -> Reason | None:
+        """How the ends [N_out] of |y1 - y2|, as they are reported, answer for the threshold; None where they do not."""
+        if self.threshold > -torch.inf:
+            if float(upper.max()) <= self.threshold:
+                return Reason.WITHIN
+            if float(lower.max()) > self.threshold:
+                return Reason.EXCEEDED
+        return None
 
     def urgent(self, lower: Tensor) -> Tensor:
         """[2, N_out] upper bounds to get below first, at least `enough`."""

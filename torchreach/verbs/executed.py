@@ -28,7 +28,7 @@ from torchreach.graph.weights import evaluation_mode
 from torchreach.read.steps import steps
 from torchreach.search.result import Question
 from torchreach.sets.star import StarBatch
-from torchreach.verbs.reach import EXACT_GAP, replay
+from torchreach.verbs.reach import replay, with_ends
 
 log = logging.getLogger(__name__)
 
@@ -187,15 +187,11 @@ def widened(
         range_upper=range_upper,
         status=(Status.BOUNDED,) * len(stars),
     )
-    settled = {
-        Reason.EXCEEDED: found.max_lower > question.threshold,
-        Reason.WITHIN: found.max_upper <= question.threshold,
-    }
     undone = (Reason.EXCEEDED, Reason.WITHIN, Reason.CLOSED, Reason.GAP)
-    reasons = [Reason.ROUNDING if reason in undone else reason for reason in found.reasons]
-    if question.threshold > -torch.inf:
-        for reason, holds in settled.items():
-            reasons = [reason if yes else old for yes, old in zip(holds.tolist(), reasons, strict=True)]
+    reasons = (
+        question.settled(lower, upper) or (Reason.ROUNDING if before in undone else before)
+        for lower, upper, before in zip(found.lower, found.upper, found.reasons, strict=True)
+    )
     return replace(found, reasons=tuple(reasons))
 
 
@@ -311,30 +307,12 @@ class _Result:
             self.reasons[s] = found.reasons[0]
 
     def finish(self) -> Discrepancy:
-        dtype = self.stars.dtype
-        range_lower, range_upper = round_down(self.range_lower, dtype), round_up(self.range_upper, dtype)
-        upper = torch.maximum(-range_lower, range_upper).clamp(min=0)
-        lower = torch.minimum(round_down(self.lower, dtype), upper)
-        exact = (upper - lower <= EXACT_GAP[dtype] * (1 + upper)).all(1).tolist()
-        status = tuple(Status.EXACT if ok else Status.BOUNDED for ok in exact)
-        return replace(
-            self.found,
-            lower=lower,
-            upper=upper,
-            range_lower=range_lower,
-            range_upper=range_upper,
-            witness=self.witness,
-            status=status,
-            reasons=tuple(self._reason(s, lower[s], upper[s]) for s in range(len(status))),
-            semantics=self.semantics,
-        )
+        found = with_ends(self.found, self.lower, self.range_lower, self.range_upper, self.witness)
+        reasons = tuple(self._reason(s, *ends) for s, ends in enumerate(zip(found.lower, found.upper, strict=True)))
+        return replace(found, reasons=reasons, semantics=self.semantics)
 
     def _reason(self, s: int, lower: Tensor, upper: Tensor) -> Reason:
-        threshold = self.question.threshold
-        if threshold > -torch.inf:
-            if float(upper.max()) <= threshold:
-                return Reason.WITHIN
-            if float(lower.max()) > threshold:
-                return Reason.EXCEEDED
+        if settled := self.question.settled(lower, upper):
+            return settled
         before = self.reasons[s] if self.reasons else Reason.ROUNDING
         return before if before in (Reason.BUDGET, Reason.INTERRUPTED, Reason.NUMERICAL) else Reason.ROUNDING

@@ -115,7 +115,7 @@ def _look(network: tuple[Step, ...], places: Places, clock: Clock, starts: int, 
     for step in range(STEPS + 1):
         with torch.enable_grad():
             leaf = t.detach().requires_grad_()
-            value = (_forward(network, places.points(leaf)) * sign).sum(-1)
+            value = (evaluate(network, places.points(leaf)) * sign).sum(-1)
             (gradient,) = torch.autograd.grad(value.sum(), leaf) if step < STEPS else (leaf,)
         better = value.detach() > best
         best, at = torch.where(better, value.detach(), best), torch.where(better[..., None], t, at)
@@ -131,8 +131,8 @@ def _look(network: tuple[Step, ...], places: Places, clock: Clock, starts: int, 
     return places.points(torch.cat((places.inside[:, None], at), 1))
 
 
-def _forward(network: tuple[Step, ...], x: Tensor) -> Tensor:
-    """[S, B, N_out] at inputs [S, B, *shape]."""
+def evaluate(network: tuple[Step, ...], x: Tensor) -> Tensor:
+    """[S, B, N_out] in float64 at inputs [S, B, *shape], differentiable; nothing bounds its rounding."""
     x = x.to(COMPUTE_DTYPE).flatten(2)
     for step in network:
         x = step.activate(step.linear(x) + step.bias)

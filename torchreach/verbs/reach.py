@@ -14,7 +14,7 @@ from torchreach.core.clock import Clock, running
 from torchreach.core.errors import ShapeError
 from torchreach.core.memory import default_budget
 from torchreach.core.options import Budget, Exact
-from torchreach.core.results import Progress, ProgressCallback, ReachResult, ReachStats, Reason, Status
+from torchreach.core.results import Discrepancy, Progress, ProgressCallback, ReachResult, ReachStats, Reason, Status
 from torchreach.core.tolerances import COMPUTE_DTYPE, Tolerances, round_down, round_up
 from torchreach.domains.root import root_bounds
 from torchreach.domains.zonotope import Bounds
@@ -291,6 +291,26 @@ class _Run:
 
     def _stars(self) -> StarBatch | None:
         return StarBatch.cat(self.kept) if self.kept else None
+
+
+def with_ends(
+    found: Discrepancy, lower: Tensor, range_lower: Tensor, range_upper: Tensor, witness: Tensor
+) -> Discrepancy:
+    """`found` with other ends [S, N], in float64, rounded outward to the witnesses' dtype, and the status they give."""
+    dtype = witness.dtype
+    range_lower, range_upper = round_down(range_lower, dtype), round_up(range_upper, dtype)
+    upper = torch.maximum(-range_lower, range_upper).clamp(min=0)
+    lower = torch.minimum(round_down(lower, dtype), upper)
+    exact = (upper - lower <= EXACT_GAP[dtype] * (1 + upper)).all(1).tolist()
+    return replace(
+        found,
+        lower=lower,
+        upper=upper,
+        range_lower=range_lower,
+        range_upper=range_upper,
+        witness=witness,
+        status=tuple(Status.EXACT if ok else Status.BOUNDED for ok in exact),
+    )
 
 
 def replay(network: tuple[Step, ...], x: Tensor) -> tuple[Tensor, Tensor]:

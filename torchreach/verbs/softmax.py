@@ -32,7 +32,7 @@ from torchreach.core.clock import Clock
 from torchreach.core.errors import UnsupportedLayerError
 from torchreach.core.results import Discrepancy
 from torchreach.core.terms import Reason, Status
-from torchreach.core.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF, round_down, round_up
+from torchreach.core.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF
 from torchreach.domains.zonotope import box_rows, zonotope_bounds
 from torchreach.graph.layers import SOFTMAX
 from torchreach.graph.smooth import smooth
@@ -41,7 +41,8 @@ from torchreach.read.module import chain
 from torchreach.read.steps import steps
 from torchreach.search.result import Question
 from torchreach.sets.star import StarBatch
-from torchreach.verbs.reach import EXACT_GAP, replay
+from torchreach.verbs.first_look import evaluate
+from torchreach.verbs.reach import replay, with_ends
 
 SAMPLES, STEPS = 64, 20
 
@@ -105,24 +106,10 @@ def probabilities(
     y = zonotope_bounds(first, *box_rows(low, high), clock=clock)[-1]
     bottom, top = bounds(y, (found.range_lower.double(), found.range_upper.double()), kind)
     lower, witness = _attained(first, second, kind, found.witness, stars, clock)
-    dtype = stars.dtype
-    range_lower, range_upper = round_down(bottom, dtype), round_up(top, dtype)
-    upper = torch.maximum(-range_lower, range_upper).clamp(min=0)
-    lower = torch.minimum(round_down(lower.clamp(min=0), dtype), upper)
-    exact = (upper - lower <= EXACT_GAP[dtype] * (1 + upper)).all(1).tolist()
-    return replace(
-        found,
-        lower=lower,
-        upper=upper,
-        range_lower=range_lower,
-        range_upper=range_upper,
-        witness=witness,
-        status=tuple(Status.EXACT if ok else Status.BOUNDED for ok in exact),
-        reasons=tuple(
-            _reason(question, lower[s], upper[s], reason, ok)
-            for s, (reason, ok) in enumerate(zip(found.reasons, exact, strict=True))
-        ),
-    )
+    found = with_ends(found, lower.clamp(min=0), bottom, top, witness)
+    exact = (status is Status.EXACT for status in found.status)
+    ends = zip(found.lower, found.upper, found.reasons, exact, strict=True)
+    return replace(found, reasons=tuple(_reason(question, *end) for end in ends))
 
 
 def bounds(y: tuple[Tensor, Tensor], d: tuple[Tensor, Tensor], kind: type[nn.Module]) -> tuple[Tensor, Tensor]:
@@ -207,7 +194,7 @@ def _attained(
             break
         with torch.enable_grad():
             leaf = at.flatten(2).double().requires_grad_()
-            p = [_last(kind, _forward(network, leaf)) for network in (first, second)]
+            p = [_last(kind, evaluate(network, leaf)) for network in (first, second)]
             value = (p[0] - p[1]).diagonal(dim1=1, dim2=2).abs().sum()
             (gradient,) = torch.autograd.grad(value, leaf)
         pace = 0.5 * 0.8**step * (high - low)[:, None] / 2
@@ -237,22 +224,13 @@ def _offer(
     return best, x[torch.arange(size, device=x.device)[:, None], index]
 
 
-def _forward(network: tuple[Step, ...], x: Tensor) -> Tensor:
-    for step in network:
-        x = step.activate(step.linear(x) + step.bias)
-    return x
-
-
 def _last(kind: type[nn.Module], y: Tensor) -> Tensor:
     return y.log_softmax(-1) if kind is nn.LogSoftmax else y.softmax(-1)
 
 
 def _reason(question: Question, lower: Tensor, upper: Tensor, before: Reason, exact: bool) -> Reason:
-    if question.threshold > -torch.inf:
-        if float(upper.max()) <= question.threshold:
-            return Reason.WITHIN
-        if float(lower.max()) > question.threshold:
-            return Reason.EXCEEDED
+    if settled := question.settled(lower, upper):
+        return settled
     if exact:
         return Reason.CLOSED
     if bool((upper - lower <= question.tolerance).all()):
