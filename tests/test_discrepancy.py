@@ -35,7 +35,7 @@ def differences(original: nn.Module, compressed: nn.Module, x: Tensor) -> Tensor
         return original(x) - compressed(x)
 
 
-@pytest.mark.parametrize("block", range(8))
+@pytest.mark.parametrize("block", [0, 1, *(pytest.param(block, marks=pytest.mark.slow) for block in range(2, 8))])
 def test_discrepancy_equals_the_mixed_integer_model_and_holds_for_samples(block: int) -> None:
     for seed in range(25 * block, 25 * (block + 1)):
         original, compressed, inputs = random_pair(seed)
@@ -57,7 +57,7 @@ def test_discrepancy_equals_the_mixed_integer_model_and_holds_for_samples(block:
 @pytest.mark.parametrize("method", METHODS)
 def test_samples_never_leave_the_range(device: str, dtype: torch.dtype, method: str) -> None:
     """Samples are evaluated in float64: the certificate speaks of the real-valued networks."""
-    for seed in range(20):
+    for seed in range(20 if method == "vertices" else 6):
         original, compressed, inputs = random_pair(seed + 500)
         original, compressed = original.to(device, dtype), compressed.to(device, dtype)
         g = torch.Generator().manual_seed(seed)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.errors import UnsupportedLayerError
 from torchreach.core.tolerances import UNIT_ROUNDOFF
-from torchreach.domains.zonotope import box_rows, mapped, relu_band
+from torchreach.domains.zonotope import box_rows, relu_band
 from torchreach.graph.arithmetic import Arithmetic
 from torchreach.graph.layers import RESHAPING, ElementwiseAffine
 from torchreach.graph.quantizer import Quantizer
@@ -260,7 +260,7 @@ def _mapped(step: Step, rows: Tensor, slack: Tensor, clock: Clock) -> tuple[Tens
     """Zonotopes [B, 1 + G, N] and their error [B, N] after the step's affine block, rounding and noise included."""
     gamma = (step.terms + rows.shape[1] + 8) * UNIT_ROUNDOFF
     slack = step.magnitude(slack + gamma * rows.abs().sum(1)) + gamma * step.bias_magnitude
-    rows = mapped(step, rows, clock)
+    rows = step.map_rows(rows, clock)
     slack = slack + gamma * rows.abs().sum(1)
     return rows, step.with_noise(slack)
 

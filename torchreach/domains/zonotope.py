@@ -21,8 +21,6 @@ from torchreach.domains.smooth import Cells
 from torchreach.graph.steps import Step
 
 Bounds = list[tuple[Tensor, Tensor]]
-# Products between two looks at the clock.
-WORK = 1 << 28
 # Copies of the generators that are in memory at once.
 BUFFERS = 3
 
@@ -48,7 +46,7 @@ def zonotope_bounds(
     for index in range(start, len(steps)):
         step = steps[index]
         try:
-            image = mapped(step, rows, clock)
+            image = step.map_rows(rows, clock)
         except OutOfTime:
             return result + interval_bounds(steps[index:], rows, slack)
         gamma = (step.terms + rows.shape[1] + 8) * UNIT_ROUNDOFF
@@ -66,21 +64,6 @@ def zonotope_bounds(
                 return result + _intervals(steps[index + 1 :], *_range(step, lower, upper))
             rows, slack = bent(step, rows, slack, lower, upper)
     return result
-
-
-def mapped(step: Step, rows: Tensor, clock: Clock) -> Tensor:
-    """`Step.map_rows`, a part of the rows at a time where they are many. Raises OutOfTime between two parts."""
-    flat = rows.flatten(0, 1)
-    size = max(1, WORK // max(1, step.terms * step.features))
-    if len(flat) <= size:
-        return step.map_rows(rows)
-    parts = []
-    for part in flat.split(size):
-        clock.check()
-        parts.append(step.linear(part))
-    out = torch.cat(parts).unflatten(0, rows.shape[:2])
-    out[:, 0] += step.bias
-    return out
 
 
 def interval_bounds(steps: tuple[Step, ...], rows: Tensor, slack: Tensor) -> Bounds:

@@ -19,14 +19,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.tolerances import UNIT_ROUNDOFF
 from torchreach.graph.steps import Step
 
 
-def affine(step: Step, rows: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [S, 1 + M, N_in] and slack [S, N_in] after an affine step."""
+def affine(step: Step, rows: Tensor, slack: Tensor, clock: Clock = NO_LIMIT) -> tuple[Tensor, Tensor]:
+    """Rows [S, 1 + M, N_in] and slack [S, N_in] after an affine step. Raises OutOfTime."""
     size = rows.abs().sum(1)
-    out = step.map_rows(rows)
+    out = step.map_rows(rows, clock)
     return out, affine_slack(step, out, slack, size)
 
 

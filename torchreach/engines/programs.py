@@ -68,15 +68,20 @@ class ProgramEngine:
 
     # -- life of a chunk ------------------------------------------------------------------------------
 
-    def start(self, rows: Tensor, slack: Tensor, planes: Tensor, origin: Tensor) -> list[Chunk]:
-        """Chunks of stars given by input rows [S, 1 + M, N_in] over [-1, 1]^M and half-spaces [S, P, 1 + M]."""
+    def start(
+        self, rows: Tensor, slack: Tensor, planes: Tensor, origin: Tensor, clock: Clock = NO_LIMIT
+    ) -> list[Chunk]:
+        """Chunks of stars given by input rows [S, 1 + M, N_in] over [-1, 1]^M and half-spaces [S, P, 1 + M].
+
+        Raises OutOfTime; `somewhere` is set even then.
+        """
         size = planes[:, :, 1:].norm(dim=2, keepdim=True).clamp(min=1e-300)
         sets = Halfspaces(-planes[:, :, 1:] / size, (planes[:, :, :1] / size)[:, :, 0].clamp(max=1e6))
         point, _, _ = interior(sets, self.tolerances.sign)
         point = centre(sets, point, CENTRE_STEPS)
         self.somewhere = point
         self.whole = len(rows) == 1
-        rows, slack = activation.affine(self.steps[0], rows, slack)
+        rows, slack = activation.affine(self.steps[0], rows, slack, clock)
         return [self._enter(0, sets, point[:, None], rows, slack, origin)]
 
     def join(self, chunks: list[Chunk]) -> Chunk:
@@ -103,13 +108,13 @@ class ProgramEngine:
         chunk, low, high = self._settle(chunk, clock)  # chunk.points now holds every point found
         balance = torch.where(chunk.side == 0, torch.minimum(high, -low), 0.0)
         if balance.shape[1] == 0:
-            return [self._activate(chunk)]
+            return [self._activate(chunk, clock)]
         depth, column = balance.max(1)
         cut = depth > self.tolerances.sign
         number = int(cut.sum())
         chunks: list[Chunk] = []
         if number < len(cut):
-            chunks.append(self._activate(chunk if number == 0 else chunk.select((~cut).nonzero().flatten())))
+            chunks.append(self._activate(chunk if number == 0 else chunk.select((~cut).nonzero().flatten()), clock))
         if number:
             if number < len(cut):
                 index = cut.nonzero().flatten()
@@ -255,10 +260,11 @@ class ProgramEngine:
             over=over.repeat(2, 1),
         )
 
-    def _activate(self, chunk: Chunk) -> Chunk:
-        """Pieces at the next layer, as stars of their own."""
+    def _activate(self, chunk: Chunk, clock: Clock) -> Chunk:
+        """Pieces at the next layer, as stars of their own. Raises OutOfTime."""
         arrivals, star = chunk.arrivals, chunk.star
         step, layer = self.steps[chunk.layer + 1], chunk.layer
+        mapped = step.map_rows(arrivals.rows * arrivals.fixed[:, None], clock)
         self.tally.count(layer, stars=len(chunk))
         relu = self.steps[layer].relu
         assert relu is not None
@@ -273,9 +279,7 @@ class ProgramEngine:
             return (fixed * arrivals.fixed)[star].scatter_add(1, column, own)
 
         # Maps are laid out feature by feature: [Q, N, 1 + M] in memory.
-        rows = step.linear(arrivals.rows * arrivals.fixed[:, None])
-        rows[:, 0] += step.bias
-        rows = rows.transpose(1, 2).contiguous()[star]
+        rows = mapped.transpose(1, 2).contiguous()[star]
         if column.shape[1]:
             place, weights = self._live_weights(layer)
             share = arrivals.planes[star] * active[:, :, None]  # [Q, C, 1 + M]

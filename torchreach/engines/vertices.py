@@ -88,12 +88,17 @@ class VertexEngine:
             for sign, step in zip(signs, steps, strict=True)
         ]
 
-    def start(self, rows: Tensor, slack: Tensor, planes: Tensor, origin: Tensor) -> list[Chunk]:
-        """Chunks of stars given by input rows [S, 1 + M, N_in] over [-1, 1]^M and half-spaces [S, P, 1 + M]."""
+    def start(
+        self, rows: Tensor, slack: Tensor, planes: Tensor, origin: Tensor, clock: Clock = NO_LIMIT
+    ) -> list[Chunk]:
+        """Chunks of stars given by input rows [S, 1 + M, N_in] over [-1, 1]^M and half-spaces [S, P, 1 + M].
+
+        Raises OutOfTime; `somewhere` is set even then.
+        """
         size, dim = len(rows), rows.shape[1] - 1
         body = PolytopeBatch.from_cube(size, dim, facets=self.keep_facets, dtype=rows.dtype, device=rows.device)
         self.somewhere = torch.zeros(size, dim, dtype=rows.dtype, device=rows.device)
-        rows, slack = activation.affine(self.steps[0], rows, slack)
+        rows, slack = activation.affine(self.steps[0], rows, slack, clock)
         numbers = torch.arange(size, device=rows.device)
         shelf = Shelf((Pieces(body, numbers, torch.zeros_like(numbers), numbers.new_empty(size, 0)),))
         for p in range(planes.shape[1]):

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.errors import ShapeError, UnsupportedLayerError
 from torchreach.graph.kernels import IntegerSums, Unfolded
 from torchreach.graph.layers import RESHAPING, SOFTMAX, MaskedReLU, fan_in, linear, magnitude, with_bias_magnitude
 from torchreach.graph.quantizer import Quantizer
 from torchreach.graph.smooth import SMOOTH, Activations, Smooth
+
+WORK = 1 << 28  # products between two looks at the clock
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,17 @@ class Step:
             result[index] = False
         return result
 
-    def map_rows(self, rows: Tensor) -> Tensor:
-        """Affine map of a star batch: rows [S, 1 + M, N_in] -> [S, 1 + M, N_out], bias on row 0."""
-        out = self.linear(rows)
+    def map_rows(self, rows: Tensor, clock: Clock = NO_LIMIT) -> Tensor:
+        """Affine map of a star batch: rows [S, 1 + M, N_in] -> [S, 1 + M, N_out], bias on row 0.
+
+        A part of the rows at a time where they are many. Raises OutOfTime between two parts.
+        """
+        flat, size = rows.flatten(0, 1), max(1, WORK // max(1, self.terms * self.features))
+        parts = []
+        for part in flat.split(size) if len(flat) > size else ():
+            clock.check()
+            parts.append(self.linear(part))
+        out = torch.cat(parts).unflatten(0, rows.shape[:2]) if parts else self.linear(rows)
         out[:, 0] += self.bias
         return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchreach.core.clock import Clock, running
+from torchreach.core.clock import Clock, OutOfTime, running
 from torchreach.core.errors import ShapeError
 from torchreach.core.memory import default_budget
 from torchreach.core.options import Budget, Exact
@@ -30,6 +31,8 @@ from torchreach.read.load import as_network
 from torchreach.read.module import chain, reading_once
 from torchreach.sets.star import StarBatch
 from torchreach.work.frontier import Frontier
+
+log = logging.getLogger(__name__)
 
 # Vertices of a polytope grow exponentially with its dimension; beyond this linear programs are cheaper.
 VERTEX_DIM = 8
@@ -130,7 +133,7 @@ class _Run:
     count: Tensor
     kept: list[StarBatch] | None
     clock: Clock
-    left: Tensor | None = None
+    left: Tensor | None  # [S] input stars with stars left open; None before the run
 
     @staticmethod
     def prepare(
@@ -178,7 +181,13 @@ class _Run:
         # b >= A a as half-spaces b - A a >= 0, thickened by the sign tolerance so that flat stars have depth
         size = A.abs().sum(2).clamp(min=1e-300)
         planes = torch.cat((((b + loose) / size + tolerances.sign)[:, :, None], -A / size[:, :, None]), 2)
-        frontier.push(engine.start(rows, slack, planes, torch.arange(len(stars), device=device)))
+        origin, left = torch.arange(len(stars), device=device), None
+        try:
+            frontier.push(engine.start(rows, slack, planes, origin, clock))
+        except OutOfTime:
+            log.info("no time for the affine map of the first layer: the bounds of whole input stars stand")
+            frontier.leave(record, origin)
+            left = torch.ones_like(origin, dtype=torch.bool)
         return _Run(
             stars,
             network,
@@ -191,13 +200,15 @@ class _Run:
             torch.zeros(len(stars), dtype=torch.long, device=device),
             [] if keep_stars else None,
             clock,
+            left,
         )
 
     def go(self, budget: Budget, progress: ProgressCallback | None) -> None:
         report = None if progress is None else lambda: progress(self._progress())
         keep = None if self.kept is None else self._keep
         self._attain_somewhere()
-        self.left = self.frontier.run(self.record, self.count, budget, keep, report, self.clock)
+        if self.left is None:
+            self.left = self.frontier.run(self.record, self.count, budget, keep, report, self.clock)
         if report is not None:
             report()
 

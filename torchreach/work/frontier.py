@@ -369,12 +369,16 @@ class Frontier:
             log.info("no time to bound %d open stars: the bounds of whole input stars stand", self.open)
             rest = torch.cat([c.origin.unique() for group in self.groups.values() for c in group.chunks]).unique()
             left[rest] = True
-            low, high = self.root[-1]
-            record.certify(0, rest, -low[rest])
-            record.certify(1, rest, high[rest])
+            self.leave(record, rest)
             self.groups.clear()
             self.open = 0
         return left
+
+    def leave(self, record: RangeRecord, origin: Tensor) -> None:
+        """Certify the root bounds of whole input stars [S], of which parts or all are left open."""
+        low, high = self.root[-1]
+        record.certify(0, origin, -low[origin])
+        record.certify(1, origin, high[origin])
 
     def _closing(self, layer: int) -> int:
         """How many stars at a layer are bounded at once; 0: none can be."""
