@@ -20,6 +20,7 @@ from torchreach.domains.zonotope import zonotope_bounds
 from torchreach.read.steps import steps
 from torchreach.search.signs import search_signs
 from torchreach.search.witness import ascend
+from torchreach.training.loss import matrices
 from torchreach.verbs.merge import merge
 
 SHAPES = ([3, 4], [4, 12, 8, 3], [6, 10, 10, 10, 2], [20, 16, 12, 4], [3, 6, 6, 6, 6, 6, 2])
@@ -59,8 +60,8 @@ def layers_at(pair: Pair, x: Tensor) -> list[tuple[Tensor, Tensor]]:
     """z and z2 of every layer, the two networks each on their own."""
     result, a, b = [], x, x
     for k in range(pair.depth):
-        z = a @ pair.W[k].T + pair.b[k]
-        z2 = b @ pair.V[k].T + pair.b[k] - pair.db[k]
+        z = a @ matrices(pair, k)[0].T + pair.b[k]
+        z2 = b @ matrices(pair, k)[1].T + pair.b[k] - pair.db[k]
         result.append((z, z2))
         a, b = z.relu(), z2.relu()
     return result
@@ -239,6 +240,49 @@ def test_layers_before_the_first_change_add_nothing() -> None:
     torch.testing.assert_close(h.dl, torch.full_like(h.dl, -0.25), atol=1e-12, rtol=0)
 
 
+class Turned(nn.Module):
+    """A reshape that only its own attribute tells from another one."""
+
+    def __init__(self, shape: tuple[int, int], last: nn.Module) -> None:
+        super().__init__()
+        self.shape, self.last = shape, last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x.reshape(-1, *self.shape).permute(0, 2, 1).flatten(1))
+
+
+POOLS = [
+    (nn.AvgPool2d(2), nn.AvgPool2d(2, divisor_override=3)),
+    (nn.AvgPool2d(2, padding=1), nn.AvgPool2d(2, padding=1, count_include_pad=False)),
+    (nn.AvgPool1d(2, padding=1), nn.AvgPool1d(2, padding=1, count_include_pad=False)),
+]
+
+
+@pytest.mark.parametrize("case", [0, 1, 2, 3])
+def test_layers_with_equal_weights_and_other_settings_are_no_one_network(case: int) -> None:
+    """Settings that `repr` does not show."""
+    if case < 3:
+        pools = POOLS[case]
+        shape = (1, 4, 4) if isinstance(pools[0], nn.AvgPool2d) else (1, 6)
+        last = nn.Linear(pools[0](torch.zeros(1, *shape)).numel(), 2)
+        both = [nn.Sequential(pool, nn.Flatten(), last).double() for pool in pools]
+    else:
+        shape, last = (6,), nn.Linear(6, 2)
+        both = [Turned(sizes, last).double() for sizes in ((2, 3), (3, 2))]
+    g = torch.Generator().manual_seed(0)
+    x = 1 + torch.rand(1, *shape, dtype=torch.float64, generator=g)
+    stars = tr.StarBatch.from_box(x - 0.1, x + 0.1)
+    with torch.no_grad():
+        reached = (both[0](x) - both[1](x)).abs().max()
+    assert reached > 1e-3
+    for method in ("exact", "search"):
+        found = tr.discrepancy(*both, stars, method)
+        assert found.upper.max() >= reached
+        assert found.lower.max() >= reached - 1e-9
+    assert tr.equivalent(*both, stars, float(reached) / 2).answer == (tr.Answer.NOT_EQUIVALENT,)
+    assert tr.discrepancy(both[0], copy.deepcopy(both[0]), stars).upper.max() == 0
+
+
 def exact_maximum(pair: Pair, lower: Tensor, upper: Tensor) -> list[Fraction]:
     """Largest y1 - y2 over the box in rational arithmetic, of networks whose neurons are all active on it."""
 
@@ -246,9 +290,10 @@ def exact_maximum(pair: Pair, lower: Tensor, upper: Tensor) -> list[Fraction]:
         return np.vectorize(Fraction, otypes=[object])(values.numpy())
 
     maps = []
-    for matrices, shifts in ((pair.W, [s.bias for s in pair.first]), (pair.V, [s.bias for s in pair.second])):
-        W, b = whole(matrices[0]), whole(shifts[0])
-        for M, s in zip(matrices[1:], shifts[1:], strict=True):
+    weights = list(zip(*(matrices(pair, k) for k in range(pair.depth)), strict=True))
+    for own, shifts in ((weights[0], [s.bias for s in pair.first]), (weights[1], [s.bias for s in pair.second])):
+        W, b = whole(own[0]), whole(shifts[0])
+        for M, s in zip(own[1:], shifts[1:], strict=True):
             W, b = whole(M) @ W, whole(M) @ b + whole(s)
         maps.append((W, b))
     (W, b), (V, c) = maps
@@ -330,13 +375,6 @@ def test_wrong_input_is_named() -> None:
     mixed = merge(a, random_network(2, [3, 4, 4, 2]))
     with pytest.raises(UnsupportedLayerError, match="require a box"):
         pair_of(mixed, copy.deepcopy(mixed), (3,))
-
-
-def test_a_layer_too_large_for_a_matrix_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchreach.domains.pair.MAX_ENTRIES", 14)
-    a = random_network(0, [3, 5, 2])
-    with pytest.raises(UnsupportedLayerError, match="at most 14 entries.*relu 1 has 5 x 3"):
-        pair_of(a, rounded_copy(a, 8), (3,))
 
 
 def test_a_layer_that_is_off_everywhere_leaves_the_biases() -> None:

@@ -323,6 +323,13 @@ def test_repair_refuses_what_has_no_certified_loss() -> None:
         tr.DiscrepancyLoss(original, deployed)(torch.zeros(1, 4), torch.ones(1, 4))
 
 
+def test_a_layer_too_large_for_a_matrix_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchreach.graph.twins.LARGE", 14)
+    network = random_network(0, [3, 5, 2], dtype=torch.float32)
+    with pytest.raises(UnsupportedLayerError, match="at most 14 entries.*relu 1 has 5 x 3"):
+        tr.DiscrepancyLoss(network, network)(torch.zeros(1, 3), torch.ones(1, 3))
+
+
 def test_the_benchmark_spends_its_budget_on_each_loss() -> None:
     original = random_network(13, [4, 8, 2], dtype=torch.float32)
     given = tr.quantize_weights(original, 4)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from typing import cast
 
 import pytest
@@ -24,8 +25,19 @@ from torchreach.domains.root import root_bounds
 from torchreach.domains.zonotope import box_rows, interval_bounds, zonotope_bounds
 from torchreach.graph.affine_graph import AffineGraph, Term
 from torchreach.graph.arithmetic import Arithmetic
-from torchreach.graph.layers import ElementwiseAffine, Rearrange, Reshape, linear, magnitude, with_bias_magnitude
+from torchreach.graph.layers import (
+    ElementwiseAffine,
+    Rearrange,
+    Reshape,
+    fan_out,
+    linear,
+    magnitude,
+    transpose,
+    with_bias_magnitude,
+)
 from torchreach.graph.steps import Step
+from torchreach.graph.twin_blocks import blocks
+from torchreach.graph.twins import dense
 from torchreach.read.module import chain
 from torchreach.read.steps import steps
 
@@ -187,6 +199,15 @@ def paired(name: str, dtype: torch.dtype) -> Pair:
     return Pair.of(*read(name, dtype), (LOWER[0].double(), UPPER[0].double()))
 
 
+def by_layers(bound: Callable[[Pair], Ends]) -> Callable[[Pair], Ends]:
+    """The bound of the pair without a single matrix: backward by each layer's transpose."""
+
+    def layers(pair: Pair) -> Ends:
+        return bound(replace(pair, maps=[blocks(s, t) for s, t in zip(pair.first, pair.second, strict=True)]))
+
+    return layers
+
+
 def reached(name: str, dtype: torch.dtype, engine: str) -> Ends:
     found = tr.reach(network(name, dtype), tr.StarBatch.from_box(LOWER.to(dtype), UPPER.to(dtype)), Exact(engine))
     return found.lower, found.upper
@@ -232,6 +253,11 @@ DOMAINS: dict[str, tuple[str, Callable[[str, torch.dtype], Ends]]] = {
     "difference": ("d", compared(by_hexagon("dl", "du"))),
     "difference, quick": ("d", compared(quick)),
     "difference, interval": ("d", compared(by_interval)),
+    "hexagon by layers, first": ("y", compared(by_layers(by_hexagon("l1", "u1")))),
+    "hexagon by layers, second": ("z", compared(by_layers(by_hexagon("l2", "u2")))),
+    "difference by layers": ("d", compared(by_layers(by_hexagon("dl", "du")))),
+    "difference by layers, quick": ("d", compared(by_layers(quick))),
+    "difference by layers, interval": ("d", compared(by_layers(by_interval))),
     "auto_LiRPA": ("y", by_lirpa),
 }
 
@@ -297,3 +323,47 @@ def test_affine_rules_equal_their_dense_twins(name: str, dtype: torch.dtype) -> 
         torch.testing.assert_close(size, flat.abs() @ W.abs().T, **tolerance)
     assert (size >= flat.abs() @ W.abs().T - tolerance["atol"]).all()
     assert (with_bias_magnitude(layer, x.abs()).flatten(1).double() >= size + b.abs() - tolerance["atol"]).all()
+    y = torch.randn(7, *layer(x).shape[1:], dtype=dtype)
+    back = transpose(layer, y, shape).flatten(1).double()
+    torch.testing.assert_close(back, y.flatten(1).double() @ W, **tolerance)
+    back = transpose(layer, y.abs(), shape, magnitude=True).flatten(1).double()
+    # <|W|^T y, x> = <y, |W| x>
+    torch.testing.assert_close(
+        (back * x.abs().flatten(1)).sum(1).double(), (y.abs().flatten(1) * size).sum(1).double(), rtol=1e-5, atol=0
+    )
+    most = fan_out(layer, y[0].numel())
+    assert ((W != 0).sum(0) <= most).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize("name", AFFINE)
+@torch.no_grad()
+def test_twin_layers_equal_their_matrices(name: str, dtype: torch.dtype) -> None:
+    """All that bounds ask of two networks' layers, by the layers themselves and by W, V and W - V."""
+    g = torch.Generator().manual_seed(1)
+    for first, second in zip(*read(f"affine: {name}", dtype), strict=True):
+        own, W, V = blocks(first, second), dense(first), dense(second)
+        D = W - V
+        n_out, n_in = W.shape
+        a, e, p, q = (torch.randn(3, n, dtype=torch.float64, generator=g) for n in (n_in, n_in, n_out, n_out))
+        assert own.shape == (n_out, n_in)
+        close = partial(torch.testing.assert_close, rtol=0, atol=1e-12)
+        close(own.forth(a, e), (a @ W.T, e @ V.T + a @ D.T))
+        close(own.forth(a), (a @ W.T, a @ D.T))
+        close(own.back(p, q), (p @ W + q @ D, q @ V))
+        close(own.back(p, q, beta=False)[0], p @ W + q @ D)
+        some = torch.arange(n_out)[::2]
+        close(own.rows(some), (W[some], V[some], D[some]))
+        some = torch.arange(n_in)[::2]
+        close(own.columns(some), (W.T[some], V.T[some]))
+        assert (own.spread(a.abs()) >= a.abs() @ D.abs().T - 1e-12).all()
+        assert (own.size(a.abs()) >= own.spread(a.abs()) - 1e-12).all()
+        assert (own.influence(p.abs()) >= p.abs() @ W.abs() - 1e-12).all()
+        if (D == 0).all():
+            assert (own.forth(a)[1] == 0).all()
+        rows, columns = torch.arange(n_out)[1::2], torch.arange(n_in)[1::2]
+        part = own.part(rows, columns)
+        W, V, D = (M[rows][:, columns] for M in (W, V, D))
+        a, e, p, q = a[:, columns], e[:, columns], p[None, :, rows], q[None, :, rows]
+        close(part.forth(a, e), (a @ W.T, e @ V.T + a @ D.T))
+        close(part.back(p, q), (p @ W + q @ D, q @ V))

@@ -23,6 +23,7 @@ from torchreach.search.boxes import search_boxes
 from torchreach.search.result import Constraints, Question, SearchResult
 from torchreach.search.signs import Branches, Dual, Reduced, choose, search_signs
 from torchreach.search.witness import ascend
+from torchreach.training.loss import matrices
 
 SEARCHES = [search_signs, search_boxes]
 
@@ -186,7 +187,7 @@ def test_networks_without_hidden_layers_close_at_once(search) -> None:
     pair = pair_of(original, rounded_copy(original, 8), (4,))
     state = next(search(pair, -torch.ones(4), torch.ones(4)))
     assert state.closed
-    top = (pair.D[0].abs().sum(1) + pair.db[0].abs()).tolist()
+    top = (matrices(pair, 0)[2].abs().sum(1) + pair.db[0].abs()).tolist()
     assert state.max_upper.tolist() == pytest.approx(top, abs=1e-12)
 
 

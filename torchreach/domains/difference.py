@@ -14,7 +14,7 @@ exact numbers, and each step's error is added to the bound where it arises:
 
     products      |fl(W^T p + ...) - (W^T p + ...)| . (|a|, |e|)  <=  gamma (|p| . P + |q| . Q)
                   P = |W| A + |b|,  Q = |V| E + |W - V| A + |b - c|,  |a| <= A, |e| <= E over the box;
-                  |W| + |V| in place of |W - V| where the matrices themselves are rounded (composed layers)
+                  the magnitudes of all that W - V is made of where it is composed of several layers
     planes        `hexagon.height_allowance`
     sums          in the same gammas, whose number of terms counts both dimensions and the depth twice over
 
@@ -41,6 +41,7 @@ from torchreach.domains.pair import Pair
 from torchreach.domains.smooth import CurvePlanes, activated
 from torchreach.domains.zonotope import Bounds, bent, zonotope_bounds
 from torchreach.graph.steps import Step
+from torchreach.graph.twins import Maps
 
 CHUNK = 2**23  # numbers in one intermediate tensor; more boxes or rows are worked through in turn
 SPREAD = 12  # copies of [B, R, N] that one pass holds at once: vertices of a neuron and the like
@@ -68,8 +69,9 @@ class Backward:
     on: list[Tensor] = field(default_factory=list)
     free: list[Tensor] = field(default_factory=list)
     curves: list[list[CurvePlanes]] = field(default_factory=list)
-    parts: list[tuple[Tensor, ...]] = field(default_factory=list)  # of the layers' W, V, D, b, b - c
+    parts: list[tuple[Maps, Tensor, Tensor]] = field(default_factory=list)  # of the layers' maps, b, b - c
     off: Tensor | None = None
+    clock: Clock = NO_LIMIT  # looked at in every layer; OutOfTime
 
     def __post_init__(self) -> None:
         self.middle = self.lower + (self.upper - self.lower) / 2
@@ -94,7 +96,8 @@ class Backward:
             used[index] = True
         on = used.nonzero().flatten()
         kept = hexagon.map(lambda part: part[:, on])
-        self.parts.append((*self.columns(k, on), pair.b[k][on], pair.db[k][..., on]))
+        before = self.on[k - 1] if k else None
+        self.parts.append((pair.maps[k].part(on, before), pair.b[k][on], pair.db[k][..., on]))
         self.errors[k] = tuple(part[:, on] for part in self.errors[k])  # type: ignore
         self.errors.append(errors)
         self.on.append(on)
@@ -110,7 +113,7 @@ class Backward:
     def columns(self, k: int, rows: Tensor) -> tuple[Tensor, ...]:
         """W, V, D of some rows of layer k, on the neurons that are on of the layer before."""
         before = self.on[k - 1] if k else None
-        parts = (part[k][rows] for part in (self.pair.W, self.pair.V, self.pair.D))
+        parts = self.pair.maps[k].rows(rows)
         return tuple(part if before is None else part[:, before] for part in parts)
 
     def back(self, k: int, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,10 +121,11 @@ class Backward:
 
         beta is of no use at layer 0 where both networks have one input, and is left out there.
         """
-        W, V, D, b, db = self.parts[k]
+        maps, b, db = self.parts[k]
         # b - c is one for all boxes, or [B, N_out]
         constant = p @ b + (q @ db if db.ndim == 1 else (q @ db[..., None])[..., 0])
-        return p @ W + q @ D, q if k == 0 and self.off is None else q @ V, constant
+        alpha, beta = maps.back(p, q, beta=k > 0 or self.off is not None)
+        return alpha, q if beta is None else beta, constant
 
     def bound(self, alpha: Tensor, beta: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
         """Upper bounds [B, R] of alpha a + beta e (rows [1 or B, R, N]) on the last layer added; on x before any is.
@@ -132,6 +136,7 @@ class Backward:
         """
         total = torch.zeros((), dtype=alpha.dtype, device=alpha.device)
         for k in range(len(self.hexagons) - 1, -1, -1):
+            self.clock.check()
             p, q, raised = rule(k, alpha, beta)
             total = total + raised + self._error(k, p, q)
             alpha, beta, constant = self.back(k, p, q)
@@ -145,7 +150,7 @@ class Backward:
     def difference(self, rule: Rule) -> tuple[Tensor, Tensor]:
         """Certified bounds [B, 2 N] above z - z2 and z2 - z of the layer to be added next; coefficients of `bound`."""
         k, pair = len(self.hexagons), self.pair
-        _, V, D = self.columns(k, torch.arange(pair.W[k].shape[0], device=pair.device))
+        _, V, D = self.columns(k, torch.arange(len(pair.b[k]), device=pair.device))
         value, x = self.bound(torch.cat((D, -D))[None], torch.cat((V, -V))[None], rule)
         constant, error = pair.db[k], self.errors[k][1]
         return value + torch.cat((constant, -constant), -1) + error.repeat(1, 2), x
@@ -232,8 +237,7 @@ def difference_bounds(pair: Pair, lower: Tensor, upper: Tensor, *, clock: Clock 
         overflow.
     """
     lower, upper = checked_boxes(pair, lower, upper)
-    width = max(max(w.shape) for w in pair.W)
-    per_box = max((pair.inputs + 1 + sum(step.features for step in pair.first)) * width, 1)
+    per_box = max((pair.inputs + 1 + sum(step.features for step in pair.first)) * pair.widest, 1)
     parts = [
         _bounds(pair, low, high, clock)
         for low, high in zip(lower.split(max(CHUNK // per_box, 1)), upper.split(max(CHUNK // per_box, 1)), strict=True)
@@ -298,7 +302,7 @@ def checked_boxes(pair: Pair, lower: Tensor, upper: Tensor) -> tuple[Tensor, Ten
 
 
 def _bounds(pair: Pair, lower: Tensor, upper: Tensor, clock: Clock) -> tuple[Hexagon, ...]:
-    work, layers = Backward(pair, lower, upper), []
+    work, layers = Backward(pair, lower, upper, clock=clock), []
     zonotopes: list[Bounds] = []
     for k in range(pair.depth):
         last, rows = k == pair.depth - 1, torch.arange(len(pair.b[k]), device=pair.device)
@@ -327,12 +331,12 @@ def _zonotopes(work: Backward, clock: Clock) -> list[Bounds]:
     """Bounds [B, N] of the layers after the first of either network, from inputs that vary."""
     pair, wide = work.pair, (work.radius > 0).any(0).nonzero().flatten()
     size, result = torch.maximum(work.lower.abs(), work.upper.abs()), []
-    for network, W in ((pair.first, pair.W[0]), (pair.second, pair.V[0])):
+    for network, columns in zip((pair.first, pair.second), pair.maps[0].columns(wide), strict=True):
         step = network[0]
         gamma = 2 * (step.terms + pair.inputs + 8) * UNIT_ROUNDOFF
         slack = step.with_noise(gamma * (step.magnitude(size) + step.bias_magnitude))
-        middle = work.middle @ W.T + step.bias
-        rows = torch.cat((middle[:, None], work.radius[:, wide, None] * W.T[wide]), 1)
+        middle = step.linear(work.middle) + step.bias
+        rows = torch.cat((middle[:, None], work.radius[:, wide, None] * columns), 1)
         spread = rows[:, 1:].abs().sum(1) + slack
         rows, slack = bent(step, rows, slack, middle - spread, middle + spread)
         result.append(zonotope_bounds(network, rows, slack, 1, clock))
@@ -347,16 +351,18 @@ def _cheap(work: Backward, before: Hexagon, first: Ends, second: Ends) -> Hexago
 
 def _forward(pair: Pair, k: int, before: Hexagon, Q: Tensor) -> Ends:
     """Bounds of z - z2 of layer k by interval arithmetic, from bounds of the layer before; Q as `Pair.error`."""
-    a, e = activated(pair.first[k - 1], before)
-    (x, dx), (y, dy) = _image(pair.D[k], a), _image(pair.V[k], e)
-    middle, radius = x + y + pair.db[k], dx + dy + Q
+    (a, da), (e, de) = map(_middle, activated(pair.first[k - 1], before))
+    middle, radius = (
+        pair.maps[k].forth(a, e)[1] + pair.db[k],
+        pair.maps[k].spread(da) + pair.second[k].magnitude(de) + Q,
+    )
     return middle - radius, middle + radius
 
 
-def _image(W: Tensor, ends: Ends) -> Ends:
-    """Middle and radius of W x for x between two ends [B, N]."""
+def _middle(ends: Ends) -> Ends:
+    """Middle and radius of values between two ends [B, N]."""
     low, high = ends
-    return (high + low) / 2 @ W.T, (high - low) / 2 @ W.abs().T
+    return (high + low) / 2, (high - low) / 2
 
 
 @torch.no_grad()
@@ -368,11 +374,12 @@ def interval_difference(pair: Pair, lower: Tensor, upper: Tensor) -> Hexagon:
     before, E = None, torch.zeros_like(size)
     for k in range(pair.depth):
         P, Q = (2 * part for part in pair.error(k, size, E))
-        (z, dz), (y, dy) = _image(pair.W[k], a1), _image(pair.V[k], a2)
-        z, y, dz, dy = z + pair.b[k], y + pair.b[k] - pair.db[k], dz + P, dy + P + Q
+        (a, da), (a_, da_) = _middle(a1), _middle(a2)
+        z, dz = pair.first[k].linear(a) + pair.b[k], pair.first[k].magnitude(da) + P
+        y, dy = pair.second[k].linear(a_) + pair.b[k] - pair.db[k], pair.second[k].magnitude(da_) + P + Q
         if before is None:
-            d, dd = _image(pair.D[k], a1)
-            ends = d + pair.db[k] - dd - Q, d + pair.db[k] + dd + Q
+            d, dd = pair.maps[k].forth(a)[1] + pair.db[k], pair.maps[k].spread(da) + Q
+            ends = d - dd, d + dd
         else:
             ends = _forward(pair, k, before, Q)
         before = Hexagon(z - dz, z + dz, y - dy, y + dy, *ends).tightened()
@@ -389,7 +396,7 @@ def interval_difference(pair: Pair, lower: Tensor, upper: Tensor) -> Hexagon:
 def _by_rows(work: Backward, rows: Tensor, clock: Clock) -> Hexagon:
     """Backward bounds [B, R] of the neurons `rows` [R] of the first layer not yet added."""
     pair, k, size = work.pair, len(work.hexagons), len(work.lower)
-    limit = max(CHUNK // (6 * SPREAD * size * max(w.shape[1] for w in pair.W[: k + 1])), 1)
+    limit = max(CHUNK // (6 * SPREAD * size * max(maps.widest for maps in pair.maps[: k + 1])), 1)
     parts = []
     for some in rows.split(limit):
         clock.check()

@@ -174,7 +174,7 @@ def rounding(
 
 
 def _same_weights(steps: tuple[Step, ...]) -> Pair | None:
-    """The network against itself, differing by what its steps' noise will be; None where matrices are too large."""
+    """The network against itself, differing by what its steps' noise will be; None where ReLU leaves features out."""
     try:
         Pair.check(steps, steps)
     except (ShapeError, UnsupportedLayerError):

@@ -1,38 +1,33 @@
-"""Two networks of one architecture as matrices per affine layer, and what rounding does to their products."""
+"""Two networks of one architecture, layer by layer, and what rounding does to their products."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.errors import ShapeError, UnsupportedLayerError
 from torchreach.core.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF
 from torchreach.domains.hexagon import Hexagon, relu_difference
 from torchreach.domains.zonotope import box_rows, zonotope_bounds
-from torchreach.graph.layers import PASS_THROUGH, RESHAPING
+from torchreach.graph.layers import alike
 from torchreach.graph.steps import Step
-
-MAX_ENTRIES = 2**26  # of one affine layer as a matrix
-UNITS = 512  # unit vectors that are pushed through a layer at a time
+from torchreach.graph.twins import Twins, is_matrix, twins
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Two networks of one architecture as matrices per affine layer; made by `Pair.of`.
+    """Two networks of one architecture; made by `Pair.of`.
 
-    W, V, D = W - V: [N_out, N_in] per layer; b, c, db = b - c: [N_out]. `shared` leading layers are the same
-    function in both networks. `exact` tells per layer whether the matrices are the weights themselves.
+    maps: W, V, D = W - V of each affine layer [N_out, N_in]; b, c, db = b - c: [N_out]. `shared` leading layers are the
+    same function in both networks. `exact` tells per layer whether W, V and the biases are the parameters themselves.
     """
 
     first: tuple[Step, ...]
     second: tuple[Step, ...]
-    W: list[Tensor]
-    V: list[Tensor]
-    D: list[Tensor]
+    maps: list[Twins]
     b: list[Tensor]
     db: list[Tensor]
     exact: list[bool]
@@ -44,8 +39,7 @@ class Pair:
 
         Raises:
             ShapeError: the networks differ in depth or in the size of a layer.
-            UnsupportedLayerError: an affine layer would have more than `MAX_ENTRIES` entries as a matrix, or a
-                step leaves other features without ReLU in one network than in the other.
+            UnsupportedLayerError: a step leaves other features without ReLU in one network than in the other.
         """
         sizes = [[s.in_shape, *(step.features for step in steps)] for steps in (first, second) for s in steps[:1]]
         if sizes[0] != sizes[1]:
@@ -66,12 +60,6 @@ class Pair:
                 raise UnsupportedLayerError(
                     f"difference bounds require ReLU on the same features of both networks; in {one.name} they differ"
                 )
-        for step in (*first, *second):
-            if _inputs(step) * step.features > MAX_ENTRIES:
-                raise UnsupportedLayerError(
-                    f"difference bounds require affine layers of at most {MAX_ENTRIES} entries as matrices; "
-                    f"{step.name} has {step.features} x {_inputs(step)}"
-                )
 
     @staticmethod
     def of(
@@ -87,44 +75,45 @@ class Pair:
         box: (lower, upper) [N_in] that contains every box the pair will be asked about; needed where ReLU leaves some
         features of a step untouched. These are shifted to be positive over the box, in both networks alike, so that
         ReLU may act on all: z + s for z, s taken off again in the next layer. The difference d does not see it.
-        live: matrices carry gradients to the steps' weights, and no layer counts as shared, because gradients must
-        reach equal layers too.
+        live: all maps are matrices, which carry gradients to the steps' weights, and no layer counts as shared, because
+        gradients must reach equal layers too.
         """
         Pair.check(first, second)
-        with torch.set_grad_enabled(live and torch.is_grad_enabled()):
-            W, V = ([_dense(step, clock) for step in steps] for steps in (first, second))
-        D = [w - v for w, v in zip(W, V, strict=True)]
+        maps = [twins(s, t, live=live, clock=clock) for s, t in zip(first, second, strict=True)]
         db = [s.bias - t.bias for s, t in zip(first, second, strict=True)]
         same = [_same(s, t) for s, t in zip(first, second, strict=True)]
         if any(step.relu is not None and bool(step.passes.any()) for step in first):
-            first, second, db = _shifted(first, second, W, V, D, db, box)
+            first, second, db = _shifted(first, second, maps, db, box)
         return Pair(
             first,
             second,
-            W,
-            V,
-            D,
+            maps,
             [step.bias for step in first],
             db,
-            [_is_matrix(s) and _is_matrix(t) for s, t in zip(first, second, strict=True)],
+            [is_matrix(s) and is_matrix(t) for s, t in zip(first, second, strict=True)],
             0 if live else next((k for k, equal in enumerate(same) if not equal), len(same)),
         )
 
     @property
     def depth(self) -> int:
-        return len(self.W)
+        return len(self.maps)
 
     @property
     def inputs(self) -> int:
-        return self.W[0].shape[1]
+        return self.maps[0].shape[1]
 
     @property
     def outputs(self) -> int:
-        return self.W[-1].shape[0]
+        return self.maps[-1].shape[0]
 
     @property
     def device(self) -> torch.device:
-        return self.W[0].device
+        return self.b[0].device
+
+    @property
+    def widest(self) -> int:
+        """Most features of any value."""
+        return max(layer.widest for layer in self.maps)
 
     @property
     def curved(self) -> bool:
@@ -140,8 +129,9 @@ class Pair:
 
     def terms(self, k: int) -> int:
         """Number of terms that gammas of layer k count."""
-        n_out, n_in = self.W[k].shape
-        return 2 * (n_out + n_in) + self.first[k].terms + self.second[k].terms + 8 * self.depth + 64
+        n_out, n_in = self.maps[k].shape
+        own = self.maps[k].terms + self.first[k].terms + self.second[k].terms
+        return 2 * (n_out + n_in) + own + 8 * self.depth + 64
 
     def error(self, k: int, A: Tensor, E: Tensor) -> tuple[Tensor, Tensor]:
         """gamma P, gamma Q [B, N_out] of the products of layer k, for |a| <= A, |e| <= E [B, N_in].
@@ -154,10 +144,10 @@ class Pair:
         Q = t.magnitude(E)
         if k < self.shared:
             pass  # D = 0 exactly
-        elif self.exact[k]:
-            Q = Q + A @ self.D[k].abs().T + self.db[k].abs()
         else:
-            Q = Q + P + t.magnitude(A) + t.bias_magnitude
+            # Biases of several layers were composed, and rounded.
+            bias = self.db[k].abs() if self.exact[k] else s.bias_magnitude + t.bias_magnitude
+            Q = Q + self.maps[k].size(A) + bias
         gamma = 2 * self.terms(k) * UNIT_ROUNDOFF
         noise = self.noise(k)
         return gamma * P + noise[0], gamma * Q + noise[1]
@@ -180,10 +170,10 @@ class Pair:
         a_error, e_error = torch.zeros_like(x), torch.zeros_like(x)
         for k in range(self.depth):
             P, Q = self.error(k, a.abs() + a_error, e.abs() + e_error)
-            z = a @ self.W[k].T + self.b[k]
-            d = e @ self.V[k].T + a @ self.D[k].T + self.db[k]
+            z, d = self.maps[k].forth(a, e if k else None)
+            z, d = z + self.b[k], d + self.db[k]
             z_error = self.first[k].magnitude(a_error) + P
-            d_error = self.second[k].magnitude(e_error) + a_error @ self.D[k].abs().T + Q
+            d_error = self.second[k].magnitude(e_error) + self.maps[k].spread(a_error) + Q
             if k == self.depth - 1:
                 return d, d_error * (1 + 1e-9)
             a, e = z.clamp(min=0), relu_difference(z, d)
@@ -205,9 +195,7 @@ class Pair:
 def _shifted(
     first: tuple[Step, ...],
     second: tuple[Step, ...],
-    W: list[Tensor],
-    V: list[Tensor],
-    D: list[Tensor],
+    maps: list[Twins],
     db: list[Tensor],
     box: tuple[Tensor, Tensor] | None,
 ) -> tuple[tuple[Step, ...], tuple[Step, ...], list[Tensor]]:
@@ -231,43 +219,19 @@ def _shifted(
             shift = torch.where(
                 ~s.passes, 0.0, (-lowest).clamp(min=0) + 1e-3 * (highest - lowest) + 1e-6 * lowest.abs() + 1e-9
             )
-        for step, matrix, result in ((s, W[k], steps1), (t, V[k], steps2)):
+        for step, result in ((s, steps1), (t, steps2)):
             bias, size = step.bias + shift, step.bias_magnitude + shift
             if before is not None:
-                bias, size = bias - matrix @ before, size + matrix.abs() @ before
+                bias, size = bias - step.linear(before), size + step.magnitude(before)
             relu = None if step.relu is None else step.relu | step.passes
             result.append(replace(step, bias=bias, bias_magnitude=size, relu=relu))
-        differences.append(db[k] if before is None else db[k] - D[k] @ before)
+        differences.append(db[k] if before is None else db[k] - maps[k].forth(before[None])[1][0])
         before = shift
     return tuple(steps1), tuple(steps2), differences
 
 
 def _sizes(steps: tuple[Step, ...]) -> str:
     return " -> ".join([str(tuple(steps[0].in_shape)), *(str(step.features) for step in steps)])
-
-
-def _inputs(step: Step) -> int:
-    return math.prod(step.in_shape)
-
-
-def _dense(step: Step, clock: Clock) -> Tensor:
-    """W [N_out, N_in] of an affine step: its weights, or unit vectors pushed through it."""
-    for layer in step.block if _is_matrix(step) else ():
-        if isinstance(layer, nn.Linear):
-            return layer.weight if torch.is_grad_enabled() else layer.weight.detach()
-    unit = torch.eye(_inputs(step), dtype=step.bias.dtype, device=step.bias.device)
-    columns = []
-    for part in unit.split(UNITS):
-        clock.check()
-        columns.append(step.linear(part))
-    return torch.cat(columns).T.contiguous()
-
-
-def _is_matrix(step: Step) -> bool:
-    """Whether pushing unit vectors through returns the weights themselves, unrounded."""
-    layers = [layer for layer in step.block if not isinstance(layer, PASS_THROUGH + RESHAPING)]
-    whole = (step.features, _inputs(step))  # of several rows of a value each is multiplied by the weights
-    return len(layers) <= 1 and all(isinstance(layer, nn.Linear) and layer.weight.shape == whole for layer in layers)
 
 
 def identical(first: tuple[Step, ...], second: tuple[Step, ...]) -> bool:
@@ -277,16 +241,13 @@ def identical(first: tuple[Step, ...], second: tuple[Step, ...]) -> bool:
 
 def _same(s: Step, t: Step) -> bool:
     """Whether two steps are one function: the same layers with the same parameters."""
-    if repr(s.block) != repr(t.block) or s.noise is not None or t.noise is not None:
+    if s.noise is not None or t.noise is not None or not alike(s.block, t.block):
         return False
     if (s.relu is None) != (t.relu is None):
         return False
     if s.relu is not None and t.relu is not None and not torch.equal(s.relu, t.relu):
         return False
-    if not _same_curves(s, t):
-        return False
-    one, other = s.block.state_dict(), t.block.state_dict()
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    return s.in_shape == t.in_shape and _same_curves(s, t)
 
 
 def _same_curves(s: Step, t: Step) -> bool:

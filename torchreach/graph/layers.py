@@ -9,11 +9,13 @@ convolution, average pooling and batch norm come free and merged layers never st
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn import grad as gradients
 
 from torchreach.core.errors import UnsupportedLayerError
 
@@ -136,6 +138,9 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "adaptive_avg_pool2d": F.adaptive_avg_pool2d,
     "expand": _expand,
 }
+# What `alike` compares by value, and what of a module says nothing about its function in evaluation mode.
+_PLAIN = (bool, int, float, str, type(None), set, torch.dtype, torch.device)
+_STATE = frozenset(key for key in vars(nn.Module()) if "hook" in key or key in ("training", "_is_full_backward_hook"))
 PASS_THROUGH = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 # Known to the comparisons of two networks alone, and as the last layer.
 SOFTMAX = (nn.Softmax, nn.LogSoftmax)
@@ -166,6 +171,62 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 def magnitude(layer: nn.Module, x: Tensor) -> Tensor:
     """|W| x for a batch of rows x >= 0: [R, *in_shape] -> [R, *out_shape]."""
     return _part(layer, x, magnitude=True)
+
+
+def transpose(layer: nn.Module, y: Tensor, shape: tuple[int, ...], *, magnitude: bool = False) -> Tensor:
+    """W^T y, or |W|^T y, for a batch of rows y: [R, *out_shape] -> [R, *shape], `shape` that of the layer's input."""
+    if isinstance(layer, nn.Linear):
+        return y @ _sized(layer.weight, magnitude)
+    if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d, ElementwiseAffine)) and y.shape[1:] == shape:
+        return _part(layer, y, magnitude=magnitude)  # diagonal
+    if isinstance(layer, PASS_THROUGH + RESHAPING):
+        return y.reshape(len(y), *shape)
+    if isinstance(layer, nn.Conv1d | nn.Conv2d) and not isinstance(layer.padding, str):
+        rules: Any = gradients
+        back = rules.conv1d_input if isinstance(layer, nn.Conv1d) else rules.conv2d_input
+        sizes = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        return back((len(y), *shape), _sized(layer.weight, magnitude), y.contiguous(), *sizes)
+    if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d):
+        convolve = F.conv1d if isinstance(layer, nn.ConvTranspose1d) else F.conv2d
+        sizes = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        return convolve(y, _sized(layer.weight, magnitude), None, *sizes)  # type: ignore[arg-type]
+    # The gradient of a map that is linear, and so is its |W| where x > 0.
+    with torch.enable_grad():
+        x = torch.ones(len(y), *shape, dtype=y.dtype, device=y.device, requires_grad=True)
+        return torch.autograd.grad(_part(layer, x, magnitude=magnitude), x, y)[0]
+
+
+def alike(first: Any, second: Any) -> bool:
+    """Whether two layers are one function: of one type, with equal settings, parameters, buffers and children.
+
+    What cannot be compared counts as different. `repr` would not do: that of nn.AvgPool2d leaves its divisor out.
+    """
+    if first is second:
+        return True
+    if type(first) is not type(second):
+        return False
+    if isinstance(first, Tensor):
+        same = first.dtype == second.dtype and first.device == second.device
+        return same and first.shape == second.shape and torch.equal(first, second)
+    if isinstance(first, nn.Module) or is_dataclass(first):
+        one, other = ({k: v for k, v in vars(part).items() if k not in _STATE} for part in (first, second))
+        return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
+    if hasattr(first, "items"):
+        return alike([*first.items()], [*second.items()])
+    if hasattr(first, "index") and not isinstance(first, str):
+        return len(first) == len(second) and all(map(alike, first, second))
+    return isinstance(first, _PLAIN) and first == second
+
+
+def fan_out(layer: nn.Module, size: int) -> int:
+    """Upper bound on the number of outputs that one input goes into, of `size` outputs in all."""
+    if isinstance(layer, nn.Conv1d | nn.Conv2d):
+        return layer.weight[:, 0].numel() // layer.groups
+    if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d):
+        return layer.weight[0].numel()
+    if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d, *PASS_THROUGH, *RESHAPING)):
+        return 1
+    return size
 
 
 def fan_in(layer: nn.Module) -> int:

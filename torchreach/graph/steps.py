@@ -83,11 +83,11 @@ class Step:
         A part of the rows at a time where they are many. Raises OutOfTime between two parts.
         """
         flat, size = rows.flatten(0, 1), max(1, WORK // max(1, self.terms * self.features))
-        parts = []
-        for part in flat.split(size) if len(flat) > size else ():
+        parts: list[Tensor] = []
+        for part in torch.split(flat, size) if len(flat) > size else ():
             clock.check()
             parts.append(self.linear(part))
-        out = torch.cat(parts).unflatten(0, rows.shape[:2]) if parts else self.linear(rows)
+        out = torch.cat(parts).reshape(*rows.shape[:2], -1) if parts else self.linear(rows)
         out[:, 0] += self.bias
         return out
 

@@ -141,7 +141,7 @@ class _Work:
 
     def bounded(self, low: Tensor, high: Tensor, caps: Tensor) -> Boxes:
         """Boxes with bounds, at most `caps`; offers corners and centres to `best`. OutOfTime with the clock."""
-        width = max(max(w.shape) for w in self.pair.W)
+        width = self.pair.widest
         limit = max(int(min(CHUNK, self.memory / (8 * WORKING)) // (4 * width * width)), 1)
         parts = [self._chunk(*part) for part in zip(*(x.split(limit) for x in (low, high, caps)), strict=True)]
         return Boxes(*map(torch.cat, zip(*(part.parts() for part in parts), strict=True)))
@@ -160,7 +160,7 @@ class _Work:
         open_, undecided = torch.zeros_like(low), torch.zeros_like(rows)
         if hexagons:
             first = hexagons[0]
-            open_ = torch.where(self.pair.open(0, first), first.u1 - first.l1, 0.0) @ self.pair.W[0].abs()
+            open_ = self.pair.maps[0].influence(torch.where(self.pair.open(0, first), first.u1 - first.l1, 0.0))
             undecided = torch.stack([self.pair.open(k, h).sum(1) for k, h in enumerate(hexagons)]).sum(0)
         if self.finish is not None:
             alive = (value > self.question.enough(best.lower)).flatten(1).any(1)

@@ -46,7 +46,7 @@ def solve_leaves(
     """
     inputs = net.middle.shape[1]
     constraints = 2 * sum(len(free) for free in net.free) + 1
-    limit = max(CHUNK // (constraints * inputs + max(len(m) for m in net.maps) * inputs), 1)
+    limit = max(CHUNK // (constraints * inputs + max(len(shift) for shift in net.shifts) * inputs), 1)
     results = [
         _solve(net, [h[i] for h in hexagons], objectives[i], enough[i], gap, clock)
         for i in torch.arange(len(objectives), device=objectives.device).split(limit)
@@ -99,6 +99,7 @@ def _solve(
 def _affine(net: Reduced, k: int, rows: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [R, 2 n, 1 + N_in] and errors [R, 2 n] after affine layer k; the input is a row set [R, N_in, ...]."""
     weights, shift = net.maps[k], net.shifts[k]
+    assert isinstance(weights, Tensor)  # of exact pairs all are
     gamma = 2 * net.count_terms * UNIT_ROUNDOFF
     size = rows.abs().sum(2)
     out = weights @ rows

@@ -42,6 +42,7 @@ from torchreach.core.tolerances import UNIT_ROUNDOFF
 from torchreach.domains.difference import CHUNK, Backward, difference_bounds
 from torchreach.domains.hexagon import Graph, Hexagon, height, start_slopes
 from torchreach.domains.pair import Pair
+from torchreach.graph.twins import Maps, Matrices
 from torchreach.search.boxes import one_box
 from torchreach.search.leaves import solve_leaves
 from torchreach.search.result import Best, Constraints, Question, SearchResult
@@ -69,16 +70,16 @@ class Reduced:
         self.root = [h.map(lambda part, i=i: part[:, i]) for h, i in zip(hexagons, self.free, strict=True)]
         self.count = [len(i) for i in keep]
         self.slopes = [tuple(s[0] for s in h.active()) for h in hexagons]
-        self.maps: list[Tensor] = []
+        self.maps: list[Tensor | Maps] = []  # as one matrix where they are matrices
         self.shifts: list[Tensor] = []
         keep.append(torch.arange(pair.outputs, device=pair.device))
         for k, rows in enumerate(keep):
-            W, V, D = pair.W[k][rows], pair.V[k][rows], pair.D[k][rows]
-            if k == 0:
-                self.maps.append(torch.cat((W, D)))
-            else:
-                W, V, D = (part[:, keep[k - 1]] for part in (W, V, D))
-                self.maps.append(torch.cat((torch.cat((W, torch.zeros_like(W)), 1), torch.cat((D, V), 1))))
+            part = pair.maps[k].part(rows, keep[k - 1] if k else None)
+            if isinstance(part, Matrices):
+                W, V, D = part.W, part.V, part.D
+                below = torch.cat((D, V), 1) if k else D
+                part = torch.cat((torch.cat((W, torch.zeros_like(W)), 1) if k else W, below))
+            self.maps.append(part)
             self.shifts.append(torch.cat((pair.b[k][rows], pair.db[k][rows])))
         gammas = [2 * (2 * n + 8 * pair.depth + 16) * UNIT_ROUNDOFF for n in self.count]
         self.before = [g * torch.cat(h.sizes(), 1)[0] for g, h in zip(gammas, hexagons, strict=True)]
@@ -92,6 +93,21 @@ class Reduced:
     @property
     def depth(self) -> int:
         return len(self.count)
+
+    def forth(self, k: int, state: Tensor) -> Tensor:
+        """(z, d) [R, 2 N] of layer k from (a, e) of the layer before, or from the input; without biases."""
+        maps = self.maps[k]
+        if isinstance(maps, Tensor):
+            return state @ maps.T
+        return torch.cat(maps.forth(*state.chunk(2, 1)) if k else maps.forth(state), 1)
+
+    def back(self, k: int, y: Tensor) -> Tensor:
+        """Coefficients on (a, e) of the layer before, or on the input, from those [R, 2 N] on (z, d) of layer k."""
+        maps = self.maps[k]
+        if isinstance(maps, Tensor):
+            return y @ maps
+        alpha, beta = maps.back(*y.chunk(2, 1), beta=k > 0)
+        return alpha if beta is None else torch.cat((alpha, beta), 1)
 
 
 class Dual:
@@ -109,7 +125,7 @@ class Dual:
         """Slopes [2, R, N] per layer of planes lowest at the middle."""
         slopes, y = [], self.out
         for k in range(self.net.depth, 0, -1):
-            y = y @ self.net.maps[k]
+            y = self.net.back(k, y)
             slopes.append(torch.stack(start_slopes(self.graphs[k - 1], *self._free(k - 1, y))))
             y = self._joined(k - 1, y, slopes[-1])
         return slopes[::-1]
@@ -133,7 +149,7 @@ class Dual:
         touch, coefficients = [], []
         for k in range(net.depth, 0, -1):
             total = total + y @ net.shifts[k]
-            y = y @ net.maps[k]
+            y = net.back(k, y)
             loss = loss + y.abs() @ net.before[k - 1]
             graph, (p, q) = self.graphs[k - 1], slopes[k - 1]
             alpha, beta = self._free(k - 1, y)
@@ -145,7 +161,7 @@ class Dual:
             y = self._joined(k - 1, y, slopes[k - 1])
             loss = loss + y.abs() @ net.after[k - 1]
         total = total + y @ net.shifts[0]
-        x = y @ net.maps[0]
+        x = net.back(0, y)
         total = total + x @ net.middle[0] + x.abs() @ net.radius[0]
         self.corner = net.middle + net.radius * x.sign()
         return torch.nan_to_num(total + loss, nan=torch.inf, posinf=torch.inf), touch[::-1], coefficients[::-1]
@@ -155,7 +171,7 @@ class Dual:
         net, state, result = self.net, self.corner, []
         for k in range(net.depth):
             n, free, (s1, s2) = net.count[k], net.free[k], net.slopes[k]
-            state = state @ net.maps[k].T + net.shifts[k]
+            state = net.forth(k, state) + net.shifts[k]
             z, d = state[:, :n], state[:, n:]
             result.append(torch.stack((z[:, free], d[:, free])) - touch[k][:2])
             state = torch.cat((s1 * z, (s1 - s2) * z + s2 * d), 1)

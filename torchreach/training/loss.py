@@ -34,6 +34,7 @@ from torchreach.domains.pair import Pair
 from torchreach.graph.affine_graph import AffineGraph
 from torchreach.graph.quantizer import Quantizer
 from torchreach.graph.steps import Step
+from torchreach.graph.twins import Matrices
 from torchreach.read.module import chain
 from torchreach.read.steps import steps
 
@@ -165,7 +166,7 @@ def upper_bounds(pair: Pair, lower: Tensor, upper: Tensor, *, full_gradient: boo
     last = pair.depth - 1
     for k in range(last):
         with torch.set_grad_enabled(torch.is_grad_enabled() and full_gradient):
-            W, V, D = pair.W[k], pair.V[k], pair.D[k]
+            W, V, D = matrices(pair, k)
             rows = _rows(work, root, k, torch.cat((W, D)), torch.cat((torch.zeros_like(V), V)))
             constant, error = torch.cat((pair.b[k], pair.db[k])), torch.cat(work.errors[k], 1)
             value = rows + torch.cat((constant, -constant)) + error.repeat(1, 2)
@@ -173,9 +174,17 @@ def upper_bounds(pair: Pair, lower: Tensor, upper: Tensor, *, full_gradient: boo
             inf = torch.full_like(u1, torch.inf)  # bounds of z2 = z - d follow from those of z and d
             hexagon = Hexagon(-l1, u1, -inf, inf, -dl, du).tightened()
         work.add(hexagon)
-    rows = _rows(work, root, last, pair.D[last], pair.V[last])
+    _, V, D = matrices(pair, last)
+    rows = _rows(work, root, last, D, V)
     value = rows + torch.cat((pair.db[last], -pair.db[last])) + work.errors[last][1].repeat(1, 2)
     return value.reshape(len(lower), 2, -1)
+
+
+def matrices(pair: Pair, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """W, V, D of a layer of a live pair, which carry gradients."""
+    maps = pair.maps[k]
+    assert isinstance(maps, Matrices)
+    return maps.W, maps.V, maps.D
 
 
 class _Root:
@@ -185,8 +194,9 @@ class _Root:
         self.middle = lower + (upper - lower) / 2
         radius = torch.maximum(upper - self.middle, self.middle - lower)
         self.wide = (radius > 0).any(0).nonzero().flatten()
-        self.radius, self.W, self.D = radius[:, self.wide], pair.W[0][:, self.wide], pair.D[0][:, self.wide]
-        self.z, self.d = self.middle @ pair.W[0].T + pair.b[0], self.middle @ pair.D[0].T + pair.db[0]
+        W, _, D = matrices(pair, 0)
+        self.radius, self.W, self.D = radius[:, self.wide], W[:, self.wide], D[:, self.wide]
+        self.z, self.d = self.middle @ W.T + pair.b[0], self.middle @ D.T + pair.db[0]
 
     def bound(self, p: Tensor, q: Tensor, on: Tensor) -> Tensor:
         """Largest p . z + q . d of the neurons `on` of layer 0, [B, R], rounding left out."""
