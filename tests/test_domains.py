@@ -354,8 +354,6 @@ def test_twin_layers_equal_their_matrices(name: str, dtype: torch.dtype) -> None
         close(own.back(p, q, beta=False)[0], p @ W + q @ D)
         some = torch.arange(n_out)[::2]
         close(own.rows(some), (W[some], V[some], D[some]))
-        some = torch.arange(n_in)[::2]
-        close(own.columns(some), (W.T[some], V.T[some]))
         assert (own.spread(a.abs()) >= a.abs() @ D.abs().T - 1e-12).all()
         assert (own.size(a.abs()) >= own.spread(a.abs()) - 1e-12).all()
         assert (own.influence(p.abs()) >= p.abs() @ W.abs() - 1e-12).all()

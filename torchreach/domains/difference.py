@@ -27,6 +27,7 @@ Axis letters: B boxes, R rows (one objective each), N features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -39,7 +40,7 @@ from torchreach.core.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF
 from torchreach.domains.hexagon import Graph, Hexagon, height, height_allowance, planes, start_slopes
 from torchreach.domains.pair import Pair
 from torchreach.domains.smooth import CurvePlanes, activated
-from torchreach.domains.zonotope import Bounds, bent, zonotope_bounds
+from torchreach.domains.zonotope import BUFFERS, Bounds, bent, interval_bounds, zonotope_bounds
 from torchreach.graph.steps import Step
 from torchreach.graph.twins import Maps
 
@@ -222,11 +223,14 @@ def _settled(hexagon: Hexagon, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def difference_bounds(pair: Pair, lower: Tensor, upper: Tensor, *, clock: Clock = NO_LIMIT) -> tuple[Hexagon, ...]:
+def difference_bounds(
+    pair: Pair, lower: Tensor, upper: Tensor, *, clock: Clock = NO_LIMIT, memory: float = math.inf
+) -> tuple[Hexagon, ...]:
     """Certified bounds of z, z2 and z - z2 of every layer over B boxes; the last are y1, y2 and y1 - y2.
 
     Args: lower, upper: [B, N_in], any floating dtype and device; they are exact in float64. clock: looked at in every
-        chunk of rows; OutOfTime when it is over, as there is no half-way answer.
+        chunk of rows; OutOfTime when it is over, as there is no half-way answer. memory: bytes that zonotopes may take,
+        intervals taking their place.
 
     Method: zonotopes of either network, and intervals of z - z2 from the layer before; then, for neurons whose signs
         these leave open and for the outputs, backward bounds of all three, each the better of `Backward.best` and
@@ -239,7 +243,7 @@ def difference_bounds(pair: Pair, lower: Tensor, upper: Tensor, *, clock: Clock 
     lower, upper = checked_boxes(pair, lower, upper)
     per_box = max((pair.inputs + 1 + sum(step.features for step in pair.first)) * pair.widest, 1)
     parts = [
-        _bounds(pair, low, high, clock)
+        _bounds(pair, low, high, clock, memory)
         for low, high in zip(lower.split(max(CHUNK // per_box, 1)), upper.split(max(CHUNK // per_box, 1)), strict=True)
     ]
     layers = zip(*parts, strict=True)
@@ -301,7 +305,7 @@ def checked_boxes(pair: Pair, lower: Tensor, upper: Tensor) -> tuple[Tensor, Ten
     return lower, upper
 
 
-def _bounds(pair: Pair, lower: Tensor, upper: Tensor, clock: Clock) -> tuple[Hexagon, ...]:
+def _bounds(pair: Pair, lower: Tensor, upper: Tensor, clock: Clock, memory: float) -> tuple[Hexagon, ...]:
     work, layers = Backward(pair, lower, upper, clock=clock), []
     zonotopes: list[Bounds] = []
     for k in range(pair.depth):
@@ -310,7 +314,7 @@ def _bounds(pair: Pair, lower: Tensor, upper: Tensor, clock: Clock) -> tuple[Hex
             hexagon = _by_rows(work, rows, clock).tightened()
         else:
             clock.check()
-            zonotopes = zonotopes or _zonotopes(work, clock)
+            zonotopes = zonotopes or _zonotopes(work, clock, memory)
             hexagon = _cheap(work, layers[-1], *(bounds[k - 1] for bounds in zonotopes))
             # Bounds of a neuron whose signs are settled only scale rounding allowances.
             rows = rows if last else pair.open(k, hexagon).any(0).nonzero().flatten()
@@ -327,19 +331,26 @@ def _bounds(pair: Pair, lower: Tensor, upper: Tensor, clock: Clock) -> tuple[Hex
     raise AssertionError("a network has at least one affine layer")
 
 
-def _zonotopes(work: Backward, clock: Clock) -> list[Bounds]:
+def _zonotopes(work: Backward, clock: Clock, memory: float) -> list[Bounds]:
     """Bounds [B, N] of the layers after the first of either network, from inputs that vary."""
     pair, wide = work.pair, (work.radius > 0).any(0).nonzero().flatten()
     size, result = torch.maximum(work.lower.abs(), work.upper.abs()), []
-    for network, columns in zip((pair.first, pair.second), pair.maps[0].columns(wide), strict=True):
+    inputs = work.radius.new_zeros(len(size), 1 + len(wide), pair.inputs)
+    inputs[:, 0] = work.middle
+    inputs[:, 1 + torch.arange(len(wide), device=wide.device), wide] = work.radius[:, wide]
+    for network in (pair.first, pair.second):
         step = network[0]
+        if BUFFERS * inputs.element_size() * inputs[:, :, 0].numel() * step.features > memory:
+            result.append(interval_bounds(network, inputs, torch.zeros_like(size))[1:])
+            continue
         gamma = 2 * (step.terms + pair.inputs + 8) * UNIT_ROUNDOFF
         slack = step.with_noise(gamma * (step.magnitude(size) + step.bias_magnitude))
-        middle = step.linear(work.middle) + step.bias
-        rows = torch.cat((middle[:, None], work.radius[:, wide, None] * columns), 1)
+        rows = step.map_rows(inputs, clock)
+        # Its own product: then its last bits do not depend on how many inputs vary.
+        rows[:, 0] = middle = step.linear(work.middle) + step.bias
         spread = rows[:, 1:].abs().sum(1) + slack
         rows, slack = bent(step, rows, slack, middle - spread, middle + spread)
-        result.append(zonotope_bounds(network, rows, slack, 1, clock))
+        result.append(zonotope_bounds(network, rows, slack, 1, clock, memory))
     return result
 
 

@@ -16,6 +16,9 @@ from torchreach.graph.layers import alike
 from torchreach.graph.steps import Step
 from torchreach.graph.twins import Twins, is_matrix, twins
 
+# Bytes of zonotopes that say how far features without ReLU are to be shifted; from there on intervals say it.
+SHIFT_BYTES = 2**27
+
 
 @dataclass(frozen=True, eq=False)
 class Pair:
@@ -83,7 +86,7 @@ class Pair:
         db = [s.bias - t.bias for s, t in zip(first, second, strict=True)]
         same = [_same(s, t) for s, t in zip(first, second, strict=True)]
         if any(step.relu is not None and bool(step.passes.any()) for step in first):
-            first, second, db = _shifted(first, second, maps, db, box)
+            first, second, db = _shifted(first, second, maps, db, box, clock)
         return Pair(
             first,
             second,
@@ -198,6 +201,7 @@ def _shifted(
     maps: list[Twins],
     db: list[Tensor],
     box: tuple[Tensor, Tensor] | None,
+    clock: Clock,
 ) -> tuple[tuple[Step, ...], tuple[Step, ...], list[Tensor]]:
     """Both networks with the features that ReLU leaves alone positive over the box, and their biases' differences.
 
@@ -208,7 +212,7 @@ def _shifted(
         raise UnsupportedLayerError("difference bounds of steps that leave features without ReLU require a box")
     with torch.no_grad():  # any shift that is large enough will do
         rows = box_rows(*(end[None].to(COMPUTE_DTYPE) for end in box))
-        bounds = [zonotope_bounds(steps, *rows) for steps in (first, second)]
+        bounds = [zonotope_bounds(steps, *rows, clock=clock, memory=SHIFT_BYTES) for steps in (first, second)]
     steps1, steps2, differences = [], [], []
     before: Tensor | None = None
     for k, (s, t) in enumerate(zip(first, second, strict=True)):

@@ -45,6 +45,8 @@ def zonotope_bounds(
     last = len(steps) - 1
     for index in range(start, len(steps)):
         step = steps[index]
+        if BUFFERS * rows.element_size() * len(rows) * rows.shape[1] * step.features > memory:
+            return result + interval_bounds(steps[index:], rows, slack)
         try:
             image = step.map_rows(rows, clock)
         except OutOfTime:

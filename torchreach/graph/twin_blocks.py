@@ -102,11 +102,6 @@ class Blocks:
         assert V is not None
         return W, V, D
 
-    def columns(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        unit = torch.zeros(len(index), self.shape[1], dtype=self.dtype, device=index.device)
-        unit[torch.arange(len(index), device=index.device), index] = 1.0
-        return self.forth(unit)[0], self.forth(torch.zeros_like(unit), unit)[1]
-
     def back(self, p: Side, q: Tensor, *, beta: bool = True) -> tuple[Tensor, Side]:
         shape = (*q.shape[:-1], self.shape[1])
         p, q = None if p is None else p.expand(q.shape).flatten(0, -2), q.flatten(0, -2)

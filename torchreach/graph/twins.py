@@ -66,10 +66,6 @@ class Twins(Maps, Protocol):
         """Rows `index` [R] of W, V, D: [R, N_in] each."""
         ...
 
-    def columns(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Columns `index` [C] of W and V: [C, N_out] each."""
-        ...
-
     def spread(self, a: Tensor) -> Tensor:
         """|D| a, or more: [R, N_in] -> [R, N_out], a >= 0."""
         ...
@@ -112,9 +108,6 @@ class Matrices:
     def back(self, p: Side, q: Tensor, *, beta: bool = True) -> tuple[Tensor, Side]:
         alpha = q @ self.D if p is None else p @ self.W + q @ self.D
         return alpha, q @ self.V if beta else None
-
-    def columns(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        return self.W.T[index], self.V.T[index]
 
     def rows(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.W[index], self.V[index], self.D[index]

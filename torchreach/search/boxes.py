@@ -67,7 +67,7 @@ def search_boxes(
     """
     question = question or Question()
     low, high = one_box(pair, lower, upper)
-    output = (difference_bounds(pair, low, high, clock=clock) if root is None else root)[-1]
+    output = (difference_bounds(pair, low, high, clock=clock, memory=memory / 2) if root is None else root)[-1]
     best = ascend(pair, low, high, constraints, starts=starts, seed=seed, clock=clock)
     caps = torch.stack((output.du, -output.dl), 1)
     work = _Work(pair, best, question, constraints, finish, clock, memory)

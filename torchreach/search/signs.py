@@ -305,7 +305,7 @@ def search_signs(
     question = question or Question()
     low, high = one_box(pair, lower, upper)
     n = pair.outputs
-    *hidden, output = difference_bounds(pair, low, high, clock=clock) if root is None else root
+    *hidden, output = difference_bounds(pair, low, high, clock=clock, memory=memory / 2) if root is None else root
     work = Backward(pair, low, high)
     for hexagon in hidden:
         work.add(hexagon)

@@ -135,6 +135,7 @@ class _Run:
             for network in (self.merged, self.original, self.compressed)
         )
         self.both = original, compressed
+        self.memory = self.budget.memory or default_budget(stars.device)
         try:
             Pair.check(original, compressed)
         except (ShapeError, UnsupportedLayerError) as error:
@@ -285,14 +286,13 @@ class _Run:
                 log.info("search of star %d ends with %d branches open", s, work.state.open)
 
     def _begin(self, s: int, options: Search, stars: int) -> StarSearch:
-        memory = self.budget.memory or default_budget(self.stars.device)
         work = StarSearch(
             self.original,
             self.compressed,
             self.stars.select([s]),
             self.question,
             options,
-            memory=memory / stars,
+            memory=self.memory / stars,
             pair=self.pair,
             root=self.roots.pop(s, None),
             clock=self.ticking,
@@ -325,7 +325,7 @@ class _Run:
             self._cap(everyone, interval_difference(self.pair, *self.box))
             for index in torch.tensor(open_, device=self.stars.device).split(ROOT_STARS):
                 low, high = (end[index] for end in self.box)
-                hexagons = difference_bounds(self.pair, low, high, clock=clock)
+                hexagons = difference_bounds(self.pair, low, high, clock=clock, memory=self.memory / 2)
                 self._cap(index, hexagons[-1])
                 if len(open_) * sum(h.l1[0].numel() for h in hexagons) <= ROOT_NUMBERS:
                     for k, s in enumerate(index.tolist()):
