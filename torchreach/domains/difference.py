@@ -254,14 +254,18 @@ def difference_bounds(
 
 
 @torch.no_grad()
-def quick_bounds(pair: Pair, lower: Tensor, upper: Tensor) -> tuple[list[Hexagon], Tensor, Tensor]:
+def quick_bounds(
+    pair: Pair, lower: Tensor, upper: Tensor, *, clock: Clock = NO_LIMIT
+) -> tuple[list[Hexagon], Tensor, Tensor]:
     """The same for many small boxes at once, looser and several times faster: closed-form planes, z and d only.
 
     Args: lower, upper: [B, N_in] as `checked_boxes` returns them.
     Returns: hexagons of the hidden layers; bounds [B, 2, N_out] above y1 - y2 (row 0) and y2 - y1 (row 1);
         coefficients [B, 2, N_out, N_in] of these objectives on the input.
+    Raises: OutOfTime: the clock is over.
     """
-    work, layers = Backward(pair, lower, upper), []
+    work, layers = Backward(pair, lower, upper, clock=clock), []
+    limit = max(CHUNK // (4 * len(lower) * pair.widest), 1)
     for k in range(pair.depth):
         last = k == pair.depth - 1
         if last:
@@ -274,13 +278,17 @@ def quick_bounds(pair: Pair, lower: Tensor, upper: Tensor) -> tuple[list[Hexagon
                 value.expand(len(lower), -1).reshape(shape),
                 x.expand(len(lower), -1, -1).reshape(*shape, -1),
             )
-        W, V, D = work.columns(k, torch.arange(len(pair.b[k]), device=pair.device))
-        alpha, beta = torch.cat((W, D)), torch.cat((torch.zeros_like(V), V))
-        value = work.bound(torch.cat((alpha, -alpha))[None], torch.cat((beta, -beta))[None], work.closed)[0]
-        constant, error = torch.cat((pair.b[k], pair.db[k])), torch.cat(work.errors[k], 1)
-        value = value + torch.cat((constant, -constant)) + error.repeat(1, 2)
+        parts = []
+        for some in torch.arange(len(pair.b[k]), device=pair.device).split(limit):
+            W, V, D = work.columns(k, some)
+            alpha, beta = torch.cat((W, D)), torch.cat((torch.zeros_like(V), V))
+            value = work.bound(torch.cat((alpha, -alpha))[None], torch.cat((beta, -beta))[None], work.closed)[0]
+            constant = torch.cat((pair.b[k][some], pair.db[k][some]))
+            error = torch.cat([each[:, some] for each in work.errors[k]], 1)
+            value = value + torch.cat((constant, -constant)) + error.repeat(1, 2)
+            parts.append(value.reshape(len(lower), 4, -1))
         # z2 = z - d is bounded through z and d: rows of its own gain little where the networks are close
-        u1, du, l1, dl = value.reshape(len(lower), 4, -1).unbind(1)
+        u1, du, l1, dl = torch.cat(parts, 2).unbind(1)
         inf = torch.full_like(u1, torch.inf)
         layers.append(Hexagon(-l1, u1, -inf, inf, -dl, du).tightened())
         work.add(layers[-1])

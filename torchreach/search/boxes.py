@@ -149,7 +149,7 @@ class _Work:
     def _chunk(self, low: Tensor, high: Tensor, caps: Tensor) -> Boxes:
         self.clock.check()
         best = self.best
-        hexagons, value, x = quick_bounds(self.pair, low, high)
+        hexagons, value, x = quick_bounds(self.pair, low, high, clock=self.clock)
         value = torch.minimum(value, caps)
         if self.constraints is not None:
             value[self.constraints.miss(low, high)] = -torch.inf

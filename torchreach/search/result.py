@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.errors import OptionError
 from torchreach.core.terms import Reason
 from torchreach.core.tolerances import UNIT_ROUNDOFF
 from torchreach.domains.pair import Pair
 
+NUMBERS = 1 << 19  # in the layers of the points that are replayed between two looks at the clock
 GOALS = ("signed", "outputs", "largest", "above")
 # Certified upper bounds [B, 2, N_out] over boxes [B, N_in] (inf where it gave up, -inf where there is no such
 # input), and inputs [B, 2, N_out, N_in] that nearly attain them.
@@ -136,12 +138,19 @@ class Best:
     """Largest values met so far in one box [1, N_in], [2, N_out], and where [2, N_out, N_in]; grows by `offer`."""
 
     def __init__(
-        self, pair: Pair, low: Tensor, high: Tensor, x: Tensor, constraints: Constraints | None = None
+        self,
+        pair: Pair,
+        low: Tensor,
+        high: Tensor,
+        x: Tensor,
+        constraints: Constraints | None = None,
+        clock: Clock = NO_LIMIT,
     ) -> None:
-        """x: [B, N_in] first candidates, at least one."""
+        """x: [B, N_in] first candidates, at least one, the best first. clock: once it is over, few are replayed."""
         self.pair, self.low, self.high, self.constraints = pair, low, high, constraints
         self.lower = torch.full((2, pair.outputs), -torch.inf, dtype=x.dtype, device=x.device)
         self.witness = low.expand(2, pair.outputs, -1).clone()
+        self.clock, self.size = clock, max(NUMBERS // sum(len(b) for b in pair.b), 1)
         self.offer(x)
 
     def offer(self, x: Tensor) -> None:
@@ -151,8 +160,11 @@ class Best:
         if self.constraints is not None:
             x = self.constraints.pull(x)
         x = torch.minimum(torch.maximum(x, self.low), self.high)
-        y, error = self.pair.evaluate(x)
-        value, at = torch.stack((y - error, -y - error), 1).max(0)
-        better = value > self.lower
-        self.lower = torch.where(better, value, self.lower)
-        self.witness = torch.where(better[..., None], x[at], self.witness)
+        for part in x.split(self.size):
+            y, error = self.pair.evaluate(part)
+            value, at = torch.stack((y - error, -y - error), 1).max(0)
+            better = value > self.lower
+            self.lower = torch.where(better, value, self.lower)
+            self.witness = torch.where(better[..., None], part[at], self.witness)
+            if self.clock.over:
+                break

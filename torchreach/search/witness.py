@@ -65,7 +65,10 @@ def ascend(
         value = (_smooth(pair, x, 0.0) * sign).sum(1)
         at = torch.where((value > best)[:, None], x, at)
         best = torch.maximum(best, value)
-    return Best(pair, lower, upper, at, constraints)
+    # The best start of every objective first, in case there is no time to replay all.
+    order = best.reshape(2 * n, starts).argsort(dim=1, descending=True, stable=True)
+    order = order + starts * torch.arange(2 * n, device=x.device)[:, None]
+    return Best(pair, lower, upper, at[order.T.flatten()], constraints, clock)
 
 
 def _smooth(pair: Pair, x: Tensor, width: float) -> Tensor:
