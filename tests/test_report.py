@@ -9,6 +9,7 @@ import io
 import json
 import math
 import re
+import threading
 from array import array
 from dataclasses import replace
 from datetime import timedelta
@@ -21,7 +22,7 @@ from rich.console import Console
 from torch import nn
 
 import torchreach as tr
-from torchreach.app.console import live, print_discrepancy, print_reading, print_verdict, progress_line
+from torchreach.app.console import Live, Log, live, print_discrepancy, print_reading, print_verdict, progress_line
 from torchreach.app.inputs import InputSet
 from torchreach.app.report.content import NetworkInfo, Report
 from torchreach.app.report.page import html_page
@@ -111,15 +112,48 @@ def _networks():
 
 def test_progress_is_one_line_on_a_terminal_and_now_and_then_a_line_in_a_log():
     low = torch.zeros(1, 1)
-    seen, clock = io.StringIO(), iter([0.0, 1.0, 29.0, 31.0, 31.0, 60.0, 62.0, 62.0])
-    with live(Console(file=seen), "compare", lambda: next(clock)) as line:
-        for done in range(5):  # after 1, 29, 31, 60 and 62 seconds
-            line.stars(Progress(done, 0, low, low, low, low, 0.0))
-    assert [text[:16] for text in seen.getvalue().splitlines()] == ["compare: 2 stars", "compare: 4 stars"]
+    lines: list[str] = []
+    times = [0.0]
+    log = Log("compare", lines.append, lambda: times[-1])
+
+    def wait(seconds: float) -> bool:
+        times.append(times[-1] + seconds)
+        if len(times) in (3, 5):  # work that reports at times
+            for done in range(len(times)):
+                Live("compare", log.keep).stars(Progress(done, 0, low, low, low, low, 0.0))
+        return len(times) > 9
+
+    log.run(wait)
+    assert times[1:] == [2, 6, 14, 30, 62, 122, 182, 242, 302]
+    assert [text.split(" done")[0] for text in lines] == [
+        *("compare: working, 2 s", "compare: 2 stars", "compare: working, 14 s", "compare: 4 stars"),
+        *(f"compare: working, {seconds} s" for seconds in (62, 122, 182, 242)),
+    ]
     seen = io.StringIO()
     with live(Console(file=seen, force_terminal=True, width=200), "compare") as line:
         line.stars(Progress(7, 0, low, low, low, low, 0.0))
         assert seen.getvalue() != ""
+
+
+def test_long_steps_show_in_a_log_and_short_work_does_not(monkeypatch):
+    low = torch.zeros(1, 1)
+    seen = io.StringIO()
+    monkeypatch.setattr("torchreach.app.console.FIRST", threading.TIMEOUT_MAX)
+    with live(Console(file=seen), "compare") as line:  # over at once
+        line.stars(Progress(7, 0, low, low, low, low, 0.0))
+    assert seen.getvalue() == ""
+    written = threading.Event()
+
+    class Seen(io.StringIO):
+        def write(self, text: str) -> int:
+            written.set()
+            return super().write(text)
+
+    monkeypatch.setattr("torchreach.app.console.FIRST", 1e-3)
+    seen = Seen()
+    with live(Console(file=seen), "compare"):  # a step that reports nothing
+        assert written.wait(60)
+    assert seen.getvalue().startswith("compare: working, 0 s\n")
 
 
 def test_progress_names_stars_and_interval():

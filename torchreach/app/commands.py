@@ -320,8 +320,8 @@ def evaluate(network: nn.Module, x: Tensor, found: Discrepancy | Equivalence | N
     executed = not real and (half or single or rounds(network, None if x.ndim == 2 else tuple(x.shape[1:])))
     with torch.no_grad():
         if executed:
-            return network(x.to(torch.float32 if parameter is None else parameter.dtype)).double()
-        return copy.deepcopy(network).to(x.device, torch.float64).eval()(x.double())
+            return network(x.to(torch.float32 if parameter is None else parameter.dtype, copy=True)).double()
+        return copy.deepcopy(network).to(x.device, torch.float64).eval()(x.to(torch.float64, copy=True))
 
 
 def at_witnesses(original: nn.Module, compressed: nn.Module, found: Discrepancy) -> tuple[Tensor, Tensor]:

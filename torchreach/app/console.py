@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 MOST_TABLES = 3  # with more input stars than this, one table with a row for each
 MOST_ROWS = 20
-EVERY = 30.0  # seconds between lines of progress in a log
+FIRST, MOST = 2.0, 60.0  # seconds before the first line of progress in a log; at most between two
 
 
 @dataclass(frozen=True)
@@ -32,40 +33,58 @@ class Live:
 
     what: str
     write: Callable[[str], None]
-    due: Callable[[], bool]
 
     def stars(self, progress: Progress) -> None:
         """Progress of one enumeration."""
-        if self.due():
-            self.write(f"{self.what}: {progress_line(progress)}")
+        self.write(f"{self.what}: {progress_line(progress)}")
 
     def step(self, step: RepairStep) -> None:
         """Progress of a repair: its last evaluation."""
-        if not self.due():
-            return
         bound = at_most(float(step.discrepancy.upper.max()), 4)
         accuracy = "" if step.accuracy is None else f", accuracy {100 * step.accuracy:.1f} %"
         claim = step.discrepancy.claim
         self.write(f"{self.what}: iteration {step.iteration}, {claim} max |y1 - y2| <= {bound}{accuracy}")
 
 
+@dataclass
+class Log:
+    """Progress where there is no terminal: the newest line, or that work goes on, at growing intervals."""
+
+    what: str
+    write: Callable[[str], None]
+    now: Callable[[], float] = time.monotonic
+    newest: list[str] = field(default_factory=list)
+
+    def keep(self, text: str) -> None:
+        """To be written when a line is due, unless a newer one comes."""
+        self.newest[:] = [text]
+
+    def run(self, wait: Callable[[float], object]) -> None:
+        """Writes until `wait`, which takes seconds, says that the work is over."""
+        began, pause = self.now(), FIRST
+        while not wait(pause):
+            pause = min(2 * pause, MOST)
+            self.write(self.newest.pop() if self.newest else f"{self.what}: working, {self.now() - began:.0f} s")
+
+
 @contextmanager
-def live(console: Console, what: str, now: Callable[[], float] = time.monotonic) -> Iterator[Live]:
-    """Progress on `console`: where that is not a terminal, a line every `EVERY` seconds by the clock `now`."""
+def live(console: Console, what: str) -> Iterator[Live]:
+    """Progress on `console`: where that is not a terminal, lines as `Log` has them, and none of what is over sooner.
+
+    The lines come from a thread, for long steps report nothing until they end.
+    """
     if console.is_terminal:
         with console.status(f"{what} ...") as line:
-            yield Live(what, line.update, lambda: True)
+            yield Live(what, line.update)
         return
-    last = now()
-
-    def due() -> bool:
-        nonlocal last
-        if now() - last < EVERY:
-            return False
-        last = now()
-        return True
-
-    yield Live(what, lambda text: print_line(console, text), due)
+    log, over = Log(what, lambda text: print_line(console, text)), threading.Event()
+    thread = threading.Thread(target=log.run, args=(over.wait,), name="torchreach progress", daemon=True)
+    thread.start()
+    try:
+        yield Live(what, log.keep)
+    finally:
+        over.set()
+        thread.join()
 
 
 def progress_line(progress: Progress) -> str:

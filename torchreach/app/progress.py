@@ -21,8 +21,8 @@ Show = Callable[[Progress | RepairStep], None]
 def show_progress(what: str = "comparing", console: Console | None = None) -> Iterator[Show]:
     """A `progress` callback for every verb that takes one, shown while the block runs.
 
-    One line that is kept up to date in terminals, and in notebooks where tqdm is installed; elsewhere a line now and
-    then. console: where to write; standard error by default.
+    One line that is kept up to date in terminals, and in notebooks where tqdm is installed; elsewhere a line after two
+    seconds, and then at growing intervals of up to a minute. console: where to write; standard error by default.
     """
     console = console or Console(stderr=True)
     if console.is_jupyter:
@@ -32,7 +32,7 @@ def show_progress(what: str = "comparing", console: Console | None = None) -> It
             pass
         else:
             with tqdm(bar_format="{desc}", desc=f"{what} ...") as bar:
-                yield _shown(Live(what, bar.set_description_str, lambda: True))
+                yield _shown(Live(what, bar.set_description_str))
             return
     with live(console, what) as line:
         yield _shown(line)

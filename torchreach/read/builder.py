@@ -96,6 +96,7 @@ class ChainBuilder:
         self.codes: Quantizer | None = None
         self.raw = False
         self.uncalibrated: list[str] = []
+        self.changed: set[int] = set()  # nodes whose memory a later layer wrote over
         self.traced = False  # whether some layers were read off a traced graph
 
     def refuse(self, name: str, kind: str, reason: str = "") -> NoReturn:
@@ -127,6 +128,8 @@ class ChainBuilder:
             self._advance(layer, name)
             self.layers.append(layer)
             bends = isinstance(layer, (*POINTWISE, *SMOOTH))
+            if bends and getattr(layer, "inplace", False):
+                self.changed.add(self.root(self.at))
             if isinstance(layer, (*SMOOTH, *SOFTMAX)):
                 self._refuse_rounding(name, type(layer).__name__)
             if isinstance(layer, nn.PReLU) and layer.weight.numel() > 1 and self.shape is None:
@@ -192,6 +195,12 @@ class ChainBuilder:
         if at != self.at:
             self._refuse_rounding(name, "a value that is used again")
             self.at, self.shape = at, self.nodes[at].shape
+
+    def root(self, at: int) -> int:
+        """The node that node `at` may be a view of, by reshaping or selecting."""
+        while isinstance(self.nodes[at].value, (*RESHAPING, Rearrange)):
+            at = self.nodes[at].inputs[0]
+        return at
 
     def _put(self, op: str, inputs: tuple[int, ...], name: str, value: Any) -> None:
         self.nodes.append(Node(op, inputs, self.shape, name, value))

@@ -10,6 +10,7 @@ that is overlooked would make a certificate wrong.
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 from collections.abc import Callable
@@ -22,21 +23,15 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
 from torchreach.core.errors import UnsupportedLayerError
-from torchreach.graph.layers import RESHAPING, Rearrange, Reshape
-from torchreach.graph.smooth import BY_NAME, SMOOTH, Entry
+from torchreach.graph.layers import Reshape
+from torchreach.graph.smooth import BY_NAME, Entry
 from torchreach.graph.weights import as_parameter, linear_layer
-from torchreach.read.builder import ChainBuilder
+from torchreach.read.builder import ChainBuilder, is_leaf
 from torchreach.read.dialects.pt2e import CONSTANT_QUANTIZED, check_weight, quantized_operation
 from torchreach.read.dialects.qat import is_quantization_part, prepared_weight
 from torchreach.read.fx_operations import GraphOperations
-from torchreach.read.operations import CONSTANT, IDENTITIES, operation
-
-
-class _Value:
-    """A value computed from the network's input; `at` is its node in the builder."""
-
-    def __init__(self, at: int) -> None:
-        self.at = at
+from torchreach.read.operations import CONSTANT, IDENTITIES, changes_in_place, operation
+from torchreach.read.values import Value, Values
 
 
 @dataclass(frozen=True)
@@ -47,7 +42,6 @@ class _Shape:
 
 
 _BATCH = object()  # x.shape[0]
-_IN_PLACE = (nn.ReLU, nn.LeakyReLU, nn.Hardtanh, nn.Hardsigmoid, nn.modules.dropout._DropoutNd, *SMOOTH)
 
 
 class GraphReader(GraphOperations):
@@ -67,7 +61,7 @@ class GraphReader(GraphOperations):
         self.prefix = prefix
         self.add_module = add_module
         self.started = False
-        self.env: dict[fx.Node, Any] = {}
+        self.env = Values()
 
     def read(self) -> None:
         for node in self.graph.nodes:
@@ -81,13 +75,13 @@ class GraphReader(GraphOperations):
                     return node.args[0]  # an optional argument keeps its default
                 self._refuse_graph(node, "the network must have one input")
             self.started = True
-            return _Value(self.builder.at)
+            return Value(self.builder.at)
         if node.op == "get_attr":
             return operator.attrgetter(str(node.target))(self.root)
         if node.op == "output":
             several = isinstance(args[0], tuple | list | dict)
             output = args[0][0] if isinstance(args[0], tuple | list) and len(args[0]) == 1 else args[0]
-            if not isinstance(output, _Value):
+            if not isinstance(output, Value):
                 self._refuse_graph(
                     node, "the network must have one output" if several else "it does not return a value of its input"
                 )
@@ -106,9 +100,13 @@ class GraphReader(GraphOperations):
         layer = self.root.get_submodule(path)
         if isinstance(args[0], Tensor) and is_quantization_part(layer):
             return prepared_weight(self.builder, layer, args[0], self._name(path))
-        self._take(node, args[0])
+        value = self._take(node, args[0])
         self.add_module(self.builder, layer, self._name(path))
-        return self._done(node, args[0], in_place=isinstance(layer, _IN_PLACE) and getattr(layer, "inplace", False))
+        root = self.builder.root(value.at)
+        in_place = root in self.builder.changed
+        if in_place and not is_leaf(layer) and self.env.is_read(self.builder, root, by=node):
+            self._refuse_graph(node, "it changes in place what is used again")
+        return self._done(node, value, in_place=in_place)
 
     def _call(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         name = operation(node)
@@ -116,17 +114,12 @@ class GraphReader(GraphOperations):
             return None
         found: list[Any] = []
         map_aggregate((args, kwargs), found.append)
-        values = [a for a in found if isinstance(a, _Value)]
+        values = [a for a in found if isinstance(a, Value)]
+        in_place = changes_in_place(name, args, kwargs)
+        if kwargs.get("out") is not None or (in_place and values and values[0] is not args[0]):
+            self._refuse(node, name, "torchreach does not follow what it writes into a tensor given to it")
         if not values and not any(isinstance(a, _Shape) or a is _BATCH for a in found):
-            if name.rstrip("_") not in CONSTANT | CONSTANT_QUANTIZED:
-                self._refuse(node, name)
-            stripped = name.rstrip("_")
-            if (stripped != name and stripped not in IDENTITIES) or kwargs.get("inplace") or "out" in kwargs:
-                self._refuse(node, name, "it changes a tensor of the network in place, so outputs depend on state")
-            with torch.no_grad():
-                value = self._evaluate(node, args, kwargs)
-            check_weight(self.builder, self._place(node), name, args, value)
-            return value
+            return self._constant_call(node, name, args, kwargs, in_place=in_place)
         if not values or name in ("getattr", "size", "sym_size", "dim"):
             return self._shape_query(node, name, args, kwargs)
         if name == "getitem" and isinstance(args[0], tuple | list):
@@ -152,50 +145,49 @@ class GraphReader(GraphOperations):
         except TypeError as error:  # a call signature none of the handlers below knows
             self._refuse(node, name, f"called in a way torchreach does not know ({error})")
         if parts is not None:
-            return tuple(_Value(at) for at in parts)
-        return self._done(node, values[0], in_place=name.endswith("_") or kwargs.get("inplace") is True)
+            return tuple(Value(at) for at in parts)
+        return self._done(node, values[0], in_place=in_place)
 
-    @staticmethod
-    def _evaluate(node: fx.Node, args: tuple, kwargs: dict) -> Any:
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+    def _constant_call(self, node: fx.Node, name: str, args: tuple, kwargs: dict, *, in_place: bool) -> Any:
+        if name.rstrip("_") not in CONSTANT | CONSTANT_QUANTIZED:
+            self._refuse(node, name)
+        old = args[0] if in_place and args and name.rstrip("_") not in IDENTITIES else None
+        if old is not None:
+            if isinstance(old, Tensor) and self.env.is_state(old):
+                self._refuse(node, name, "it changes a tensor of the network in place, so outputs depend on state")
+            args = (old.clone() if isinstance(old, Tensor) else copy.copy(old), *args[1:])
+        with torch.no_grad():
+            if node.op == "call_method":
+                value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                value = node.target(*args, **kwargs)  # type: ignore[operator]
+        check_weight(self.builder, self._place(node), name, args, value)
+        if isinstance(old, Tensor):
+            self.env.replace(old, value)
+        return value
 
-    def _take(self, node: fx.Node, value: Any) -> None:
-        if not isinstance(value, _Value):
+    def _take(self, node: fx.Node, value: Any) -> Value:
+        if not isinstance(value, Value):
             self._refuse_graph(node, "it reads something else than one value")
         self.builder.move(value.at, self._place(node))
+        return value
 
-    def _done(self, node: fx.Node, old: Any, *, in_place: bool) -> _Value:
-        new = _Value(self.builder.at)
+    def _done(self, node: fx.Node, old: Any, *, in_place: bool) -> Value:
+        new = Value(self.builder.at)
         if in_place:  # whoever holds the old value sees the new one
-            if self._has_alias(old):
+            root = self.builder.root(old.at)
+            if self.env.is_read(self.builder, root, besides=old):
                 self._refuse_graph(node, "it changes a value in place that may share its memory with another one")
-            self.env = {key: new if value is old else value for key, value in self.env.items()}
+            if new.at != old.at:
+                self.builder.changed.add(root)
+            self.env.replace(old, new)
         return new
-
-    def _has_alias(self, value: _Value) -> bool:
-        """Whether another value that is still read may be a view of this one, or this one of it."""
-        now = list(self.env)
-        for other in now:
-            held = self.env[other]
-            read = any(user not in self.env for user in other.users)
-            if read and isinstance(held, _Value) and held is not value and self._view(held) == self._view(value):
-                return True
-        return False
-
-    def _view(self, value: _Value) -> int:
-        """The node that a value is a view of, by reshaping or selecting."""
-        at, nodes = value.at, self.builder.nodes
-        while isinstance(nodes[at].value, (*RESHAPING, Rearrange)):
-            at = nodes[at].inputs[0]
-        return at
 
     # Shapes.
 
     def _shape_query(self, node: fx.Node, name: str, args: tuple, kwargs: dict) -> Any:
         first = args[0]
-        if isinstance(first, _Value):
+        if isinstance(first, Value):
             dim: Any = args[1] if len(args) > 1 else kwargs.get("dim")
             if name in ("size", "sym_size") and dim == 0:
                 return _BATCH  # of any value: no layer changes it
@@ -240,15 +232,15 @@ class GraphReader(GraphOperations):
                 self._refuse(node, name, f"conversion to {wanted} rounds")
 
     def _op_add(self, node: fx.Node, a: Any, b: Any, alpha: Any = 1) -> None:
-        const = a if isinstance(b, _Value) else b
+        const = a if isinstance(b, Value) else b
         if alpha != 1:
-            if isinstance(b, _Value):
+            if isinstance(b, Value):
                 self._refuse(node, "add", "alpha is supported for a constant second operand only")
             const = self._constant(node, const) * alpha
         self._arithmetic(node, "add", const)
 
     def _op_sub(self, node: fx.Node, a: Any, b: Any, alpha: Any = 1) -> None:
-        if isinstance(b, _Value):
+        if isinstance(b, Value):
             if alpha != 1:
                 self._refuse(node, "sub", "alpha is supported for a constant second operand only")
             self._arithmetic(node, "rsub", a)
@@ -259,10 +251,10 @@ class GraphReader(GraphOperations):
         self._op_sub(node, b, a, alpha)
 
     def _op_mul(self, node: fx.Node, a: Any, b: Any) -> None:
-        self._arithmetic(node, "mul", a if isinstance(b, _Value) else b)
+        self._arithmetic(node, "mul", a if isinstance(b, Value) else b)
 
     def _op_div(self, node: fx.Node, a: Any, b: Any, rounding_mode: str | None = None) -> None:
-        if isinstance(b, _Value) or rounding_mode is not None:
+        if isinstance(b, Value) or rounding_mode is not None:
             self._refuse(node, "div", "division needs a constant divisor and no rounding")
         self._arithmetic(node, "div", b)
 

@@ -8,13 +8,16 @@ x.ndim == 2`, `len(x)`), which fx cannot follow, by `torch.export` on an example
 from __future__ import annotations
 
 import logging
+import operator
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 
 from torchreach.core.errors import OptionError, ShapeError
 from torchreach.graph.quantizer import Quantizer
@@ -207,7 +210,7 @@ def _trace(builder: ChainBuilder, module: nn.Module, name: str) -> None:
     if isinstance(module, fx.GraphModule):  # exported ones refuse eval(), and there is nothing left to trace
         add_graph_module(builder, module, name)
         return
-    state = torch.get_rng_state()
+    state, kept = torch.get_rng_state(), _tensors(module)
     with evaluation_mode(module):
         try:
             graph, failure = _Tracer().trace(module), None
@@ -216,6 +219,9 @@ def _trace(builder: ChainBuilder, module: nn.Module, name: str) -> None:
         if not torch.equal(torch.get_rng_state(), state):
             torch.set_rng_state(state)
             builder.refuse(name, type(module).__name__, "its forward pass draws random numbers")
+        if any(tensor._version != version for tensor, version in kept):
+            reason = "its forward pass changes a tensor of the network in place, so outputs depend on state"
+            builder.refuse(name, type(module).__name__, reason)
         if failure is None:
             assert graph is not None
             GraphReader(builder, graph, module, name, _add).read()
@@ -223,6 +229,13 @@ def _trace(builder: ChainBuilder, module: nn.Module, name: str) -> None:
         _log.debug("torch.fx could not trace %s (%s); trying torch.export", type(module).__name__, failure)
         exported = _export(builder, module, name, failure)
     add_graph_module(builder, exported, name)
+
+
+def _tensors(module: nn.Module) -> list[tuple[Tensor, int]]:
+    """The tensors that a module keeps, and how often each was changed: tracing changes those that are no buffers."""
+    found: list[Any] = []
+    map_aggregate([list(vars(part).values()) for part in module.modules()], found.append)
+    return [(a, a._version) for a in found if isinstance(a, Tensor) and not a.is_inference()]
 
 
 def add_graph_module(builder: ChainBuilder, module: fx.GraphModule, name: str) -> None:
@@ -256,10 +269,32 @@ def exported_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
         return program.module()  # type: ignore[return-value]
 
 
+class _Proxy(fx.Proxy):
+    """Records `x += y` as the change of x that it is for tensors; without these methods Python makes it x = x + y."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._change(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._change(operator.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._change(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._change(operator.itruediv, other)
+
+    def _change(self, how: Callable[[Any, Any], Any], other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", how, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
     """Keeps leaf layers whole, and buffers as references, so that the chain shares them."""
 
     proxy_buffer_attributes = True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (

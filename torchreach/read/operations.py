@@ -96,6 +96,8 @@ _SAME = {
     "_softmax": "softmax",
     "_log_softmax": "log_softmax",
 }
+# Where functions that may work in place are told so, when not by name.
+_INPLACE_AT = {"relu": 1, "relu6": 1, "hardsigmoid": 1, "leaky_relu": 2, "hardtanh": 3, "F.dropout": 3}
 
 
 def operation(node: fx.Node) -> str:
@@ -110,6 +112,12 @@ def operation(node: fx.Node) -> str:
     else:
         name = _FUNCTIONS.get(target) or _full_name(target)
     return _SAME.get(name, name)
+
+
+def changes_in_place(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a call of the operation `name` changes its first argument."""
+    at = _INPLACE_AT.get(name, len(args))
+    return name.endswith("_") or bool(kwargs.get("inplace")) or bool(args[at:] and args[at])
 
 
 def _full_name(target: Any) -> str:

@@ -92,7 +92,7 @@ def run(network: nn.Module, x: Tensor) -> Tensor:
     if like is None:  # int8 modules keep their numbers elsewhere, take float32 and run on the CPU
         like = torch.zeros(())
     with torch.no_grad():
-        return network(x.to(like.device, like.dtype)).flatten(1)
+        return network(x.to(like.device, like.dtype, copy=True)).flatten(1)  # it may change its input in place
 
 
 def batches(data: Data, size: int, generator: torch.Generator) -> Iterator[Batch]:

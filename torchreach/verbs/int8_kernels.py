@@ -207,9 +207,9 @@ def runner(module: nn.Module) -> Run:
         try:
             with mode:
                 try:
-                    return module(x).flatten(1)
+                    return module(x.clone()).flatten(1)  # which may change its input in place
                 except Exception:  # exported with a fixed batch size
-                    return torch.cat([module(row).flatten(1) for row in x.split(1)])
+                    return torch.cat([module(row.clone()).flatten(1) for row in x.split(1)])
         except Exception as error:  # whatever the module's own code does
             failed.append(error)
             log.info("witnesses are not replayed: the module as given cannot be run (%s)", error)
