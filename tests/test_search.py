@@ -157,8 +157,8 @@ def test_every_sample_lies_in_a_branch_and_below_its_bound() -> None:
     packed = [h.pack().expand(4, -1, -1) for h in net.root]
     dual = Dual(net, net.root, objectives)
     bound, slopes, mean, coefficients = dual.descend(dual.start(), 30, 0.95, low)
-    split, _ = choose(packed, mean, coefficients, bound)
-    nodes = Branches(packed, slopes, torch.arange(4), bound, split)
+    split, more = choose(packed, mean, coefficients, bound)
+    nodes = Branches(packed, slopes, torch.arange(4), bound, split, more)
     for _ in range(5):
         nodes = nodes.children()
         dual = Dual(net, [Hexagon.unpack(h) for h in nodes.hexagons], objectives[nodes.row])
@@ -167,8 +167,8 @@ def test_every_sample_lies_in_a_branch_and_below_its_bound() -> None:
         for row in range(4):
             assert members[nodes.row == row].any(0).all()
         assert (~members | (bound[:, None] >= reached[:, nodes.row].T)).all()
-        split, _ = choose(nodes.hexagons, mean, coefficients, bound)
-        nodes = Branches(nodes.hexagons, slopes, nodes.row, bound, split)
+        split, more = choose(nodes.hexagons, mean, coefficients, bound)
+        nodes = Branches(nodes.hexagons, slopes, nodes.row, bound, split, more)
 
 
 @BOTH

@@ -24,6 +24,7 @@ from torchreach.core.errors import ShapeError
 from torchreach.domains.difference import CHUNK, checked_boxes, difference_bounds, quick_bounds
 from torchreach.domains.hexagon import Hexagon
 from torchreach.domains.pair import Pair
+from torchreach.search.best_first import best_first, largest, largest_excess
 from torchreach.search.result import Best, Constraints, Finish, Question, SearchResult
 from torchreach.search.witness import ascend
 
@@ -76,32 +77,15 @@ def search_boxes(
     except OutOfTime:
         yield SearchResult(best.lower, torch.maximum(caps[0], best.lower), best.witness, 1, 1, False)
         return
-    finished = torch.full_like(best.lower, -torch.inf)
-    branches = 1
-    while True:
-        alive = (left.value > question.enough(best.lower)).flatten(1).any(1)
-        # What is dropped keeps its bound, so that every objective's interval stays true.
-        finished = torch.cat((left.value[~alive], finished[None])).amax(0)
-        left = left.select(alive)
-        top = torch.maximum(torch.cat((left.value, finished[None])).amax(0), best.lower)
-        closed = len(left.value) == 0
-        yield SearchResult(best.lower, top, best.witness, branches, len(left.value), closed)
-        if closed or left.bytes * COPIES > memory or clock.over:
-            return
-        excess = (left.value - question.urgent(best.lower)).amax((1, 2))
-        if not bool((excess > 0).any()):
-            excess = (left.value - question.enough(best.lower)).amax((1, 2))
-        chosen = excess.topk(min(batch, len(excess))).indices
-        rest = torch.ones(len(excess), dtype=torch.bool, device=excess.device)
-        rest[chosen] = False
-        old = left.select(chosen)
-        try:
-            new = work.bounded(*_halves(old.low, old.high, old.split), old.value.repeat(2, 1, 1))
-        except OutOfTime:
-            return  # the state before this round holds
-        left = left.select(rest)
-        branches += len(new.value)
-        left = left.join(new)
+
+    def divide(old: Boxes) -> Boxes:
+        return work.bounded(*_halves(old.low, old.high, old.split), old.value.repeat(2, 1, 1))
+
+    def full(left: Boxes) -> bool:
+        return left.bytes * COPIES > memory or clock.over
+
+    for state in best_first(left, divide, question, lambda: best.lower, batch=batch, full=full):
+        yield SearchResult(best.lower, state.upper, best.witness, state.branches, state.open, state.closed)
 
 
 @dataclass(frozen=True)
@@ -112,6 +96,19 @@ class Boxes:
     high: Tensor
     value: Tensor
     split: Tensor
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    @property
+    def more(self) -> Tensor:
+        return torch.ones(len(self), dtype=torch.bool, device=self.value.device)
+
+    def excess(self, level: Tensor) -> Tensor:
+        return largest_excess(self.value, level)
+
+    def top(self, like: Tensor) -> Tensor:
+        return largest(self.value, like)
 
     def parts(self) -> tuple[Tensor, ...]:
         return self.low, self.high, self.value, self.split

@@ -43,6 +43,7 @@ from torchreach.domains.difference import CHUNK, Backward, difference_bounds
 from torchreach.domains.hexagon import Graph, Hexagon, height, start_slopes
 from torchreach.domains.pair import Pair
 from torchreach.graph.twins import Maps, Matrices
+from torchreach.search.best_first import best_first
 from torchreach.search.boxes import one_box
 from torchreach.search.leaves import solve_leaves
 from torchreach.search.result import Best, Constraints, Question, SearchResult
@@ -218,23 +219,37 @@ class Branches:
     row: Tensor
     bound: Tensor
     split: Tensor  # column over the layers' signs of z, then of z2; one past the end: none is left
+    more: Tensor  # [R] whether there is one
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def excess(self, level: Tensor) -> Tensor:
+        return self.bound - level.flatten()[self.row]
+
+    def top(self, like: Tensor) -> Tensor:
+        none = torch.full_like(like, -torch.inf).flatten()
+        return none.scatter_reduce(0, self.row, self.bound, "amax").reshape(like.shape)
 
     @property
     def bytes(self) -> int:
-        return sum(part.nbytes for part in (*self.hexagons, *self.slopes, self.row, self.bound, self.split))
+        return sum(part.nbytes for part in (*self.hexagons, *self.slopes, *self._each()))
 
-    def select(self, i: Tensor) -> Branches:
+    def _each(self) -> tuple[Tensor, ...]:
+        return self.row, self.bound, self.split, self.more
+
+    def select(self, index: Tensor) -> Branches:
         return Branches(
-            [h[i] for h in self.hexagons], [s[:, i] for s in self.slopes], self.row[i], self.bound[i], self.split[i]
+            [h[index] for h in self.hexagons],
+            [s[:, index] for s in self.slopes],
+            *(part[index] for part in self._each()),
         )
 
     def join(self, other: Branches) -> Branches:
         return Branches(
             [torch.cat(pair) for pair in zip(self.hexagons, other.hexagons, strict=True)],
             [torch.cat(pair, 1) for pair in zip(self.slopes, other.slopes, strict=True)],
-            torch.cat((self.row, other.row)),
-            torch.cat((self.bound, other.bound)),
-            torch.cat((self.split, other.split)),
+            *map(torch.cat, zip(self._each(), other._each(), strict=True)),
         )
 
     def children(self) -> Branches:
@@ -325,41 +340,28 @@ def search_signs(
         slopes_of = [s[:, leaf] for s in slopes]
         found = _finish(net, [h[leaf] for h in packed], slopes_of, objectives, leaf, best, question, clock)
         bound[leaf] = torch.minimum(bound[leaf], found)
-    finished = torch.full_like(bound, -torch.inf)
-    left = Branches(packed, slopes, row, bound, split)
-    branches = len(row)
-    while True:
-        # Leaves, and branches that are closed, keep their bound, so that every objective's interval stays true.
-        enough = question.enough(best.lower).flatten()
-        alive = more & (left.bound > enough[left.row])
-        finished = finished.scatter_reduce(0, left.row[~alive], left.bound[~alive], "amax")
-        left = left.select(alive.nonzero().flatten())
-        top = finished.scatter_reduce(0, left.row, left.bound, "amax").reshape(2, n)
-        top = torch.maximum(top, best.lower)
-        closed = bool((top.flatten() <= enough).all())
-        yield SearchResult(best.lower, top, best.witness, branches, len(left.row), closed)
-        if len(left.row) == 0 or left.bytes * COPIES > memory or clock.over:
-            return
-        excess = left.bound - question.urgent(best.lower).flatten()[left.row]
-        if not bool((excess > 0).any()):
-            excess = left.bound - enough[left.row]
-        chosen = excess.topk(min(batch, max(limit // 2, 1), len(left.row))).indices
-        rest = torch.ones(len(left.row), dtype=torch.bool, device=low.device)
-        rest[chosen] = False
-        new = left.select(chosen).children()
-        left = left.select(rest.nonzero().flatten())
-        found = _bounded(net, new.hexagons, new.slopes, objectives[new.row], enough[new.row], best, limit, clock)
-        bound, slopes, split, has = found
+
+    def divide(old: Branches) -> Branches:
+        new = old.children()
+        enough = question.enough(best.lower).flatten()[new.row]
+        found = _bounded(net, new.hexagons, new.slopes, objectives[new.row], enough, best, limit, clock)
+        bound, slopes, split, more = found
         bound = torch.minimum(bound, new.bound)
-        branches += len(bound)
-        leaf = (~has & (bound > enough[new.row])).nonzero().flatten()
+        leaf = (~more & (bound > enough)).nonzero().flatten()
         if len(leaf):
             slopes_of = [s[:, leaf] for s in slopes]
             hexagons = [h[leaf] for h in new.hexagons]
             found = _finish(net, hexagons, slopes_of, objectives, new.row[leaf], best, question, clock)
             bound[leaf] = torch.minimum(bound[leaf], found)
-        more = torch.cat((torch.ones_like(left.row, dtype=torch.bool), has))
-        left = left.join(Branches(new.hexagons, slopes, new.row, bound, split))
+        return Branches(new.hexagons, slopes, new.row, bound, split, more)
+
+    def full(left: Branches) -> bool:
+        return left.bytes * COPIES > memory or clock.over
+
+    left = Branches(packed, slopes, row, bound, split, more)
+    most = min(batch, max(limit // 2, 1))
+    for state in best_first(left, divide, question, lambda: best.lower, batch=most, full=full):
+        yield SearchResult(best.lower, state.upper, best.witness, state.branches, state.open, state.closed)
 
 
 def _bounded(

@@ -30,7 +30,9 @@ from torchreach.domains.pair import Pair
 from torchreach.domains.relaxed_difference import RelaxedDifference, relaxation_bytes
 from torchreach.domains.rounding import InputGrid, blank, varying
 from torchreach.graph.steps import Step
+from torchreach.search.best_first import best_first
 from torchreach.search.cells import LIMIT, NUMBERS, Cells, cells_of, representable, search_cells
+from torchreach.search.grid_boxes import Parts, divided
 from torchreach.search.result import Question, SearchResult
 from torchreach.search.rounded_witness import climb, wander
 from torchreach.search.signs import search_signs
@@ -255,67 +257,46 @@ class DeployedStar:
 
     def _branch(self, grid: InputGrid | None) -> None:
         """Best first: the box is divided at thresholds of its inputs; parts with few cells are enumerated."""
-        assert self.own is not None
         low, high = self._ends()
-        open_ = [(low, high, grid, self.upper)]
-        finished = torch.full_like(self.upper, -torch.inf)
         each = 8 * (2 * len(low) + self.upper.numel()) * 2
-        boxes = 0
-        while open_:
-            enough = self.question.enough(self.lower)
-            excess = torch.stack([upper for *_, upper in open_]).sub(enough).amax((1, 2))
-            worst = int(excess.argmax())
-            full = len(open_) * each > self.memory or self.branches + self.cells >= self._limit
-            self.spent |= full
-            over = self.clock.over or full or (not self.clock.limited and boxes >= BOXES)
-            if over or float(excess[worst]) <= 0 or self._exceeded:
-                break
-            low, high, part, above = open_.pop(worst)
-            boxes, self.branches = boxes + 1, self.branches + 1
-            if part is not None and cells_of(part, low, high) <= LEAF:
-                cells = Cells(self.own[0], self.own[1], part, low, high)
-                *_, result = search_cells(
-                    cells,
-                    self._ranges,
-                    self.question,
-                    clock=self.clock,
-                    limit=self._limit - self.branches - self.cells,
-                    numbers=self.numbers,
-                    dtype=self.networks.dtype,
-                )
-                self.spent |= result.cells < cells.total
-                finished = torch.maximum(finished, torch.minimum(result.upper, above))
-                self.cells += result.cells
-                self._offer_states(result.lower, result.witness)
-            else:
-                for half in self._divided(low, high, part):
-                    upper = next(self._relaxed(*half, search=False), above)
-                    open_.append((*half, torch.minimum(upper, above)))
-            top = torch.stack((finished, *(upper for *_, upper in open_))).amax(0)
-            self.upper = torch.minimum(self.upper, torch.maximum(top, self.lower))
-            self.report()
-        self.complete |= not open_ and not self.spent
+        start = self.branches
 
-    def _divided(
-        self, low: Tensor, high: Tensor, grid: InputGrid | None
-    ) -> list[tuple[Tensor, Tensor, InputGrid | None]]:
-        """Two boxes that cover the box: apart at the middle threshold of an input with several codes, else halves."""
-        step = self.varied[1][0 if grid is None else 1]
-        weight = step.magnitude(torch.eye(len(low), dtype=low.dtype, device=low.device)).sum(1)
-        if grid is None:
-            at = int((weight * (high - low)).argmax())
-            middle = (low[at] + high[at]) / 2
-            return [(low, _set(high, at, middle), None), (_set(low, at, middle), high, None)]
-        first, last = grid.codes(low, high)
-        at = int((weight * (last - first)).argmax())
-        code = ((first + last) / 2).floor()
-        result: list[tuple[Tensor, Tensor, InputGrid | None]] = []
-        for start, end in ((first, _set(last, at, code[at])), (_set(first, at, code[at] + 1), last)):
-            cells = (grid.cell(start), grid.cell(end))
-            bottom = torch.minimum(cells[0][0], cells[1][0])[at].clamp(low[at], high[at])
-            top = torch.maximum(cells[0][1], cells[1][1])[at].clamp(low[at], high[at])
-            result.append((_set(low, at, bottom), _set(high, at, top), replace(grid, first=start, last=end)))
-        return result
+        def full(left: Parts) -> bool:
+            spent = len(left) * each > self.memory or self.branches + self.cells >= self._limit
+            self.spent |= spent
+            many = not self.clock.limited and self.branches - start >= BOXES
+            return spent or many or self.clock.over or self._exceeded
+
+        left = Parts([(low, high, grid)], self.upper[None], torch.ones(1, dtype=torch.bool, device=low.device))
+        for state in best_first(left, self._looked_at, self.question, lambda: self.lower, full=full):
+            self.upper = torch.minimum(self.upper, state.upper)
+            self.complete |= state.open == 0 and not self.spent
+            self.report()
+
+    def _looked_at(self, parts: Parts) -> Parts:
+        """One part bounded by its cells, if they are few, or its two halves."""
+        assert self.own is not None
+        ((low, high, grid),) = parts.boxes
+        self.branches += 1
+        if grid is None or cells_of(grid, low, high) > LEAF:
+            step = self.own[1][0] if grid is None else self.own[1][1]
+            halves = divided(step, low, high, grid)
+            bounds = [next(self._relaxed(*half, search=False), parts.upper[0]) for half in halves]
+            return Parts(halves, torch.minimum(torch.stack(bounds), parts.upper), parts.more.repeat(2))
+        cells = Cells(self.own[0], self.own[1], grid, low, high)
+        *_, result = search_cells(
+            cells,
+            self._ranges,
+            self.question,
+            clock=self.clock,
+            limit=self._limit - self.branches - self.cells,
+            numbers=self.numbers,
+            dtype=self.networks.dtype,
+        )
+        self.spent |= result.cells < cells.total
+        self.cells += result.cells
+        self._offer_states(result.lower, result.witness)
+        return Parts(parts.boxes, torch.minimum(result.upper, parts.upper), ~parts.more)
 
     def _ranges(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         boxes = StarBatch.from_box(*(self._whole(end).reshape(-1, *self.networks.shape) for end in (low, high)))
@@ -440,9 +421,3 @@ class DeployedStar:
         """Values [2, N_out] attained at inputs x [2, N_out, N_in]."""
         self.witness = torch.where((value > self.lower)[..., None], x, self.witness)
         self.lower = torch.maximum(self.lower, value)
-
-
-def _set(values: Tensor, at: int, value: Tensor) -> Tensor:
-    changed = values.clone()
-    changed[at] = value
-    return changed

@@ -1,0 +1,104 @@
+"""The one best-first loop of branch and bound: over boxes, signs of neurons, and parts of a network's input grid.
+
+Property: anytime. Whatever is dropped keeps its bound, so that at every state the largest bound of all sub-problems
+that were made and not divided holds for the whole.
+
+Axis letters: B open sub-problems.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from torchreach.core.clock import OutOfTime
+from torchreach.search.result import Question
+
+
+class Open(Protocol):
+    """Sub-problems [B], each with upper bounds of one objective or of all [2, N_out]."""
+
+    @property
+    def more(self) -> Tensor:
+        """[B] whether it can be divided further."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def excess(self, level: Tensor) -> Tensor:
+        """[B] by how much the largest of its bounds exceeds level [2, N_out]; not positive where none does."""
+        ...
+
+    def top(self, like: Tensor) -> Tensor:
+        """[2, N_out] largest bound of each objective; -inf where there is none. like: [2, N_out]."""
+        ...
+
+    def select(self, index: Tensor) -> Self: ...
+    def join(self, other: Any) -> Self: ...
+
+
+Work = TypeVar("Work", bound=Open)
+
+
+@dataclass(frozen=True)
+class State:
+    """upper: [2, N_out] certified over the whole. branches: sub-problems bounded. open: left. closed: as asked."""
+
+    upper: Tensor
+    branches: int
+    open: int
+    closed: bool
+
+
+def best_first(
+    left: Work,
+    divide: Callable[[Work], Work],
+    question: Question,
+    lower: Callable[[], Tensor],
+    *,
+    batch: int = 1,
+    full: Callable[[Work], bool] = lambda _: False,
+) -> Iterator[State]:
+    """States of a search, one per batch; it ends with nothing open, when `full`, or when `divide` raises OutOfTime.
+
+    left: the root, bounded. divide: bounded parts that cover what it is given. lower: what is attained [2, N_out] by
+    now. full: whether the open sub-problems are as many as there may be, or the time is over.
+    """
+    finished, branches = torch.full_like(lower(), -torch.inf), len(left)
+    while True:
+        met = lower()
+        enough = question.enough(met)
+        alive = left.more & (left.excess(enough) > 0)
+        finished = torch.maximum(finished, left.select(~alive).top(met))
+        left = left.select(alive)
+        upper = torch.maximum(torch.maximum(finished, left.top(met)), met)
+        yield State(upper, branches, len(left), bool((upper <= enough).all()))
+        if not len(left) or full(left):
+            return
+        # The larger side of an output first, where each side is to be closed on its own.
+        excess = left.excess(question.urgent(met))
+        if not bool((excess > 0).any()):
+            excess = left.excess(enough)
+        chosen = excess.topk(min(batch, len(left))).indices
+        rest = torch.ones(len(left), dtype=torch.bool, device=excess.device)
+        rest[chosen] = False
+        try:
+            new = divide(left.select(chosen))
+        except OutOfTime:
+            return  # the state before this round holds
+        left = left.select(rest).join(new)
+        branches += len(new)
+
+
+def largest_excess(value: Tensor, level: Tensor) -> Tensor:
+    """`Open.excess` of bounds [B, 2, N_out]."""
+    return torch.where(value > level, value - level, -torch.inf).amax((1, 2))
+
+
+def largest(value: Tensor, like: Tensor) -> Tensor:
+    """`Open.top` of bounds [B, 2, N_out]."""
+    return torch.cat((value, torch.full_like(like, -torch.inf)[None])).amax(0)
