@@ -18,7 +18,7 @@ from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime, first_interrupt, r
 from torchreach.core.results import ReachResult, Reason
 from torchreach.domains.lirpa import preactivation_bounds
 from torchreach.domains.root import root_bounds
-from torchreach.domains.zonotope import box_rows, interval_bounds, zonotope_bounds
+from torchreach.domains.zonotope import BUFFERS, box_rows, interval_bounds, zonotope_bounds
 from torchreach.engines import vertices
 from torchreach.read.steps import steps
 from torchreach.verbs.reach import reach_within
@@ -133,7 +133,7 @@ def test_open_stars_get_root_bounds_where_there_is_no_time_for_more(monkeypatch:
 
 @pytest.mark.parametrize("looks", range(6))
 def test_zonotopes_go_on_as_intervals_when_the_time_is_up(looks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchreach.domains.zonotope.WORK", 64)
+    monkeypatch.setattr("torchreach.graph.steps.WORK", 64)
     network = steps(NETWORK, (3,), dtype=torch.float64, device=torch.device("cpu"))
     rows, slack = box_rows(-torch.ones(1, 3, dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64))
     found = zonotope_bounds(network, rows, slack, clock=expiring(looks))
@@ -146,8 +146,12 @@ def test_zonotopes_go_on_as_intervals_when_the_time_is_up(looks: int, monkeypatc
             torch.testing.assert_close((low, high), worst)
         x = x.clamp(min=0) if step.relu is not None else x
         assert low.shape == best[0].shape
-    kept = zonotope_bounds(network, rows, slack, memory=1.0)
+    for k, (low, high) in enumerate(zonotope_bounds(network, rows, slack, memory=1.0)):
+        torch.testing.assert_close((low, high), loose[k])
+    first = BUFFERS * 8 * rows.shape[1] * network[0].features  # bytes of the first map alone
+    kept = zonotope_bounds(network, rows, slack, memory=first)
     torch.testing.assert_close(kept[0], whole[0])
+    assert (kept[-1][1] > whole[-1][1]).any()
     assert (kept[-1][1] >= x.amax(0)).all()
 
 
