@@ -9,7 +9,7 @@ Axis letters: M inputs of the box, N features.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -134,3 +134,33 @@ def _clamped(upper: Tensor, low: Tensor, high: Tensor, lowest: Tensor, highest: 
     rounded = torch.cat((lowest, highest), 1).abs()
     loss = (4 * SINGLE * torch.where(rounded.isfinite(), rounded, 0.0)).sum()
     return torch.minimum(torch.maximum(upper, torch.maximum(raised, cut)), last - first.flip(0)) + loss
+
+
+def halves(
+    step: Step, low: Tensor, high: Tensor, grid: InputGrid | None
+) -> list[tuple[Tensor, Tensor, InputGrid | None]]:
+    """Two boxes [N_in] that cover a box: apart at the middle threshold of an input with several codes, else halves.
+
+    step: the first one that is no input quantiser; its weights say which input matters most.
+    """
+    weight = step.magnitude(torch.eye(len(low), dtype=low.dtype, device=low.device)).sum(1)
+    if grid is None:
+        at = int((weight * (high - low)).argmax())
+        middle = (low[at] + high[at]) / 2
+        return [(low, _set(high, at, middle), None), (_set(low, at, middle), high, None)]
+    first, last = grid.codes(low, high)
+    at = int((weight * (last - first)).argmax())
+    code = ((first + last) / 2).floor()
+    result: list[tuple[Tensor, Tensor, InputGrid | None]] = []
+    for start, end in ((first, _set(last, at, code[at])), (_set(first, at, code[at] + 1), last)):
+        cells = (grid.cell(start), grid.cell(end))
+        bottom = torch.minimum(cells[0][0], cells[1][0])[at].clamp(low[at], high[at])
+        top = torch.maximum(cells[0][1], cells[1][1])[at].clamp(low[at], high[at])
+        result.append((_set(low, at, bottom), _set(high, at, top), replace(grid, first=start, last=end)))
+    return result
+
+
+def _set(values: Tensor, at: int, value: Tensor) -> Tensor:
+    changed = values.clone()
+    changed[at] = value
+    return changed
