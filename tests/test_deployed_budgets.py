@@ -20,6 +20,7 @@ from torchreach.core.results import Reason
 from torchreach.graph.quantizer import Quantizer
 from torchreach.search.result import Question
 from torchreach.verbs import int8_star as deployed_star
+from torchreach.verbs.first_look import Places
 from torchreach.verbs.int8_pair import deployed_discrepancy
 
 SIGNED = Question("signed", 1e-9)
@@ -224,3 +225,40 @@ def test_running_a_module_leaves_its_observers_alone():
     original = copy.deepcopy(small[1]).double()
     tr.discrepancy(original, small, tr.StarBatch.from_box(torch.zeros(1, 2).double(), torch.ones(1, 2).double()))
     assert all(torch.equal(before[key], value) for key, value in small.state_dict().items())
+
+
+def cut_or_mapped(inputs: int, kind: str, x: torch.Tensor) -> tr.StarBatch:
+    """A star around x that is no box: a box cut by three half-spaces, a rotated one, or both."""
+    g = torch.Generator().manual_seed(0)
+    star = tr.StarBatch.from_image(x[None] if kind == "cut" else torch.zeros_like(x[None]), 0.2)
+    if kind != "cut":
+        star = star.affine_map(torch.randn(inputs, inputs, generator=g, dtype=torch.float64) / inputs**0.5, x)
+    for _ in range(0 if kind == "mapped" else 3):
+        normal = torch.randn(inputs, generator=g, dtype=torch.float64)
+        star = star.intersect(normal, float(normal @ x) + 0.1)
+    return star
+
+
+@pytest.mark.parametrize("kind", ["cut", "mapped", "both"])
+def test_stars_that_are_no_boxes_get_an_ascent_that_ends_inside(kind, monkeypatch):
+    monkeypatch.setattr(deployed_star, "FEW", 2**14)
+    original, small, x = case(5, inputs=12)
+    star = cut_or_mapped(12, kind, x)
+    found = tr.discrepancy(original, small, star, "search", budget=tr.Budget(stars=1))
+    many = differences(original, small, star.sample(3000)[0].float())
+    assert bool((found.lower[0] > many.abs().amax(0)).all())
+    assert bool((found.lower <= found.upper).all())
+    assert bool(star.contains(found.witness.reshape(1, -1, 12), 1e-9).all())
+    replayed = differences(original, small, found.witness[0].float()).diagonal().abs()
+    torch.testing.assert_close(found.lower[0], replayed, atol=1e-6, rtol=1e-5)
+
+
+def test_coordinates_outside_a_star_do_not_count():
+    star = cut_or_mapped(3, "both", torch.zeros(3, dtype=torch.float64))
+    low, high, box = star.bounding_box()
+    places = Places.of(star, low, high, box)
+    t = 3 * torch.randn(1, 500, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    inside = places.holds(t)[0]
+    assert 0 < int(inside.sum()) < 500
+    torch.testing.assert_close(inside, star.contains(places.stars.point(t), 1e-9)[0] & (t[0].abs() <= 1).all(1))
+    assert bool(places.holds(places.pull(t)).all())

@@ -8,13 +8,14 @@ Axis letters: S stars, B points, M coordinates, N features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from torchreach.core.clock import Clock
-from torchreach.core.tolerances import COMPUTE_DTYPE, Tolerances
+from torchreach.core.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF, Tolerances
 from torchreach.graph.steps import Step
 from torchreach.lp.halfspaces import Halfspaces
 from torchreach.lp.interior_point import centre, interior
@@ -66,6 +67,12 @@ class Places:
         room = (self.b - (self.A @ self.inside[..., None])[..., 0]).clamp(min=0)[:, None]
         return inside + torch.where(pace > room, room / pace, 1.0).amin(2, keepdim=True) * (t - inside)
 
+    def holds(self, t: Tensor) -> Tensor:
+        """[S, B] whether coordinates satisfy the constraints, up to the rounding of this test."""
+        sides, A = self.b[:, None], self.A.transpose(1, 2)
+        slack = 4 * (t.shape[2] + 4) * UNIT_ROUNDOFF * (t.abs() @ A.abs() + sides.abs())
+        return (t.abs() <= 1).all(2) & (t @ A <= sides + slack).all(2)
+
     def points(self, t: Tensor) -> Tensor:
         """Inputs [S, B, *shape] in float64."""
         if not self.box:
@@ -95,16 +102,31 @@ def first_look(network: tuple[Step, ...], places: Places, clock: Clock, *, seed:
     numbers = dim + sum(step.features for step in network)
     starts = min(max(NUMBERS // (2 * n * numbers), 1), STARTS)
     chunk = max(NUMBERS // (2 * n * numbers * starts), 1)
-    parts = [
-        _look(network, places.select(index), clock, starts, seed)
-        for index in torch.arange(size, device=places.low.device).split(chunk)
-    ]
+    steps = STEPS if len(network) > 1 else 1  # a linear network's extrema are where the first step ends
+    parts = []
+    for index in torch.arange(size, device=places.low.device).split(chunk):
+        some = places.select(index)
+        t = ascend(some, lambda x: evaluate(network, x), n, starts, clock, steps=steps, seed=seed)
+        parts.append(some.points(t))
     return torch.cat(parts).to(places.stars.dtype)
 
 
-def _look(network: tuple[Step, ...], places: Places, clock: Clock, starts: int, seed: int) -> Tensor:
-    size, dim = places.inside.shape
-    n, like = network[-1].features, places.low
+def ascend(
+    places: Places,
+    value: Callable[[Tensor], Tensor],
+    outputs: int,
+    starts: int,
+    clock: Clock,
+    *,
+    steps: int = STEPS,
+    seed: int = 0,
+) -> Tensor:
+    """Coordinates [S, 1 + 2 N_out, M] in each star: `inside`, and the best for each output of `value` and sign; seeded.
+
+    value: [S, B, N_out] at inputs [S, B, *shape], differentiable. starts: for each of them. clock: ends it after one
+    step at least.
+    """
+    (size, dim), n, like = places.inside.shape, outputs, places.low
     g = torch.Generator().manual_seed(seed)
     t = 2 * torch.rand(size, 2 * n, starts, dim, generator=g, dtype=like.dtype).to(like.device) - 1
     t[:, :, 0] = places.inside[:, None]
@@ -112,23 +134,23 @@ def _look(network: tuple[Step, ...], places: Places, clock: Clock, starts: int, 
     eye = torch.eye(n, dtype=like.dtype, device=like.device)
     sign = torch.cat((eye, -eye)).repeat_interleave(starts, 0)
     best, at = t.new_full(t.shape[:-1], -torch.inf), t
-    for step in range(STEPS + 1):
+    for step in range(steps + 1):
         with torch.enable_grad():
             leaf = t.detach().requires_grad_()
-            value = (evaluate(network, places.points(leaf)) * sign).sum(-1)
-            (gradient,) = torch.autograd.grad(value.sum(), leaf) if step < STEPS else (leaf,)
-        better = value.detach() > best
-        best, at = torch.where(better, value.detach(), best), torch.where(better[..., None], t, at)
-        if step > 0 and (clock.over or len(network) == 1):  # a linear network's extrema are where the first step ends
+            found = (value(places.points(leaf)) * sign).sum(-1)
+            (gradient,) = torch.autograd.grad(found.sum(), leaf) if step < steps else (leaf,)
+        better = found.detach() > best
+        best, at = torch.where(better, found.detach(), best), torch.where(better[..., None], t, at)
+        if step > 0 and clock.over:
             break
-        done = step / STEPS
+        done = step / steps
         stride = FIRST if step == 0 else STRIDES[0] * (1 - done) + STRIDES[1]
         t = places.pull(t + stride * gradient.sign())
     rows = best.reshape(size, 2 * n, starts).argmax(2)
     at = at.reshape(size, 2 * n, starts, dim)[
         torch.arange(size, device=like.device)[:, None], torch.arange(2 * n), rows
     ]
-    return places.points(torch.cat((places.inside[:, None], at), 1))
+    return torch.cat((places.inside[:, None], at), 1)
 
 
 def evaluate(network: tuple[Step, ...], x: Tensor) -> Tensor:

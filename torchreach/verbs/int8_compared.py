@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from torchreach.core.tolerances import UNIT_ROUNDOFF
+from torchreach.core.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF
 from torchreach.domains.pair import identical
 from torchreach.domains.rounding import outputs
 from torchreach.domains.zonotope import interval_bounds, zonotope_bounds
@@ -85,6 +85,11 @@ class Compared:
         (low1, high1), (low2, high2) = ends
         value = torch.stack((low1 - high2, low2 - high1), 1)
         return value - 4 * UNIT_ROUNDOFF * value.abs()
+
+    def slope(self, first: tuple[Step, ...], second: tuple[Step, ...], x: Tensor) -> Tensor:
+        """[..., N_out] y1 - y2 in float64 at x [..., M], differentiable as if rounding were the identity."""
+        x = x.to(COMPUTE_DTYPE)
+        return straight_through(first, x) - straight_through(second, x)
 
     def estimate(self, first: tuple[Step, ...], second: tuple[Step, ...], x: Tensor, whole: Tensor) -> Tensor:
         """[B, 2 N_out] y1 - y2 and y2 - y1, as modules compute them where they run. x, whole: as in `attained`."""

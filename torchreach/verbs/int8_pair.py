@@ -30,6 +30,7 @@ from torchreach.read.steps import steps
 from torchreach.search.cells import LIMIT, cells_of, representable
 from torchreach.search.result import Question
 from torchreach.sets.star import StarBatch
+from torchreach.verbs.first_look import Places
 from torchreach.verbs.int8_compared import Compared, one_network, quantised
 from torchreach.verbs.int8_kernels import check_replay, coverage, executed, runner
 from torchreach.verbs.int8_star import COPIES, DeployedStar
@@ -132,6 +133,7 @@ class _Comparison:
         upper = torch.cat([
             networks.intervals(*part) for part in zip(low.split(size), high.split(size), strict=True)
         ])  # fmt: skip
+        places = None if bool(box.all()) else Places.of(batch, low, high, box)
         self.stars = [
             DeployedStar(
                 networks,
@@ -139,6 +141,7 @@ class _Comparison:
                 high[s],
                 question,
                 upper=upper[s],
+                places=None if places is None or bool(box[s]) else places.select(torch.tensor([s], device=low.device)),
                 points=None if bool(box[s]) else self._points(s),
                 budget=budget,
                 memory=memory,

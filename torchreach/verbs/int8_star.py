@@ -25,7 +25,7 @@ from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.core.errors import UnsupportedLayerError
 from torchreach.core.options import Budget
 from torchreach.core.results import Reason
-from torchreach.core.tolerances import round_down
+from torchreach.core.tolerances import COMPUTE_DTYPE, round_down
 from torchreach.domains.pair import Pair
 from torchreach.domains.relaxed_difference import RelaxedDifference, relaxation_bytes
 from torchreach.domains.rounding import InputGrid, blank, varying
@@ -37,6 +37,7 @@ from torchreach.search.result import Question, SearchResult
 from torchreach.search.rounded_witness import climb, wander
 from torchreach.search.signs import search_signs
 from torchreach.sets.star import StarBatch
+from torchreach.verbs.first_look import STARTS, Places, ascend
 from torchreach.verbs.int8_compared import Compared, quantised
 from torchreach.verbs.reach import VERTEX_DIM, reach_within
 
@@ -73,6 +74,7 @@ class DeployedStar:
         question: Question,
         *,
         upper: Tensor,
+        places: Places | None,
         points: Tensor | None,
         budget: Budget,
         memory: float,
@@ -80,9 +82,9 @@ class DeployedStar:
         seed: int = 0,
         report: Callable[[], None] = lambda: None,
     ) -> None:
-        """low, high: [N_in] box around the star. upper: [2, N_out] what is certified of it. points: [B, N_in] inputs of
-        the star, where it is not all of the box."""
-        self.networks, self.points, self.threshold = networks, points, question.threshold
+        """low, high: [N_in] box around the star. upper: [2, N_out] what is certified of it. places, and points
+        [B, N_in]: the star and inputs of it, where it is not all of the box."""
+        self.networks, self.places, self.points, self.threshold = networks, places, points, question.threshold
         # What is certified is rounded up at the end.
         threshold = round_down(upper.new_tensor(question.threshold), networks.result)
         self.question = replace(question, threshold=float(threshold))
@@ -148,8 +150,7 @@ class DeployedStar:
         self._restrict()
         if self.points is not None:
             self._offer(self.points[:, self.varied[2]], whole=self.points)
-        else:
-            self._climb(FIRST_STEPS, clock.part(FIRST * clock.left))
+        self._climb(FIRST_STEPS, clock.part(FIRST * clock.left))
 
     def look_at_kernels(self) -> None:
         """Notes in which layers a pair of products may saturate: closely, if there is time and memory."""
@@ -368,7 +369,15 @@ class DeployedStar:
     # -- what is attained -------------------------------------------------------------------------------
 
     def _climb(self, steps: int, clock: Clock) -> None:
-        first, second, _ = self.varied
+        first, second, index = self.varied
+        n = self.networks.outputs
+        if self.places is not None:
+            numbers = self.places.inside.shape[1] + sum(step.features for step in (*first, *second))
+            starts = max(min(STARTS, self.few // (2 * n * numbers)), 1)
+            value = lambda x: self.networks.slope(first, second, x.flatten(2)[..., index])  # noqa: E731
+            self.at = ascend(self.places, value, n, starts, clock, steps=steps, seed=self.seed)[0]
+            self._offer_at(self.at)
+            return
         order = self.upper.flatten().argsort(descending=True, stable=True)
         for x in climb(first, second, *self._ends(), order, steps=steps, seed=self.seed, clock=clock, numbers=self.few):
             self._offer(x)
@@ -378,14 +387,18 @@ class DeployedStar:
 
     def _ascend(self) -> None:
         """Inputs by chance, near the best ones, and by ascents."""
-        if self.points is not None or self.answered:
+        if self.answered:
             return
-        index = self.varied[2]
-        start, count = self.witness[..., index].flatten(0, 1), self.few // (4 * self._widest)
+        index, count = self.varied[2], self.few // (4 * self._widest)
         clock = self.clock.part(max(SECOND * self.clock.left, min(LEAST, self.clock.left / 2)))
-        value = lambda x: self.networks.estimate(*self.varied[:2], x, self._whole(x))  # noqa: E731
-        for x in wander(value, *self._ends(), start, count, seed=self.seed, clock=clock):
-            self._offer(x)
+        ends, start = self._ends(), self.witness[..., index].flatten(0, 1)
+        given: Callable[[Tensor], tuple[Tensor, Tensor]] = lambda x: (x, self._whole(x))  # noqa: E731
+        if self.places is not None:
+            start, given = self.at[1:], self._inputs
+            ends = -torch.ones_like(start[0]), torch.ones_like(start[0])
+        value = lambda x: self.networks.estimate(*self.varied[:2], *given(x))  # noqa: E731
+        for x in wander(value, *ends, start, count, seed=self.seed, clock=clock):
+            self._offer(x) if self.places is None else self._offer_at(x)
             if self._exceeded:
                 return
         self._climb(STEPS, self.clock.part(SECOND * self.clock.left))
@@ -404,6 +417,19 @@ class DeployedStar:
             return
         self.take(value, self._whole(x))
         self._offer(x[better])
+
+    def _inputs(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs [B, M] and [B, N_in] at coordinates of the star, pulled into it, in its dtype."""
+        assert self.places is not None
+        x = self.places.points(self.places.pull(t[None]))[0].flatten(1).to(self.networks.result).to(COMPUTE_DTYPE)
+        return x[:, self.varied[2]], x
+
+    def _offer_at(self, t: Tensor) -> None:
+        """Takes coordinates of the star, of which only those count that do lie in it."""
+        assert self.places is not None
+        t = t[self.places.holds(self.places.pull(t[None]))[0]]
+        if len(t):
+            self._offer(*self._inputs(t))
 
     def _offer(self, x: Tensor, whole: Tensor | None = None) -> None:
         """Takes inputs x [B, M] as numbers of the dtype in which inputs are attained. whole: [B, N_in] as they are."""
