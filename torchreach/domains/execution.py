@@ -199,7 +199,7 @@ def _forward(
     """The steps with noise [S, N_out]; what execution adds to their biases [S, N_out]; hexagons of the hidden layers
     (real, executed); and bounds [S, N_out] on real - executed."""
     rows, slack = box_rows(low, high)
-    real, run = _Zonotope(rows, slack), _Zonotope(rows, slack + off)
+    real, run = Zonotope(rows, slack), Zonotope(rows, slack + off)
     apart = _Apart(torch.zeros_like(off), off)
     noisy: list[Step] = []
     shifts: list[Tensor] = []
@@ -241,17 +241,17 @@ def _forward(
 
 
 @dataclass(frozen=True)
-class _Zonotope:
+class Zonotope:
     """rows [S, 1 + G, *shape] over [-1, 1]^G, and a bound on their error [S, *shape]."""
 
     rows: Tensor
     slack: Tensor
 
-    def shaped(self, shape: tuple[int, ...]) -> _Zonotope:
-        return _Zonotope(self.rows.reshape(*self.rows.shape[:2], *shape), self.slack.reshape(-1, *shape))
+    def shaped(self, shape: tuple[int, ...]) -> Zonotope:
+        return Zonotope(self.rows.reshape(*self.rows.shape[:2], *shape), self.slack.reshape(-1, *shape))
 
-    def flat(self) -> _Zonotope:
-        return _Zonotope(self.rows.flatten(2), self.slack.flatten(1))
+    def flat(self) -> Zonotope:
+        return Zonotope(self.rows.flatten(2), self.slack.flatten(1))
 
     @property
     def ends(self) -> tuple[Tensor, Tensor]:
@@ -263,7 +263,7 @@ class _Zonotope:
         """Largest magnitude [S, *shape]."""
         return self.rows.abs().sum(1) + self.slack
 
-    def through(self, layer: nn.Module, *, biased: bool = True) -> _Zonotope:
+    def through(self, layer: nn.Module, *, biased: bool = True) -> Zonotope:
         """After an affine layer, with its bias or without; float64's own rounding included."""
         gamma = (fan_in(layer) + self.rows.shape[1] + 8) * UNIT_ROUNDOFF
         slack = magnitude(layer, self.slack + gamma * self.rows.abs().sum(1))
@@ -273,20 +273,20 @@ class _Zonotope:
             bias, size = _bias(layer, self.slack[:1])
             rows[:, 0] += bias
             slack = slack + gamma * size
-        return _Zonotope(rows, slack + gamma * rows.abs().sum(1))
+        return Zonotope(rows, slack + gamma * rows.abs().sum(1))
 
-    def moved(self, middle: Tensor, radius: Tensor) -> _Zonotope:
+    def moved(self, middle: Tensor, radius: Tensor) -> Zonotope:
         """With a number within `radius` of `middle` added."""
         rows = self.rows.clone()
         rows[:, 0] += middle
-        return _Zonotope(rows, self.slack + radius + 2 * UNIT_ROUNDOFF * rows[:, 0].abs())
+        return Zonotope(rows, self.slack + radius + 2 * UNIT_ROUNDOFF * rows[:, 0].abs())
 
-    def relu(self, mask: Tensor) -> _Zonotope:
+    def relu(self, mask: Tensor) -> Zonotope:
         """After ReLU, boxed in where there are too many generators."""
         rows, slack = relu_band(self.rows, self.slack, *self.ends, mask)
         if rows.numel() > MAX_NUMBERS:
             rows, slack = rows[:, :1], slack + rows[:, 1:].abs().sum(1)
-        return _Zonotope(rows, slack)
+        return Zonotope(rows, slack)
 
 
 @dataclass(frozen=True)
@@ -312,16 +312,24 @@ class _Apart:
 
 
 def _rounded(
-    layer: nn.Module, inputs: Tensor, product: _Zonotope, result: _Zonotope, kind: Format, name: str
+    layer: nn.Module, inputs: Tensor, product: Zonotope, result: Zonotope, kind: Format, name: str
 ) -> tuple[Tensor, Tensor]:
     """What execution adds to the layer's result: (middle, radius) [S, *shape].
 
     inputs: [S, *in_shape] sizes of what the layer is given. product, result: W x and W x + b of what it is given.
     """
-    noise = _unrounded(layer, inputs, product.size, kind, name)
-    low, high = result.ends
-    kind.check(result.size + noise, name)
-    half = noise + kind.half_spacing(result.size + noise)
+    noise = unrounded(layer, inputs, product.size, kind, name)
+    return settled(*result.ends, noise, kind, name)
+
+
+def settled(low: Tensor, high: Tensor, noise: Tensor, kind: Format, name: str) -> tuple[Tensor, Tensor]:
+    """What rounding to the format adds to values in [low, high] that are off by `noise`, this included: middle, radius.
+
+    Raises InvalidNetworkError: they may overflow.
+    """
+    size = torch.maximum(low.abs(), high.abs())
+    kind.check(size + noise, name)
+    half = noise + kind.half_spacing(size + noise)
     # The result is monotone in the sum. Kernels that round less than every layer keep it as it is.
     least = torch.maximum(kind.rounded(low - noise) - high, -half)
     most = torch.minimum(kind.rounded(high + noise) - low, half)
@@ -330,7 +338,7 @@ def _rounded(
     return (most + least) / 2, radius + 4 * UNIT_ROUNDOFF * (low.abs() + high.abs() + noise)
 
 
-def _unrounded(layer: nn.Module, inputs: Tensor, product: Tensor, kind: Format, name: str) -> Tensor:
+def unrounded(layer: nn.Module, inputs: Tensor, product: Tensor, kind: Format, name: str) -> Tensor:
     """Bound [S, *shape] on what executing one layer changes before its result is rounded to the format.
 
     inputs, product: sizes of what the layer is given [S, *in_shape], and of W x [S, *shape].

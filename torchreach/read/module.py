@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from torchreach.core.errors import OptionError, ShapeError
+from torchreach.graph.lowering import Graph
 from torchreach.graph.quantizer import Quantizer
 from torchreach.graph.weights import WeightOnly, evaluation_mode, standalone_copy
 from torchreach.read.builder import ChainBuilder, Shape, check_finite, is_leaf
@@ -99,6 +100,17 @@ def chain(module: nn.Module, input_shape: Shape | None = None) -> nn.Sequential:
     if known is not None:
         known[id(module), shape] = module, result
     return result
+
+
+def graph(module: nn.Module, input_shape: Shape) -> Graph:
+    """`module` as the graph that it is read from, before it is lowered: what torch executes, node by node.
+
+    Arguments and errors as `chain`, which checks it too; a network that rounds activations has none.
+    """
+    chain(module, input_shape)
+    builder = ChainBuilder(_checked_shape(input_shape))
+    _add(builder, module, "")
+    return Graph.to(builder.nodes, builder.at)
 
 
 def weight_only(module: nn.Module, input_shape: Shape | None = None) -> WeightOnly:

@@ -23,8 +23,11 @@ from torchreach.core.errors import InvalidNetworkError, KernelMismatchError, Opt
 from torchreach.core.results import Discrepancy, Reason, Semantics, Status
 from torchreach.core.tolerances import COMPUTE_DTYPE, round_down, round_up
 from torchreach.domains.execution import Format, rounding
+from torchreach.domains.graph_execution import graph_rounding
+from torchreach.graph.lowering import Graph
 from torchreach.graph.steps import Step
 from torchreach.graph.weights import evaluation_mode
+from torchreach.read.module import graph
 from torchreach.read.steps import steps
 from torchreach.search.result import Question
 from torchreach.sets.star import StarBatch
@@ -89,17 +92,24 @@ class Side:
     module: nn.Module
     steps: tuple[Step, ...]
     kind: Format | None
+    graph: Graph | None = None  # of a network that is no chain and is executed
 
     @staticmethod
     def of(module: nn.Module, stars: StarBatch, kind: Format | None) -> Side:
         """Raises as `steps`."""
-        return Side(module, steps(module, stars.shape, dtype=COMPUTE_DTYPE, device=stars.device, smooth=True), kind)
+        own = steps(module, stars.shape, dtype=COMPUTE_DTYPE, device=stars.device, smooth=True)
+        if kind is None or any(step.curves for step in own):
+            return Side(module, own, kind)
+        read = graph(module, stars.shape)
+        return Side(module, own, kind, None if read.is_chain() else read)
 
     def rounding(self, low: Tensor, high: Tensor, clock: Clock, *, rounded: bool = False) -> tuple[Tensor, Tensor]:
         """Bounds [S, N] on (real - executed) over boxes [S, N_in]: zero where the network is read as real-valued."""
         if self.kind is None:
             zero = low.new_zeros(len(low), self.steps[-1].features)
             return zero, zero
+        if self.graph is not None:
+            return graph_rounding(self.graph, low, high, self.kind, rounded=rounded, clock=clock)
         return rounding(self.steps, low, high, self.kind, rounded=rounded, clock=clock)
 
     @torch.no_grad()
