@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import torchreach as tr
 from torchreach.core.errors import ShapeError, UnsupportedLayerError
 from torchreach.read.module import chain
+from torchreach.read.steps import steps
 
 
 class Residual(nn.Module):
@@ -216,6 +217,18 @@ def test_values_changed_in_place_are_read_as_they_are_afterwards() -> None:
     torch.testing.assert_close(chain(module, (3,))(x), module(x))
     with pytest.raises(UnsupportedLayerError, match="share its memory"):
         chain(InPlace(view=True), (3,))
+
+
+@torch.no_grad()
+def test_the_slope_of_a_float32_prelu_is_read_without_rounding() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4), nn.PReLU(init=0.0137), nn.Linear(4, 2))
+    x = 100 * torch.randn(50, 3, dtype=torch.float64)
+    y = x
+    for step in steps(module, (3,), dtype=torch.float64, device=x.device):
+        y = step.activate(step.linear(y) + step.bias)
+    torch.testing.assert_close(y, copy.deepcopy(module).double()(x), atol=1e-11, rtol=1e-14)
+    torch.testing.assert_close(chain(module, (3,))(x.float()), module(x.float()))
 
 
 class Product(nn.Module):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.ao import quantization
 
 from torchreach.app.commands import evaluate
 from torchreach.core.errors import UnsupportedLayerError
@@ -168,6 +169,32 @@ def _kept(net: Skip, z: Tensor) -> Tensor:
 def test_changes_of_shared_memory_are_refused(change: Change, message: str) -> None:
     with pytest.raises(UnsupportedLayerError, match=message):
         chain(Skip(change), (3,))
+
+
+class Observed(nn.Module):
+    """Prepared for quantisation with an observer behind its ReLU, whose rounded value it may ignore."""
+
+    def __init__(self, ignored: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.relu, self.other, self.ignored = nn.Linear(3, 4), nn.ReLU(True), nn.Linear(4, 2), ignored
+        self.qconfig = quantization.get_default_qat_qconfig("x86")
+        quantization.prepare(self, inplace=True, allow_list={nn.Linear, nn.ReLU})
+        self(torch.randn(100, 3))
+        self.eval().apply(quantization.disable_observer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.one(x)
+        y = self.relu(z)
+        return self.other(z if self.ignored else y)
+
+
+@torch.no_grad()
+def test_what_an_observed_layer_leaves_in_its_input_is_not_rounded() -> None:
+    module, x = Observed(ignored=False), torch.randn(9, 3)
+    torch.testing.assert_close(chain(module)(x.double()), module(x).double(), atol=1e-6, rtol=0)
+    with pytest.raises(UnsupportedLayerError, match="a value that is used again"):
+        chain(Observed(ignored=True), (3,))
 
 
 def test_runs_leave_their_inputs_as_they_were() -> None:

@@ -96,7 +96,7 @@ class ChainBuilder:
         self.codes: Quantizer | None = None
         self.raw = False
         self.uncalibrated: list[str] = []
-        self.changed: set[int] = set()  # nodes whose memory a later layer wrote over
+        self.changed: dict[int, int] = {}  # nodes whose memory a later layer wrote over, and what it wrote
         self.traced = False  # whether some layers were read off a traced graph
 
     def refuse(self, name: str, kind: str, reason: str = "") -> NoReturn:
@@ -128,8 +128,7 @@ class ChainBuilder:
             self._advance(layer, name)
             self.layers.append(layer)
             bends = isinstance(layer, (*POINTWISE, *SMOOTH))
-            if bends and getattr(layer, "inplace", False):
-                self.changed.add(self.root(self.at))
+            before = self.at
             if isinstance(layer, (*SMOOTH, *SOFTMAX)):
                 self._refuse_rounding(name, type(layer).__name__)
             if isinstance(layer, nn.PReLU) and layer.weight.numel() > 1 and self.shape is None:
@@ -142,6 +141,8 @@ class ChainBuilder:
                     else piecewise(layer, len(self.shape or (1,)))
                 )
             self._put("pointwise" if bends else "layer", (self.at,), name, value)
+            if bends and getattr(layer, "inplace", False):
+                self.changed[self.root(before)] = self.at
             if self.codes is not None and isinstance(layer, nn.AvgPool1d | nn.AvgPool2d):
                 self.layers.append(self.codes.of_means(pooled(layer)))
         self.position += 1

@@ -103,10 +103,10 @@ class GraphReader(GraphOperations):
         value = self._take(node, args[0])
         self.add_module(self.builder, layer, self._name(path))
         root = self.builder.root(value.at)
-        in_place = root in self.builder.changed
-        if in_place and not is_leaf(layer) and self.env.is_read(self.builder, root, by=node):
+        now = self.builder.changed.get(root)
+        if now is not None and not is_leaf(layer) and self.env.is_read(self.builder, root, by=node):
             self._refuse_graph(node, "it changes in place what is used again")
-        return self._done(node, value, in_place=in_place)
+        return self._done(node, value, now)
 
     def _call(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         name = operation(node)
@@ -146,7 +146,7 @@ class GraphReader(GraphOperations):
             self._refuse(node, name, f"called in a way torchreach does not know ({error})")
         if parts is not None:
             return tuple(Value(at) for at in parts)
-        return self._done(node, values[0], in_place=in_place)
+        return self._done(node, values[0], self.builder.at if in_place else None)
 
     def _constant_call(self, node: fx.Node, name: str, args: tuple, kwargs: dict, *, in_place: bool) -> Any:
         if name.rstrip("_") not in CONSTANT | CONSTANT_QUANTIZED:
@@ -172,15 +172,19 @@ class GraphReader(GraphOperations):
         self.builder.move(value.at, self._place(node))
         return value
 
-    def _done(self, node: fx.Node, old: Any, *, in_place: bool) -> Value:
+    def _done(self, node: fx.Node, old: Value, now: int | None) -> Value:
+        """What an operation gives; `now`: the node that the memory of its input holds then, None where it is as before.
+
+        An observer, for instance, rounds what its layer gives, but not what that layer left in its input.
+        """
         new = Value(self.builder.at)
-        if in_place:  # whoever holds the old value sees the new one
+        if now is not None:
             root = self.builder.root(old.at)
             if self.env.is_read(self.builder, root, besides=old):
                 self._refuse_graph(node, "it changes a value in place that may share its memory with another one")
-            if new.at != old.at:
-                self.builder.changed.add(root)
-            self.env.replace(old, new)
+            if now != old.at:
+                self.builder.changed[root] = now
+            self.env.replace(old, new if now == new.at else Value(now))
         return new
 
     # Shapes.
