@@ -219,10 +219,12 @@ def test_values_changed_in_place_are_read_as_they_are_afterwards() -> None:
         chain(InPlace(view=True), (3,))
 
 
+@pytest.mark.parametrize("slopes", [1, 4])
 @torch.no_grad()
-def test_the_slope_of_a_float32_prelu_is_read_without_rounding() -> None:
+def test_the_slopes_of_a_float32_prelu_are_read_without_rounding(slopes: int) -> None:
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(3, 4), nn.PReLU(init=0.0137), nn.Linear(4, 2))
+    module = nn.Sequential(nn.Linear(3, 4), nn.PReLU(slopes, init=0.0137), nn.Linear(4, 2))
+    module[1].weight.mul_(torch.rand(slopes))
     x = 100 * torch.randn(50, 3, dtype=torch.float64)
     y = x
     for step in steps(module, (3,), dtype=torch.float64, device=x.device):

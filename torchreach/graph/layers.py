@@ -21,7 +21,10 @@ from torchreach.core.errors import UnsupportedLayerError
 
 
 class ElementwiseAffine(nn.Module):
-    """x -> scale * x + shift, elementwise; `scale` and `shift` broadcast against one input (no batch axis)."""
+    """x -> scale * x + shift, elementwise; `scale` and `shift` broadcast against one input (no batch axis).
+
+    They may be numbers of a wider dtype than the network's, where that could not hold them.
+    """
 
     scale: Tensor
     shift: Tensor
@@ -32,7 +35,7 @@ class ElementwiseAffine(nn.Module):
         self.register_buffer("shift", shift)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale + self.shift
+        return x * self.scale.to(x.dtype) + self.shift.to(x.dtype)
 
 
 class Reshape(nn.Module):
@@ -306,7 +309,7 @@ def _part(layer: nn.Module, x: Tensor, *, magnitude: bool) -> Tensor:
             scale = scale * weight
         return x * _sized(scale, magnitude).reshape(-1, *[1] * (x.ndim - 2))
     if isinstance(layer, ElementwiseAffine):
-        return x * _sized(layer.scale, magnitude)
+        return x * _sized(layer.scale, magnitude).to(x.dtype)
     if isinstance(layer, PASS_THROUGH):
         return x
     raise UnsupportedLayerError(f"no affine rule for layer {type(layer).__name__}")

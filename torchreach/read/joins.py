@@ -40,9 +40,9 @@ def piecewise(layer: nn.Module, axes: int) -> PiecewiseLinear:
 
 def prelu(weight: Tensor, axes: int) -> PiecewiseLinear:
     """PReLU with one slope, or one for each channel; the slopes are taken as they are now."""
-    slope = weight.detach().clone()
-    if slope.numel() == 1:  # in float64, where 1 - slope is not rounded to the network's dtype
-        return PiecewiseLinear.leaky(slope.double().reshape(()))
+    slope = weight.detach().double()  # where 1 - slope is not rounded to the network's dtype
+    if slope.numel() == 1:
+        return PiecewiseLinear.leaky(slope.reshape(()).clone())
     return PiecewiseLinear.leaky(slope.reshape(-1, *[1] * (axes - 1)))
 
 
