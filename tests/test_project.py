@@ -63,10 +63,11 @@ def executed(tree: ast.AST) -> Iterator[ast.AST]:
             yield from executed(child)
 
 
-def imported(source: str) -> set[str]:
-    """Modules of this package that a source imports, at its top or inside functions."""
+def imported(source: str, *, types: bool = False) -> set[str]:
+    """Modules of this package that a source imports, in functions too; types: also those for types alone."""
     found = set()
-    for node in executed(ast.parse(source)):
+    tree = ast.parse(source)
+    for node in ast.walk(tree) if types else executed(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -129,8 +130,9 @@ def circles(edges: dict[str, set[str]]) -> list[str]:
 
 def test_no_module_imports_itself_through_others():
     edges = {
-        path.relative_to(PACKAGE).with_suffix("").as_posix(): imported(path.read_text(encoding="utf-8"))
+        path.relative_to(PACKAGE).with_suffix("").as_posix(): imported(path.read_text(encoding="utf-8"), types=True)
         for path in FILES
+        if path.name != "__init__.py"
     }
     assert not circles(edges)
     assert circles({"a": {"b", "c"}, "b": {"c"}, "c": {"d", "b"}, "d": set()}) == ["b", "c", "b"]

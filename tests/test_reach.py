@@ -171,7 +171,7 @@ def test_a_spent_budget_gives_a_valid_interval(method: str, budget: tr.Budget) -
 
 @pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_leaves_a_valid_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["torchreach.work.frontier"], "REPORT_SECONDS", 0)
+    monkeypatch.setattr(sys.modules["torchreach.work.run"], "REPORT_SECONDS", 0)
     network = random_network(5, [4, 16, 16, 16, 2])
     full = tr.reach(network, unit_box(4))
 
@@ -189,7 +189,7 @@ def test_an_interrupt_leaves_a_valid_answer(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_progress_reports_shrinking_work_and_a_valid_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["torchreach.work.frontier"], "REPORT_SECONDS", 0)
+    monkeypatch.setattr(sys.modules["torchreach.work.run"], "REPORT_SECONDS", 0)
     seen: list[tr.Progress] = []
     reached = tr.reach(random_network(5, [4, 16, 16, 16, 2]), unit_box(4), progress=seen.append)
     assert len(seen) > 5

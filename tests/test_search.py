@@ -20,8 +20,9 @@ from torchreach.core.errors import OptionError, ShapeError
 from torchreach.domains.difference import Backward, difference_bounds
 from torchreach.domains.hexagon import Hexagon
 from torchreach.search.boxes import search_boxes
+from torchreach.search.reduced_pair import Reduced
 from torchreach.search.result import Constraints, Question, SearchResult
-from torchreach.search.signs import Branches, Dual, Reduced, choose, search_signs
+from torchreach.search.signs import Branches, Dual, choose, search_signs
 from torchreach.search.witness import ascend
 from torchreach.training.loss import matrices
 

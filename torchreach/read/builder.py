@@ -85,7 +85,8 @@ class ChainBuilder:
 
     def __init__(self, shape: Shape | None) -> None:
         self.layers: list[nn.Module] = []
-        self.input_shape = self.shape = shape
+        self.input_shape = shape
+        self.shape: Shape | None = shape
         # Every value of the network, and which of them the next layer takes.
         self.nodes: list[Node] = [Node("input", (), shape, "input")]
         self.at = 0

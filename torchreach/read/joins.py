@@ -7,21 +7,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from torchreach.graph.layers import ElementwiseAffine, Rearrange, Reshape
-from torchreach.graph.lowering import HARDSIGMOID, RELU, PiecewiseLinear
+from torchreach.graph.lowering import HARDSIGMOID, RELU, Node, PiecewiseLinear
 from torchreach.graph.smooth import Smooth
-
-if TYPE_CHECKING:
-    from torchreach.read.builder import ChainBuilder
 
 POINTWISE = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ReLU6, nn.Hardtanh, nn.Hardsigmoid)
 POOLING = (nn.MaxPool1d, nn.MaxPool2d)
 ADAPTIVE = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
+
+
+class Builder(Protocol):
+    """What is needed of `read.builder.ChainBuilder`: the graph so far, and the node `at` that the next layer takes."""
+
+    nodes: list[Node]
+    at: int
+    shape: tuple[int, ...] | None
+
+    def append(self, layer: nn.Module, name: str) -> None: ...
+    def join(self, op: str, inputs: tuple[int, ...], name: str, axis: int = 0) -> None: ...
+    def move(self, at: int, name: str) -> None: ...
+    def refuse(self, name: str, kind: str, reason: str = "") -> NoReturn: ...
 
 
 def piecewise(layer: nn.Module, axes: int) -> PiecewiseLinear:
@@ -46,7 +56,7 @@ def prelu(weight: Tensor, axes: int) -> PiecewiseLinear:
     return PiecewiseLinear.leaky(slope.reshape(-1, *[1] * (axes - 1)))
 
 
-def extremum(builder: ChainBuilder, first: int, second: int, name: str, *, largest: bool = True) -> None:
+def extremum(builder: Builder, first: int, second: int, name: str, *, largest: bool = True) -> None:
     """max of two values, node by node; min(a, b) = -max(-a, -b)."""
     if largest:
         builder.join("maximum", (first, second), name)
@@ -60,7 +70,7 @@ def extremum(builder: ChainBuilder, first: int, second: int, name: str, *, large
     builder.append(_scaled(-1.0), name)
 
 
-def product(builder: ChainBuilder, first: int, second: int, name: str) -> bool:
+def product(builder: Builder, first: int, second: int, name: str) -> bool:
     """A product of two values that is a smooth activation of one; False where it is none that torchreach knows.
 
         x s(k x) = silu(k x) / k,    x (1 + erf(k x)) = 2 gelu(w) / w',    x clamp(k x + 1/2, 0, 1) = hardswish(w) / w'
@@ -93,7 +103,7 @@ def product(builder: ChainBuilder, first: int, second: int, name: str) -> bool:
     return False
 
 
-def _factors(builder: ChainBuilder, at: int) -> tuple[int, float, float]:
+def _factors(builder: Builder, at: int) -> tuple[int, float, float]:
     """A value as scale * root + shift: the node of the root, before arithmetic with single numbers; scale, shift."""
     scale, shift = 1.0, 0.0
     while isinstance(layer := builder.nodes[at].value, ElementwiseAffine):
@@ -113,7 +123,7 @@ def _ramp(f: PiecewiseLinear) -> float:
 
 
 def max_pool(
-    builder: ChainBuilder, name: str, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
+    builder: Builder, name: str, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
 ) -> None:
     """Largest value of each window, as a tournament of maxima of two over the window's places.
 
@@ -170,7 +180,7 @@ def _places(size: int, window: tuple[Any, ...], ceil_mode: bool) -> Tensor:
     return torch.where(inside, place, first)
 
 
-def slices(builder: ChainBuilder, base: int, axis: int, sizes: Sequence[int], name: str) -> list[int]:
+def slices(builder: Builder, base: int, axis: int, sizes: Sequence[int], name: str) -> list[int]:
     """Neighbouring parts of a value along an axis (batch counted)."""
     result, start = [], 0
     for size in sizes:

@@ -13,8 +13,6 @@ Axis letters: R branches, N_in inputs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -23,9 +21,7 @@ from torchreach.core.tolerances import UNIT_ROUNDOFF
 from torchreach.lp.halfspaces import Halfspaces
 from torchreach.lp.interior_point import interior, maximize
 from torchreach.lp.problem import LPBatch
-
-if TYPE_CHECKING:
-    from torchreach.search.signs import Reduced
+from torchreach.search.reduced_pair import Reduced
 
 FLAT = 1e-10  # margin, in the box's half widths, below which a branch counts as without interior
 CHUNK = 2**23

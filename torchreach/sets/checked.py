@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +11,6 @@ from torch import Tensor
 from torchreach.core.errors import InvalidSetError, OptionError, ShapeError
 from torchreach.core.tolerances import COMPUTE_DTYPE, round_down, round_up
 from torchreach.graph.weights import FLOATS
-
-if TYPE_CHECKING:
-    from torchreach.sets.star import StarBatch
 
 
 def numbers(name: str, value: Any) -> Tensor:
@@ -102,8 +99,8 @@ def _range(clip: Any) -> tuple[float, float]:
     return low, high
 
 
-def check_star(star: StarBatch) -> None:
-    """Raises ShapeError or InvalidSetError: parts that do not fit together; a star that is empty or unbounded."""
+def check_star(star: Any) -> None:
+    """Raises ShapeError or InvalidSetError: parts of a `StarBatch` do not fit together; one is empty or unbounded."""
     if star.basis.ndim < 3:
         raise ShapeError(f"basis must be [S, 1 + M, *shape], got {tuple(star.basis.shape)}")
     size, dim = star.basis.shape[0], star.basis.shape[1] - 1

@@ -31,6 +31,7 @@ from torchreach.read.load import as_network
 from torchreach.read.module import chain, reading_once
 from torchreach.sets.star import StarBatch
 from torchreach.work.frontier import Frontier
+from torchreach.work.run import run
 
 log = logging.getLogger(__name__)
 
@@ -113,9 +114,9 @@ def reach_within(
     clock = clock.part(None)  # it began now
     module = as_network(module)
     with torch.no_grad():
-        run = _Run.prepare(module, stars, method, tolerances, keep_stars, budget, clock)
-        run.go(budget, progress)
-        return run.result()
+        work = _Run.prepare(module, stars, method, tolerances, keep_stars, budget, clock)
+        work.go(budget, progress)
+        return work.result()
 
 
 @dataclass
@@ -208,7 +209,7 @@ class _Run:
         keep = None if self.kept is None else self._keep
         self._attain_somewhere()
         if self.left is None:
-            self.left = self.frontier.run(self.record, self.count, budget, keep, report, self.clock)
+            self.left = run(self.frontier, self.record, self.count, budget, keep, report, self.clock)
         if report is not None:
             report()
 

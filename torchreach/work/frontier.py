@@ -1,4 +1,4 @@
-"""The one loop over work: batches of stars, until none is open or the budget is spent.
+"""The queue of open work: batches of stars by layer, and what becomes of those that are left when a run ends.
 
 Memory: the tensors of open chunks, of kept stars and of the step at work stay within `Budget.memory`, as far as
 can be told before a step: what a star needs is learned per layer from the steps before it. Work goes depth
@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, Protocol
@@ -25,14 +24,11 @@ from torchreach.domains.zonotope import Bounds, relu_band, zonotope_bounds
 from torchreach.engines.record import Kept, RangeRecord, Sink
 from torchreach.engines.tally import Tally
 from torchreach.graph.steps import Step
-from torchreach.work.processes import can_fork, run_in_processes
-from torchreach.work.threads import Threads
 
 log = logging.getLogger(__name__)
 
 # Stars per chunk: enough to hide the cost of launching an operation, few enough to stay in cache.
 CHUNK = {"cpu": 1024, "cuda": 65536}
-REPORT_SECONDS = 0.2
 # Numbers in the affine maps of one chunk.
 NUMBERS = {"cpu": 1 << 24, "cuda": 1 << 28}
 # What a step takes while it runs, in multiples of the tensors it is given and returns.
@@ -45,15 +41,8 @@ CLOSING = {"cpu": 1 << 22, "cuda": 1 << 27}
 CLOSING_BYTES = 64
 # Numbers in the rows of one star from which on a pass would take seconds: its whole input star's bounds stand.
 WIDEST = 1 << 26
-# Processes pay once a run has lasted so long, and a chunk is open for each (or it has lasted longer still,
-# and the next step of what is open takes so long).
-FORK_SECONDS = 0.1
-FORK_CHUNKS = 1
-LATER_SECONDS, LATER_STEP_SECONDS = 0.5, 0.01
 SMALLEST_SHARE = 16
 BLOCKS, STRIDE = 64, 8
-# Part of the memory that open stars may fill in order to be shared out.
-SPREAD = 0.1
 
 
 class Chunk(Protocol):
@@ -262,56 +251,6 @@ class Frontier:
             part = max(1 / (3 * workers), min(1.0, SMALLEST_SHARE / self.open))
             parts.append([self._take(key, math.ceil(part * self.groups[key].size)) for key in list(self.groups)])
         return parts
-
-    def run(
-        self,
-        record: RangeRecord,
-        count: Tensor,
-        budget: Budget,
-        keep: Callable[[Any], None] | None,
-        report: Callable[[], None] | None,
-        clock: Clock,
-    ) -> Tensor:
-        """Work until done, out of budget or interrupted. Returns [S_in] bool: input stars with stars left open.
-
-        Args:
-            record: takes the ranges; it is certified on return whatever happened.
-            count: [S_in] long, output stars per input star, counted here.
-            keep: called with what is to be kept of every finished chunk.
-            report: called now and then.
-        """
-        self.clock = clock = clock.part(None)
-        limits, sink = Limits(budget, clock), Sink(record, count, keep)
-        self.memory = math.inf if budget.memory is None else budget.memory
-        reported = 0.0
-        self.spread = self.workers > 1 and can_fork(self.device)
-        left = torch.zeros_like(count, dtype=torch.bool)
-        with Threads(self) as work:
-            while (self.open or work.running) and not limits.spent(self, self.done):
-                if report is not None and clock.elapsed - reported >= REPORT_SECONDS:
-                    report()
-                    reported = clock.elapsed
-                self.spread = self.spread and self.used.bytes < SPREAD * self.memory
-                if self.spread and self._worth_forking():
-                    work.stop()
-                    self.spread = False
-                    shared = run_in_processes(self, sink, limits, report, REPORT_SECONDS)
-                    if shared is not None:
-                        left |= shared
-                        break
-                if not work.start(self.step, sink):
-                    log.info("budget of %g bytes spent with %d stars open", self.memory, self.open)
-                    break
-            work.finish()
-            return left | self.close(record)
-
-    def _worth_forking(self) -> bool:
-        passed = self.clock.elapsed
-        if passed < FORK_SECONDS or self.open < SMALLEST_SHARE * self.workers:
-            return False
-        if self.open >= FORK_CHUNKS * self.limit * self.workers:
-            return True
-        return passed > LATER_SECONDS and self.open * passed / max(1, self.stepped) > LATER_STEP_SECONDS
 
     def step(self, chunk: Any, sink: Sink) -> list[Any]:
         """Advance a chunk, or take it into the results; returns the chunks it leaves open."""

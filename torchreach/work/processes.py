@@ -28,7 +28,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,9 +37,7 @@ from torch import Tensor
 from torchreach.core.clock import Clock
 from torchreach.core.memory import Ledger
 from torchreach.engines.record import Kept, Sink
-
-if TYPE_CHECKING:
-    from torchreach.work.frontier import Frontier, Limits
+from torchreach.work.frontier import Frontier, Limits
 
 log = logging.getLogger(__name__)
 

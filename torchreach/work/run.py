@@ -1,0 +1,81 @@
+"""The one loop over work, in this thread, in several, or in processes: until nothing is open or the budget is spent."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchreach.core.clock import Clock
+from torchreach.core.options import Budget
+from torchreach.engines.record import RangeRecord, Sink
+from torchreach.work.frontier import SMALLEST_SHARE, Frontier, Limits
+from torchreach.work.processes import can_fork, run_in_processes
+from torchreach.work.threads import Threads
+
+log = logging.getLogger(__name__)
+
+REPORT_SECONDS = 0.2
+# Processes pay once a run has lasted so long, and a chunk is open for each (or it has lasted longer still,
+# and the next step of what is open takes so long).
+FORK_SECONDS = 0.1
+FORK_CHUNKS = 1
+LATER_SECONDS, LATER_STEP_SECONDS = 0.5, 0.01
+# Part of the memory that open stars may fill in order to be shared out.
+SPREAD = 0.1
+
+
+def run(
+    frontier: Frontier,
+    record: RangeRecord,
+    count: Tensor,
+    budget: Budget,
+    keep: Callable[[Any], None] | None,
+    report: Callable[[], None] | None,
+    clock: Clock,
+) -> Tensor:
+    """Work until done, out of budget or interrupted. Returns [S_in] bool: input stars with stars left open.
+
+    Args:
+        record: takes the ranges; it is certified on return whatever happened.
+        count: [S_in] long, output stars per input star, counted here.
+        keep: called with what is to be kept of every finished chunk.
+        report: called now and then.
+    """
+    frontier.clock = clock = clock.part(None)
+    limits, sink = Limits(budget, clock), Sink(record, count, keep)
+    frontier.memory = math.inf if budget.memory is None else budget.memory
+    reported = 0.0
+    frontier.spread = frontier.workers > 1 and can_fork(frontier.device)
+    left = torch.zeros_like(count, dtype=torch.bool)
+    with Threads(frontier) as work:
+        while (frontier.open or work.running) and not limits.spent(frontier, frontier.done):
+            if report is not None and clock.elapsed - reported >= REPORT_SECONDS:
+                report()
+                reported = clock.elapsed
+            frontier.spread = frontier.spread and frontier.used.bytes < SPREAD * frontier.memory
+            if frontier.spread and _worth_forking(frontier):
+                work.stop()
+                frontier.spread = False
+                shared = run_in_processes(frontier, sink, limits, report, REPORT_SECONDS)
+                if shared is not None:
+                    left |= shared
+                    break
+            if not work.start(frontier.step, sink):
+                log.info("budget of %g bytes spent with %d stars open", frontier.memory, frontier.open)
+                break
+        work.finish()
+        return left | frontier.close(record)
+
+
+def _worth_forking(frontier: Frontier) -> bool:
+    passed = frontier.clock.elapsed
+    if passed < FORK_SECONDS or frontier.open < SMALLEST_SHARE * frontier.workers:
+        return False
+    if frontier.open >= FORK_CHUNKS * frontier.limit * frontier.workers:
+        return True
+    return passed > LATER_SECONDS and frontier.open * passed / max(1, frontier.stepped) > LATER_STEP_SECONDS
