@@ -148,6 +148,8 @@ PASS_THROUGH = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 # Known to the comparisons of two networks alone, and as the last layer.
 SOFTMAX = (nn.Softmax, nn.LogSoftmax)
 RESHAPING = (nn.Flatten, nn.Unflatten, Reshape)
+# Every output is one input.
+SHUFFLING = (nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
 AFFINE = (
     nn.Linear,
     nn.Conv1d,
@@ -163,6 +165,7 @@ AFFINE = (
     Rearrange,
     *PASS_THROUGH,
     *RESHAPING,
+    *SHUFFLING,
 )
 
 
@@ -227,7 +230,7 @@ def fan_out(layer: nn.Module, size: int) -> int:
         return layer.weight[:, 0].numel() // layer.groups
     if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d):
         return layer.weight[0].numel()
-    if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d, *PASS_THROUGH, *RESHAPING)):
+    if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d, *PASS_THROUGH, *RESHAPING, *SHUFFLING)):
         return 1
     return size
 
@@ -243,7 +246,7 @@ def fan_in(layer: nn.Module) -> int:
         return size * size if isinstance(size, int) else int(torch.tensor(size).prod())
     if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d):
         return layer.weight[:, 0].numel() // layer.groups + 1
-    if isinstance(layer, PASS_THROUGH + RESHAPING):
+    if isinstance(layer, PASS_THROUGH + RESHAPING + SHUFFLING):
         return 0
     if isinstance(layer, MergedAffine):
         return layer.fan_in
@@ -299,7 +302,7 @@ def _part(layer: nn.Module, x: Tensor, *, magnitude: bool) -> Tensor:
         return convolve(x, _sized(layer.weight, magnitude), None, *sizes)  # type: ignore[arg-type]
     if isinstance(layer, nn.AvgPool1d | nn.AvgPool2d):
         return _sized(layer(x), magnitude)  # a divisor_override may be negative
-    if isinstance(layer, nn.Flatten | nn.Unflatten | Reshape | Rearrange):
+    if isinstance(layer, (*RESHAPING, *SHUFFLING, Rearrange)):
         return layer(x)
     if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
         assert layer.running_var is not None

@@ -239,6 +239,15 @@ class GraphOperations:
         order = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
         self.builder.append(Rearrange("flip", *(self._axis_of(node, d) for d in order)), self._place(node))
 
+    def _op_pixel_shuffle(self, node: Any, x: Any, upscale_factor: int) -> None:
+        self.builder.append(nn.PixelShuffle(upscale_factor), self._place(node))
+
+    def _op_pixel_unshuffle(self, node: Any, x: Any, downscale_factor: int) -> None:
+        self.builder.append(nn.PixelUnshuffle(downscale_factor), self._place(node))
+
+    def _op_channel_shuffle(self, node: Any, x: Any, groups: int) -> None:
+        self.builder.append(nn.ChannelShuffle(groups), self._place(node))
+
     def _op_getitem(self, node: Any, x: Any, index: Any) -> None:
         parts = list(index) if isinstance(index, tuple) else [index]
         rank = 1 + len(self._features(node))

@@ -27,6 +27,8 @@ _FUNCTIONS: dict[Any, str] = {
         for n in ("cat", "maximum", "minimum", "max", "abs", "prelu", "chunk", "split", "mean", "sum")
     },
     **{getattr(torch, n): n for n in ("permute", "index_select", "select", "flip", "clamp_max", "prelu")},
+    **{getattr(torch, n): n for n in ("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")},
+    **{getattr(functional, n): n for n in ("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")},
     **{getattr(torch, n): n for n in ("max_pool1d", "max_pool2d", "adaptive_avg_pool1d")},
     **{getattr(torch, n): n for n in ("conv_transpose1d", "conv_transpose2d")},
     torch.concat: "cat",
