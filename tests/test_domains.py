@@ -107,6 +107,9 @@ AFFINE: dict[str, tuple[Callable[[], nn.Module], Shape]] = {
     "sum": (lambda: Rearrange("sum", (1,), False, terms=3), LINE),
     "mean": (lambda: Rearrange("mean", (2, 3), True, terms=10), IMAGE),
     "pad": (lambda: Rearrange("pad", 1, 0, -1, 2), IMAGE),
+    "pixel shuffle": (lambda: nn.PixelShuffle(2), (4, 2, 2)),
+    "pixel unshuffle": (lambda: nn.PixelUnshuffle(2), (1, 4, 2)),
+    "channel shuffle": (lambda: nn.ChannelShuffle(2), (4, 2, 1)),
     "graph": (skip, FLAT),
     "blocks": (lambda: nn.Sequential(nn.Conv2d(2, 2, 2), nn.Flatten(), nn.Linear(8, 3)), IMAGE),
 }

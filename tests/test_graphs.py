@@ -233,6 +233,29 @@ def test_the_slopes_of_a_float32_prelu_are_read_without_rounding(slopes: int) ->
     torch.testing.assert_close(chain(module, (3,))(x.float()), module(x.float()))
 
 
+class Shuffled(nn.Module):
+    """Channels and pixels in other places, by layers and by functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.shuffle, self.leave = nn.Conv2d(1, 4, 3, padding=1), nn.ChannelShuffle(2), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.pixel_shuffle(self.shuffle(self.enter(x).relu()), 2)
+        return self.leave(torch.channel_shuffle(nn.functional.pixel_unshuffle(x, 2), 4).flatten(1))
+
+
+@torch.no_grad()
+def test_shuffled_channels_and_pixels_are_read_from_layers_functions_and_exports() -> None:
+    torch.manual_seed(0)
+    module, x = Shuffled().eval(), torch.rand(5, 1, 2, 2)
+    torch.testing.assert_close(chain(module, (1, 2, 2))(x), module(x))
+    program = torch.export.export(module, (x[:1],))
+    torch.testing.assert_close(tr.load(program)(x[:1]), module(x[:1]))
+    found = tr.discrepancy(module, tr.quantize_weights(module, 8), tr.StarBatch.from_box(x[:1], x[:1] + 0.1), "exact")
+    assert found.status == (tr.Status.EXACT,)
+
+
 class Product(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * x
