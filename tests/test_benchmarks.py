@@ -194,7 +194,7 @@ def test_growth_counts_regions_and_draws(tmp_path: Path, capsys: pytest.CaptureF
 def test_deployed_holds_against_the_kernels(tmp_path):
     require_data("fnn_repair", "mnist_fnn_s_quan.pth")
     out = tmp_path / "out.json"
-    arguments = ["--images", "7", "--pixels", "4", "--samples", "500", "--repeats", "1", "--json", str(out)]
+    arguments = ["--images", "7", "--pixels", "4", "--samples", "200", "--seconds", "1", "--json", str(out)]
     assert deployed.main(arguments) == 0
     rows = json.loads(out.read_text())["rows"]
     assert [row["network"] for row in rows] == ["shipped"] * 2 + ["calibrated"] * 2

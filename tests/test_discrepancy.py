@@ -35,7 +35,7 @@ def differences(original: nn.Module, compressed: nn.Module, x: Tensor) -> Tensor
         return original(x) - compressed(x)
 
 
-@pytest.mark.parametrize("block", [0, 1, *(pytest.param(block, marks=pytest.mark.slow) for block in range(2, 8))])
+@pytest.mark.parametrize("block", [0, *(pytest.param(block, marks=pytest.mark.slow) for block in range(1, 8))])
 def test_discrepancy_equals_the_mixed_integer_model_and_holds_for_samples(block: int) -> None:
     for seed in range(25 * block, 25 * (block + 1)):
         original, compressed, inputs = random_pair(seed)
@@ -206,7 +206,7 @@ def test_every_method_gives_the_exact_interval_of_small_pairs(method: str | tr.S
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("method", ["auto", "search", *SEARCHES], ids=str)
 def test_nothing_leaves_the_interval_of_a_search_that_ended_early(method: str | tr.Search, dtype: torch.dtype) -> None:
-    for seed in range(12):
+    for seed in range(6):
         original, compressed, inputs = random_pair(seed + 700)
         original, compressed = original.to(dtype), compressed.to(dtype)
         g = torch.Generator().manual_seed(seed)

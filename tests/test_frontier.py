@@ -24,7 +24,7 @@ from torchreach.core.errors import OptionError
 from torchreach.core.results import Reason
 from torchreach.engines.vertices import VertexEngine
 from torchreach.verbs.reach import reach_within
-from torchreach.work import frontier, processes
+from torchreach.work import frontier, processes, run
 
 CPU = torch.device("cpu")
 needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
@@ -47,8 +47,8 @@ def forks(monkeypatch: pytest.MonkeyPatch) -> Any:
         calls.append(args)
         return processes.run_in_processes(*args)
 
-    monkeypatch.setattr(frontier, "run_in_processes", counted)
-    monkeypatch.setattr(frontier, "FORK_SECONDS", 0)
+    monkeypatch.setattr(run, "run_in_processes", counted)
+    monkeypatch.setattr(run, "FORK_SECONDS", 0)
     monkeypatch.setitem(frontier.CHUNK, "cpu", 16)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -142,7 +142,7 @@ def test_a_budget_spent_in_processes_gives_a_valid_interval(
 @needs_fork
 @pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_stops_the_processes(forks: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frontier, "REPORT_SECONDS", 0)
+    monkeypatch.setattr(run, "REPORT_SECONDS", 0)
     advance = VertexEngine.advance
 
     def endless(self: VertexEngine, chunk: Any, clock: Clock, room: float) -> list[Any]:
@@ -171,7 +171,7 @@ def test_an_interrupt_stops_the_processes(forks: list[Any], monkeypatch: pytest.
 
 @needs_fork
 def test_progress_comes_from_the_processes(forks: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frontier, "REPORT_SECONDS", 0)
+    monkeypatch.setattr(run, "REPORT_SECONDS", 0)
     monkeypatch.setattr(processes, "POLL_SECONDS", 0.001)
     seen: list[tr.Progress] = []
 
