@@ -34,7 +34,7 @@ from torchreach.search.witness import ascend
 FEW, FEW_AT_THRESHOLD = 40, 12
 # Copies of the open boxes that one round holds at most.
 COPIES = 3
-WORKING = 24  # copies of one layer's coefficients that bounding boxes holds at most
+WORKING = 96  # copies of one layer's coefficients that bounding boxes holds at most, and that the allocator keeps
 
 
 @torch.no_grad()

@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 CHUNK = {"cpu": 1024, "cuda": 65536}
 # Numbers in the affine maps of one chunk.
 NUMBERS = {"cpu": 1 << 24, "cuda": 1 << 28}
-# What a step takes while it runs, in multiples of the tensors it is given and returns.
-WORKING = 8
+# What a step takes while it runs, in multiples of the tensors it is given and returns, and what the allocator keeps.
+WORKING = 16
 # Seconds that bounding what is open may take when the time is up, or Ctrl-C pressed.
 GRACE = 0.5
 # Numbers in the zonotopes that are bounded at once.
