@@ -17,6 +17,8 @@ from torchreach.domains.difference import difference_bounds, quick_bounds
 from torchreach.domains.hexagon import Graph, Hexagon, height, planes, start_slopes
 from torchreach.domains.pair import Pair
 from torchreach.domains.zonotope import zonotope_bounds
+from torchreach.graph.twin_blocks import blocks
+from torchreach.graph.twins import dense
 from torchreach.read.steps import steps
 from torchreach.search.signs import search_signs
 from torchreach.search.witness import ascend
@@ -281,6 +283,20 @@ def test_layers_with_equal_weights_and_other_settings_are_no_one_network(case: i
         assert found.lower.max() >= reached - 1e-9
     assert tr.equivalent(*both, stars, float(reached) / 2).answer == (tr.Answer.NOT_EQUIVALENT,)
     assert tr.discrepancy(both[0], copy.deepcopy(both[0]), stars).upper.max() == 0
+
+
+@pytest.mark.parametrize("case", range(3))
+@torch.no_grad()
+def test_layers_of_other_settings_are_apart_without_matrices_too(case: int) -> None:
+    shape = (1, 4, 4) if isinstance(POOLS[case][0], nn.AvgPool2d) else (1, 6)
+    both = [nn.Sequential(pool, nn.Flatten()).double() for pool in POOLS[case]]
+    first, second = (steps(one, shape, dtype=torch.float64, device=torch.device("cpu"))[0] for one in both)
+    own, W, V = blocks(first, second), dense(first), dense(second)
+    assert (W != V).any()
+    x = torch.eye(W.shape[1], dtype=torch.float64)
+    torch.testing.assert_close(own.forth(x)[1], (W - V).T)
+    y = torch.eye(W.shape[0], dtype=torch.float64)
+    torch.testing.assert_close(own.back(None, y), (W - V, V))
 
 
 def exact_maximum(pair: Pair, lower: Tensor, upper: Tensor) -> list[Fraction]:
