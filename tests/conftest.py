@@ -32,3 +32,9 @@ def ctrl_c() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def no_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No lines of progress, which a run writes to a log after a few seconds."""
+    monkeypatch.setattr("torchreach.app.console.FIRST", 1e6)

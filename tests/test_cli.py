@@ -20,6 +20,7 @@ import torchreach as tr
 from torchreach.app.cli import app
 from torchreach.read.save import save
 
+pytestmark = pytest.mark.usefixtures("no_log")
 BOX = "-1,1;-1,1;0,0.5"
 
 
@@ -530,7 +531,7 @@ def test_installed_program_exits_with_the_status(files):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == status
         assert "Traceback" not in done.stderr
-        assert (done.stderr == "") == (status != 2)
+        assert ("none.onnx" in done.stderr) == (status == 2)  # else progress at most, of a slow machine
 
 
 TYPED = """

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from tests.data import require_data
 from torchreach.app.cli import app
 
+pytestmark = pytest.mark.usefixtures("no_log")
 SMALL = ("--images", "2", "--epochs", "3", "--bits", "4", "--iterations", "3", "--target", "0.95", "--output", "out")
 
 
