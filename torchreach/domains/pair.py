@@ -123,6 +123,11 @@ class Pair:
         """Whether some activations are smooth."""
         return any(step.curves for step in self.first)
 
+    def affine(self, k: int, a: Tensor, e: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """z, d [B, N_out] of layer k from a, e [B, N_in] of the layer before, or from the input."""
+        z, d = self.maps[k].forth(a, e)
+        return z + self.b[k], d + self.db[k]
+
     def open(self, k: int, hexagon: Hexagon) -> Tensor:
         """[B, N] neurons of hidden layer k that are no linear functions over the hexagon."""
         result = ~hexagon.settled()
@@ -173,8 +178,7 @@ class Pair:
         a_error, e_error = torch.zeros_like(x), torch.zeros_like(x)
         for k in range(self.depth):
             P, Q = self.error(k, a.abs() + a_error, e.abs() + e_error)
-            z, d = self.maps[k].forth(a, e if k else None)
-            z, d = z + self.b[k], d + self.db[k]
+            z, d = self.affine(k, a, e if k else None)
             z_error = self.first[k].magnitude(a_error) + P
             d_error = self.second[k].magnitude(e_error) + self.maps[k].spread(a_error) + Q
             if k == self.depth - 1:

@@ -31,13 +31,13 @@ import torch
 from torch import Tensor, nn
 
 from torchreach.core.clock import NO_LIMIT, Clock
-from torchreach.core.errors import UnsupportedLayerError
 from torchreach.core.tolerances import UNIT_ROUNDOFF
 from torchreach.domains.zonotope import box_rows, relu_band
 from torchreach.graph.arithmetic import Arithmetic
 from torchreach.graph.layers import RESHAPING, ElementwiseAffine
 from torchreach.graph.quantizer import Quantizer
 from torchreach.graph.steps import Step
+from torchreach.graph.twins import check_entries, dense
 from torchreach.graph.weights import linear_layer
 
 SINGLE = 2.0**-24  # unit roundoff of float32
@@ -418,13 +418,8 @@ def _is_identity(step: Step) -> bool:
 
 
 def _matrix(step: Step) -> Tensor:
-    n_in = int(torch.tensor(step.in_shape).prod())
-    if n_in * step.features > 2**26:
-        raise UnsupportedLayerError(
-            f"rounding is bounded for affine steps of at most {2**26} entries as matrices; "
-            f"{step.name} has {step.features} x {n_in}"
-        )
-    return step.linear(torch.eye(n_in, dtype=step.bias.dtype, device=step.bias.device)).T.contiguous()
+    check_entries(step, "rounding is bounded for affine steps")
+    return dense(step)
 
 
 def _terms(step: Step, size: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
 }
 # What `alike` compares by value, and what of a module says nothing about its function in evaluation mode.
 _PLAIN = (bool, int, float, str, type(None), set, torch.dtype, torch.device)
-_STATE = frozenset(key for key in vars(nn.Module()) if "hook" in key or key in ("training", "_is_full_backward_hook"))
+_STATE = frozenset(key for key in vars(nn.Module()) if "hook" in key or key == "training")
 PASS_THROUGH = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 # Known to the comparisons of two networks alone, and as the last layer.
 SOFTMAX = (nn.Softmax, nn.LogSoftmax)

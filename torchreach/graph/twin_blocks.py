@@ -23,6 +23,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from torchreach.graph.affine_graph import AffineGraph
 from torchreach.graph.layers import (
@@ -67,35 +68,29 @@ class _Node:
 class Blocks:
     """Two blocks of layers as they are: nothing is stored as a matrix, and backward goes by each layer's transpose."""
 
-    def __init__(self, nodes: Sequence[_Node]) -> None:
-        self.nodes = tuple(nodes)
+    def __init__(self, nodes: Sequence[_Node], dtype: torch.dtype) -> None:
+        self.nodes, self.dtype = tuple(nodes), dtype
         self.shape = prod(nodes[-1].shape), prod(nodes[0].shape)
         self.widest = max(prod(node.shape) for node in nodes)
         self.terms = sum(_terms(node) for node in nodes)
         # Whether all differences are layers of their own.
         self.matched = not any(isinstance(node.delta, _Apart) for node in nodes)
-        layers = [layer for node in nodes for layer in (node.first, node.second) if layer is not None]
-        self.dtype = _zero((), *layers).dtype
         # Nodes on the way to which the networks already differ.
         self.differ: list[bool] = []
         for node in nodes:
             self.differ.append(node.delta is not None or any(self.differ[i] for i in node.inputs))
 
     def forth(self, a: Tensor, e: Side = None) -> tuple[Tensor, Tensor]:
-        z, d = self._walk(a, e, linear, torch.sub, fuzzy=False)
-        return z, torch.zeros_like(z) if d is None else d
+        return self._walk(a, e, linear, torch.sub, fuzzy=False)
 
     def spread(self, a: Tensor) -> Tensor:
-        z, d = self._walk(a, None, magnitude, torch.add, fuzzy=False)
-        return torch.zeros_like(z) if d is None else d
+        return self._walk(a, None, magnitude, torch.add, fuzzy=False)[1]
 
     def size(self, a: Tensor) -> Tensor:
-        z, d = self._walk(a, None, magnitude, torch.add, fuzzy=True)
-        return torch.zeros_like(z) if d is None else d
+        return self._walk(a, None, magnitude, torch.add, fuzzy=True)[1]
 
     def rows(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        unit = torch.zeros(len(index), self.shape[0], dtype=self.dtype, device=index.device)
-        unit[torch.arange(len(index), device=index.device), index] = 1.0
+        unit = F.one_hot(index, self.shape[0]).to(self.dtype)
         W, _ = self._back(unit, None)
         D, V = self.back(None, unit)
         assert W is not None
@@ -125,7 +120,7 @@ class Blocks:
         subtract: Callable[[Tensor, Tensor], Tensor],
         *,
         fuzzy: bool,
-    ) -> tuple[Tensor, Side]:
+    ) -> tuple[Tensor, Tensor]:
         """Both coordinates of the last value, from those of the input."""
         values: list[tuple[Tensor, Side]] = []
         for node in self.nodes:
@@ -153,7 +148,7 @@ class Blocks:
             assert z is not None
             values.append((z, d))
         z, d = values[-1]
-        return z.flatten(1), None if d is None else d.flatten(1)
+        return z.flatten(1), _or_zero(d, z).flatten(1)
 
     def _back(self, p: Side, q: Side, *, beta: bool = True, magnitude: bool = False) -> tuple[Side, Side]:
         """Coefficients [R, N_in] on both coordinates of the input, from those [R, N_out] on the last value's.
@@ -223,7 +218,7 @@ def blocks(first: Step, second: Step) -> Blocks:
         nodes.append(_Node("layer", (0,), (first.features,), flat[0], flat[1], _Apart(*flat)))
     if len(nodes) == 1:  # the identity
         nodes.append(_Node("layer", (0,), shape, nn.Identity(), nn.Identity()))
-    return Blocks(nodes)
+    return Blocks(nodes, first.bias.dtype)
 
 
 class _Apart(MergedAffine):

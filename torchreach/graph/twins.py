@@ -91,7 +91,7 @@ class Matrices:
     V: Tensor
     D: Tensor
     rounded: tuple[Step, Step] | None = None
-    terms: int = 0
+    terms = 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -139,11 +139,8 @@ def twins(first: Step, second: Step, *, live: bool = False, clock: Clock = NO_LI
     """
     plain = is_matrix(first) and is_matrix(second)
     entries = first.features * prod(first.in_shape)
-    if live and entries > LARGE:
-        raise UnsupportedLayerError(
-            f"difference bounds with gradients require affine layers of at most {LARGE} entries as matrices; "
-            f"{first.name} has {first.features} x {prod(first.in_shape)}"
-        )
+    if live:
+        check_entries(first, "difference bounds with gradients require affine layers")
     own = None if live or plain or entries <= SMALL else blocks(first, second)
     if own is None or (not own.matched and entries <= LARGE):
         with torch.set_grad_enabled(live and torch.is_grad_enabled()):
@@ -152,6 +149,15 @@ def twins(first: Step, second: Step, *, live: bool = False, clock: Clock = NO_LI
         rounded = None if plain or alike(first.block, second.block) else (first, second)
         return Matrices(W, V, W - V, rounded)
     return own
+
+
+def check_entries(step: Step, what: str) -> None:
+    """Raises UnsupportedLayerError, which begins with `what`: the step has more than `LARGE` entries as a matrix."""
+    n_in = prod(step.in_shape)
+    if n_in * step.features > LARGE:
+        raise UnsupportedLayerError(
+            f"{what} of at most {LARGE} entries as matrices; {step.name} has {step.features} x {n_in}"
+        )
 
 
 def dense(step: Step, clock: Clock = NO_LIMIT) -> Tensor:

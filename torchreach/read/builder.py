@@ -20,6 +20,7 @@ from torchreach.graph.layers import (
     AFFINE,
     PASS_THROUGH,
     RESHAPING,
+    SHUFFLING,
     SOFTMAX,
     ElementwiseAffine,
     MaskedReLU,
@@ -200,7 +201,7 @@ class ChainBuilder:
 
     def root(self, at: int) -> int:
         """The node that node `at` may be a view of, by reshaping or selecting."""
-        while isinstance(self.nodes[at].value, (*RESHAPING, Rearrange)):
+        while isinstance(self.nodes[at].value, (*RESHAPING, *SHUFFLING, Rearrange)):
             at = self.nodes[at].inputs[0]
         return at
 

@@ -42,7 +42,7 @@ AGREE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.1, torch.bfl
 _WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 # What is read within `reading_once`: by module and shape, with the module, whose id must stay its own.
-_Read = dict[tuple[int, Shape | None], tuple[nn.Module, nn.Sequential]]
+_Read = dict[tuple[int, Shape | None], tuple[nn.Module, nn.Sequential, Graph]]
 _READ: ContextVar[_Read | None] = ContextVar("torchreach_read", default=None)
 
 
@@ -84,33 +84,35 @@ def chain(module: nn.Module, input_shape: Shape | None = None) -> nn.Sequential:
         InvalidNetworkError: a parameter is NaN or infinite, a scale not positive, a zero point out of range.
         ShapeError: a layer does not accept what `input_shape` leads to.
     """
+    return _read(module, input_shape)[0]
+
+
+def graph(module: nn.Module, input_shape: Shape) -> Graph:
+    """`module` as the graph that it is read from, before it is lowered: what torch executes, node by node.
+
+    Arguments and errors as `chain`.
+    """
+    return _read(module, input_shape)[1]
+
+
+def _read(module: nn.Module, input_shape: Shape | None) -> tuple[nn.Sequential, Graph]:
     check_module(module)
     shape, known = _checked_shape(input_shape), _READ.get()
     if known is not None and (id(module), shape) in known:
-        return known[id(module), shape][1]
+        return known[id(module), shape][1:]
     check_finite(module, skip=observers(module))
     builder = ChainBuilder(shape)
     _refuse_stuck(builder, module)
     _add(builder, module, "")
+    executed = Graph.to(builder.nodes, builder.at)
     result = builder.finish(warn=module not in _WARNED)
     if builder.uncalibrated:
         _WARNED.add(module)
     if builder.traced and not builder.deployed and builder.input_shape is not None:
         _check_traced(builder, module, result)
     if known is not None:
-        known[id(module), shape] = module, result
-    return result
-
-
-def graph(module: nn.Module, input_shape: Shape) -> Graph:
-    """`module` as the graph that it is read from, before it is lowered: what torch executes, node by node.
-
-    Arguments and errors as `chain`, which checks it too; a network that rounds activations has none.
-    """
-    chain(module, input_shape)
-    builder = ChainBuilder(_checked_shape(input_shape))
-    _add(builder, module, "")
-    return Graph.to(builder.nodes, builder.at)
+        known[id(module), shape] = module, result, executed
+    return result, executed
 
 
 def weight_only(module: nn.Module, input_shape: Shape | None = None) -> WeightOnly:

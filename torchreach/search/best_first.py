@@ -60,8 +60,8 @@ def best_first(
     question: Question,
     lower: Callable[[], Tensor],
     *,
+    full: Callable[[Work], bool],
     batch: int = 1,
-    full: Callable[[Work], bool] = lambda _: False,
 ) -> Iterator[State]:
     """States of a search, one per batch; it ends with nothing open, when `full`, or when `divide` raises OutOfTime.
 

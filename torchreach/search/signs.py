@@ -277,34 +277,28 @@ def search_signs(
     packed = [h.pack().expand(2 * n, -1, -1) for h in net.root]
     numbers = min(CHUNK, memory / (8 * WORKING)) / (VERTICES * max([1, *(len(free) for free in net.free)]))
     limit = max(int(numbers), 1)  # rows that one descent takes
-    found = _bounded(net, packed, None, objectives, question.enough(best.lower).flatten(), best, limit, clock)
-    bound, slopes, split, more = found
-    bound = torch.minimum(bound, torch.cat((output.du[0], -output.dl[0])))
-    row = torch.arange(2 * n, device=low.device)
-    leaf = (~more & (bound > question.enough(best.lower).flatten())).nonzero().flatten()
-    if len(leaf):
-        slopes_of = [s[:, leaf] for s in slopes]
-        found = _finish(net, [h[leaf] for h in packed], slopes_of, objectives, leaf, best, question, clock)
-        bound[leaf] = torch.minimum(bound[leaf], found)
+
+    def bounded(hexagons: list[Tensor], slopes: list[Tensor] | None, row: Tensor, caps: Tensor) -> Branches:
+        """Branches with bounds, at most `caps`; those without a sign to split are solved."""
+        enough = question.enough(best.lower).flatten()[row]
+        bound, own, split, more = _bounded(net, hexagons, slopes, objectives[row], enough, best, limit, clock)
+        bound = torch.minimum(bound, caps)
+        leaf = (~more & (bound > enough)).nonzero().flatten()
+        if len(leaf):
+            slopes_of = [s[:, leaf] for s in own]
+            found = _finish(net, [h[leaf] for h in hexagons], slopes_of, objectives, row[leaf], best, question, clock)
+            bound[leaf] = torch.minimum(bound[leaf], found)
+        return Branches(hexagons, own, row, bound, split, more)
 
     def divide(old: Branches) -> Branches:
         new = old.children()
-        enough = question.enough(best.lower).flatten()[new.row]
-        found = _bounded(net, new.hexagons, new.slopes, objectives[new.row], enough, best, limit, clock)
-        bound, slopes, split, more = found
-        bound = torch.minimum(bound, new.bound)
-        leaf = (~more & (bound > enough)).nonzero().flatten()
-        if len(leaf):
-            slopes_of = [s[:, leaf] for s in slopes]
-            hexagons = [h[leaf] for h in new.hexagons]
-            found = _finish(net, hexagons, slopes_of, objectives, new.row[leaf], best, question, clock)
-            bound[leaf] = torch.minimum(bound[leaf], found)
-        return Branches(new.hexagons, slopes, new.row, bound, split, more)
+        return bounded(new.hexagons, new.slopes, new.row, new.bound)
 
     def full(left: Branches) -> bool:
         return left.bytes * COPIES > memory or clock.over
 
-    left = Branches(packed, slopes, row, bound, split, more)
+    caps = torch.cat((output.du[0], -output.dl[0]))
+    left = bounded(packed, None, torch.arange(2 * n, device=low.device), caps)
     most = min(batch, max(limit // 2, 1))
     for state in best_first(left, divide, question, lambda: best.lower, batch=most, full=full):
         yield SearchResult(best.lower, state.upper, best.witness, state.branches, state.open, state.closed)

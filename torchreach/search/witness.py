@@ -73,7 +73,7 @@ def ascend(
 
 def _smooth(pair: Pair, x: Tensor, width: float) -> Tensor:
     """y1 - y2 [B, N_out] with softplus of relative width `width` in place of ReLU; 0 for ReLU itself."""
-    z, d = (part + b for part, b in zip(pair.maps[0].forth(x), (pair.b[0], pair.db[0]), strict=True))
+    z, d = pair.affine(0, x)
     for k in range(1, pair.depth):
         if width:
             w = width * z.detach().abs().mean().clamp(min=1e-12)
@@ -84,5 +84,5 @@ def _smooth(pair: Pair, x: Tensor, width: float) -> Tensor:
         for f, i in pair.first[k - 1].curves:
             values = f.value(z[:, i]), f.value(z[:, i] - d[:, i])
             a, e = a.index_copy(1, i, values[0]), e.index_copy(1, i, values[0] - values[1])
-        z, d = (part + b for part, b in zip(pair.maps[k].forth(a, e), (pair.b[k], pair.db[k]), strict=True))
+        z, d = pair.affine(k, a, e)
     return d
