@@ -161,7 +161,7 @@ def test_searches_keep_the_last_state_when_the_clock_ends(search) -> None:
     root = difference_bounds(pair, lower[None], upper[None])
     y, error = pair.evaluate(samples(lower[None], upper[None], 5000, 0)[:, 0])
     for looks in (0, 12, 60):
-        states = list(search(pair, lower, upper, SIGNED, root=root, clock=expiring(looks), starts=2, batch=8))
+        states = list(search(pair, lower, upper, SIGNED, root=root, clock=expiring(looks), starts=2))
         assert not states[-1].closed
         assert ((y - error).amax(0) <= states[-1].upper[0]).all()
         assert ((-y - error).amax(0) <= states[-1].upper[1]).all()

@@ -475,7 +475,9 @@ def test_noise_of_affine_steps_is_bounded_everywhere():
     """Zonotopes, exact reach's error bound, reduced networks and difference bounds all contain a noisy network."""
     from dataclasses import replace
 
-    from torchreach.domains.difference import difference_bounds, quick_bounds
+    from torchreach.domains.box_difference import quick_bounds
+    from torchreach.domains.difference import difference_bounds
+    from torchreach.domains.joint import Both
     from torchreach.domains.pair import Pair
     from torchreach.domains.zonotope import box_rows, interval_bounds, zonotope_bounds
     from torchreach.graph.reduced import reduce
@@ -510,7 +512,7 @@ def test_noise_of_affine_steps_is_bounded_everywhere():
     d = y1 - y2
     output = difference_bounds(pair, low, high)[-1]
     assert bool((d >= output.dl).all() and (d <= output.du).all())
-    _, value, _ = quick_bounds(pair, low, high)
+    value = quick_bounds(Both.of(pair.first, pair.second, pair), low, high).upper
     assert bool((d <= value[0, 0]).all() and (-d <= value[0, 1]).all())
     question = deployed.Question("signed", 0.05)
     *_, last = islice(deployed.search_signs(pair, low[0], high[0], question), 10)

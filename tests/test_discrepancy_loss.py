@@ -18,7 +18,9 @@ from tests.networks import DEVICES, random_network, rounded_copy
 from tests.test_difference import boxes, noisy_copy, pair_of, samples
 from torchreach.compress.constraints import Constraints
 from torchreach.core.errors import InvalidNetworkError, InvalidSetError, OptionError, ShapeError, UnsupportedLayerError
-from torchreach.domains.difference import quick_bounds
+from torchreach.domains.difference import Backward
+from torchreach.domains.hexagon import Hexagon
+from torchreach.domains.pair import Pair
 from torchreach.graph.quantizer import Quantizer
 
 SHAPES = ([3, 4], [4, 12, 8, 3], [6, 10, 10, 10, 2], [20, 16, 12, 4])
@@ -52,14 +54,29 @@ def test_no_sample_exceeds_the_loss(sizes: list[int], dtype: torch.dtype, device
         assert (y.amax(0) >= 0.05 * bound).all()
 
 
+def closed_bounds(pair: Pair, lower: Tensor, upper: Tensor) -> Tensor:
+    """Bounds of y1 - y2 and y2 - y1 with all rows multiplied out: z and d backward, by closed-form planes."""
+    work = Backward(pair, lower, upper)
+    for k in range(pair.depth - 1):
+        W, V, D = work.columns(k, torch.arange(len(pair.b[k])))
+        alpha, beta = torch.cat((W, D)), torch.cat((torch.zeros_like(V), V))
+        value = work.bound(torch.cat((alpha, -alpha))[None], torch.cat((beta, -beta))[None], work.closed)[0]
+        constant, error = torch.cat((pair.b[k], pair.db[k])), torch.cat(work.errors[k], 1)
+        value = value + torch.cat((constant, -constant)) + error.repeat(1, 2)
+        u1, du, l1, dl = value.reshape(len(lower), 4, -1).unbind(1)
+        inf = torch.full_like(u1, torch.inf)
+        work.add(Hexagon(-l1, u1, -inf, inf, -dl, du).tightened())
+    return work.difference(work.closed)[0].expand(len(lower), -1).reshape(len(lower), 2, -1)
+
+
 @pytest.mark.parametrize("sizes", SHAPES, ids=str)
-def test_the_value_is_that_of_quick_bounds(sizes: list[int]) -> None:
+def test_the_value_is_that_of_backward_bounds_of_every_neuron(sizes: list[int]) -> None:
     for seed, noise in enumerate(NOISE):
         original = random_network(seed, sizes)
         student = noisy_copy(original, noise, seed)
         lower, upper = boxes(seed, 4, sizes[0])
         lower[:, 1] = upper[:, 1]  # a coordinate without width
-        expected = quick_bounds(pair_of(original, student, (sizes[0],)), lower, upper)[1].amax(1)
+        expected = closed_bounds(pair_of(original, student, (sizes[0],)), lower, upper).amax(1)
         found = tr.DiscrepancyLoss(original, student, reduction="none")(lower, upper)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
 

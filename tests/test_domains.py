@@ -19,7 +19,9 @@ from torch.nn import functional as F
 
 import torchreach as tr
 from torchreach.core.options import Exact
-from torchreach.domains.difference import difference_bounds, interval_difference, quick_bounds
+from torchreach.domains.box_difference import quick_bounds
+from torchreach.domains.difference import difference_bounds, interval_difference
+from torchreach.domains.joint import Both, joint_bounds
 from torchreach.domains.pair import Pair
 from torchreach.domains.root import root_bounds
 from torchreach.domains.zonotope import box_rows, interval_bounds, zonotope_bounds
@@ -235,7 +237,12 @@ def by_interval(pair: Pair) -> Ends:
 
 
 def quick(pair: Pair) -> Ends:
-    above = quick_bounds(pair, *box())[1]
+    above = quick_bounds(Both.of(pair.first, pair.second, pair), *box()).upper
+    return -above[:, 1], above[:, 0]
+
+
+def by_joint(pair: Pair) -> Ends:
+    above = joint_bounds(Both.of(pair.first, pair.second), *box()).upper
     return -above[:, 1], above[:, 0]
 
 
@@ -255,11 +262,13 @@ DOMAINS: dict[str, tuple[str, Callable[[str, torch.dtype], Ends]]] = {
     "hexagon, second": ("z", compared(by_hexagon("l2", "u2"))),
     "difference": ("d", compared(by_hexagon("dl", "du"))),
     "difference, quick": ("d", compared(quick)),
+    "difference, joint": ("d", compared(by_joint)),
     "difference, interval": ("d", compared(by_interval)),
     "hexagon by layers, first": ("y", compared(by_layers(by_hexagon("l1", "u1")))),
     "hexagon by layers, second": ("z", compared(by_layers(by_hexagon("l2", "u2")))),
     "difference by layers": ("d", compared(by_layers(by_hexagon("dl", "du")))),
     "difference by layers, quick": ("d", compared(by_layers(quick))),
+    "difference by layers, joint": ("d", compared(by_layers(by_joint))),
     "difference by layers, interval": ("d", compared(by_layers(by_interval))),
     "auto_LiRPA": ("y", by_lirpa),
 }

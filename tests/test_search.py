@@ -271,12 +271,12 @@ def test_boxes_that_a_finisher_bounds_are_not_halved() -> None:
     alone = latest(search_boxes(pair, lower, upper, Question("signed", 1e-5)), branches=5000)
     calls = []
 
-    def finish(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    def finish(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, int]:
         assert (low <= high).all()
         calls.append(len(low))
-        return alone.upper.expand(len(low), -1, -1), alone.witness.expand(len(low), -1, -1, -1)
+        return alone.upper.expand(len(low), -1, -1), alone.witness.expand(len(low), -1, -1, -1), 1
 
-    state = next(search_boxes(pair, lower, upper, Question("signed", 1e-4), finish=finish))
+    state = latest(search_boxes(pair, lower, upper, Question("signed", 1e-4), finish=finish))
     assert calls == [1]
     assert state.closed
     assert (state.upper <= alone.upper).all()

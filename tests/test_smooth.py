@@ -17,8 +17,10 @@ from torch.nn import functional as F
 
 import torchreach as tr
 from torchreach.core.errors import OptionError, UnsupportedLayerError
-from torchreach.domains.difference import difference_bounds, interval_difference, quick_bounds
+from torchreach.domains.box_difference import quick_bounds
+from torchreach.domains.difference import difference_bounds, interval_difference
 from torchreach.domains.hexagon import Hexagon
+from torchreach.domains.joint import Both
 from torchreach.domains.pair import Pair
 from torchreach.domains.smooth import Cells, CurvePlanes, activated
 from torchreach.domains.zonotope import box_rows, interval_bounds, zonotope_bounds
@@ -351,7 +353,7 @@ def test_bounds_of_every_layer_hold_and_nest(name: str) -> None:
     pair = Pair.of(both[0], both[1])
     rows, slack = box_rows(lower, upper)
     full, interval = difference_bounds(pair, lower, upper), interval_difference(pair, lower, upper)
-    quick = quick_bounds(pair, lower, upper)[1]
+    quick = quick_bounds(Both.of(*both, pair), lower, upper).upper
     zonotopes, intervals = zonotope_bounds(both[0], rows, slack), interval_bounds(both[0], rows, slack)
     x = lower[:, None] + (upper - lower)[:, None] * random(8, 2, 3000, 3)
     with torch.no_grad():
@@ -472,14 +474,19 @@ def test_exact_reach_names_the_activation_and_the_cure() -> None:
             call()
 
 
-def test_networks_that_make_no_pair_are_refused_with_both_reasons() -> None:
-    first, second = network(nn.Tanh(), [2, 3, 2]), network(nn.Sigmoid(), [2, 3, 2])
-    with pytest.raises(UnsupportedLayerError, match=r"same smooth activations.*Tanh.*Sigmoid"):
-        tr.discrepancy(first, second, box(2, 1.0))
-    with pytest.raises(UnsupportedLayerError, match=r"GELU\(\); GELU\(approximate='tanh'\)"):
-        tr.discrepancy(network(nn.GELU(), [2, 3, 2]), network(nn.GELU("tanh"), [2, 3, 2]), box(2, 1.0))
-    with pytest.raises(UnsupportedLayerError, match="one architecture.*exact reach"):
-        tr.discrepancy(first, network(nn.Tanh(), [2, 4, 2]), box(2, 1.0))
+@pytest.mark.parametrize(
+    "second",
+    [(nn.Sigmoid(), [2, 3, 2]), (nn.ReLU(), [2, 3, 2]), (nn.Tanh(), [2, 4, 3, 2])],
+    ids=["another function", "ReLU", "another shape"],
+)
+def test_networks_that_make_no_pair_are_bounded_jointly(second: tuple[nn.Module, list[int]]) -> None:
+    first, other = network(nn.Tanh(), [2, 3, 2]), network(*second)
+    found = tr.discrepancy(first, other, box(2, 1.0), gap=1e-3, budget=tr.Budget(stars=3000))
+    x = 2 * random(3, 20_000, 2) - 1
+    with torch.no_grad():
+        y = (first(x) - other(x)).abs()
+    assert (y.amax(0) <= found.upper[0]).all()
+    assert (found.upper - found.lower).max() < 1e-2
 
 
 def test_half_precision_is_read_as_real_valued_only_on_request() -> None:

@@ -36,12 +36,12 @@ class Exact:
 
 @dataclass(frozen=True)
 class Search:
-    """Branch and bound on the difference of two networks of one architecture.
+    """Branch and bound on the difference of two networks.
 
     Attributes:
         split: "inputs" (halves boxes and enumerates the small ones; effort grows exponentially in the number of
-            inputs that vary), "signs" (splits on the signs of single neurons; for many inputs), or "auto": inputs
-            up to five that vary.
+            inputs that vary), "signs" (splits on the signs of single neurons; for many inputs, and networks of one
+            architecture), or "auto": inputs up to five that vary, and where signs cannot be split.
         seed: of the random starts of the witness search.
     """
 

@@ -30,12 +30,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.errors import InvalidNetworkError, InvalidSetError, ShapeError
+from torchreach.core.masks import leading
 from torchreach.core.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF
 from torchreach.domains.hexagon import Graph, Hexagon, height, height_allowance, planes, start_slopes
 from torchreach.domains.pair import Pair
@@ -71,6 +73,8 @@ class Backward:
     free: list[Tensor] = field(default_factory=list)
     curves: list[list[CurvePlanes]] = field(default_factory=list)
     parts: list[tuple[Maps, Tensor, Tensor]] = field(default_factory=list)  # of the layers' maps, b, b - c
+    lists: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of `closed`: places, which count
+    scores: dict[int, Tensor] | None = None  # takes, of `closed`, the largest heights of planes [B, N]
     off: Tensor | None = None
     clock: Clock = NO_LIMIT  # looked at in every layer; OutOfTime
 
@@ -112,10 +116,10 @@ class Backward:
         self.free.append(undecided.nonzero().flatten())
 
     def columns(self, k: int, rows: Tensor) -> tuple[Tensor, ...]:
-        """W, V, D of some rows of layer k, on the neurons that are on of the layer before."""
+        """W, V, D of rows [...] of layer k, on the neurons that are on of the layer before."""
         before = self.on[k - 1] if k else None
         parts = self.pair.maps[k].rows(rows)
-        return tuple(part if before is None else part[:, before] for part in parts)
+        return tuple(part if before is None else part[..., before] for part in parts)
 
     def back(self, k: int, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Coefficients alpha, beta [..., N_in] and the constant [...] of p . z + q . d of hidden layer k.
@@ -161,15 +165,30 @@ class Backward:
         return (p.abs() @ P[:, :, None] + q.abs() @ Q[:, :, None])[..., 0]
 
     def closed(self, k: int, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rule: closed-form planes."""
-        hexagon, free = self.hexagons[k], self.free[k]
+        """Rule: closed-form planes, for the neurons that are undecided in each box."""
+        hexagon = self.hexagons[k]
+        if k not in self.lists:
+            undecided = torch.zeros_like(hexagon.l1, dtype=torch.bool)
+            undecided[:, self.free[k]] = ~hexagon.map(lambda part: part[:, self.free[k]]).settled()
+            index = leading(undecided, int(undecided.sum(1).max()) if undecided.numel() else 0)
+            self.lists[k] = index, undecided.gather(1, index)
+        index, undecided = self.lists[k]
         terms = alpha.shape[-1] + 8 * self.pair.depth
         p, q = _settled(hexagon, alpha, beta)
-        part = hexagon.map(lambda values: values[:, free])
-        slopes_p, slopes_q, raised = planes(part, alpha[..., free], beta[..., free], terms)
         # Where both signs are settled only alpha + beta is rounded.
         loss = 2 * terms * UNIT_ROUNDOFF * (p.abs() @ hexagon.sizes()[0][:, :, None])[..., 0]
-        p, q = p.index_copy(-1, free, slopes_p), q.index_copy(-1, free, slopes_q)
+        rows = index[:, None].expand(-1, alpha.shape[1], -1)
+        shape = (len(hexagon.l1), *alpha.shape[1:])
+        alpha_, beta_ = (part.expand(shape).gather(2, rows) for part in (alpha, beta))
+        *slopes, raised = planes(hexagon.map(lambda part: part.gather(1, index)), alpha_, beta_, terms)
+        if self.scores is not None:
+            score = torch.where(undecided, raised.amax(1), 0.0)
+            self.scores[k] = torch.zeros_like(hexagon.l1).scatter(1, index, score)
+        raised = torch.where(undecided[:, None], raised, 0.0).sum(2)
+        p, q = (
+            part.scatter(2, rows, torch.where(undecided[:, None], slope, part.gather(2, rows)))
+            for part, slope in zip((p, q), slopes, strict=True)
+        )
         return self._curved(k, alpha, beta, p, q, raised + loss)
 
     def best(self, k: int, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -253,49 +272,16 @@ def difference_bounds(
     return result
 
 
-@torch.no_grad()
-def quick_bounds(
-    pair: Pair, lower: Tensor, upper: Tensor, *, clock: Clock = NO_LIMIT
-) -> tuple[list[Hexagon], Tensor, Tensor]:
-    """The same for many small boxes at once, looser and several times faster: closed-form planes, z and d only.
+class Takes(Protocol):
+    """Who takes boxes of so many inputs, on which device."""
 
-    Args: lower, upper: [B, N_in] as `checked_boxes` returns them.
-    Returns: hexagons of the hidden layers; bounds [B, 2, N_out] above y1 - y2 (row 0) and y2 - y1 (row 1);
-        coefficients [B, 2, N_out, N_in] of these objectives on the input.
-    Raises: OutOfTime: the clock is over.
-    """
-    work, layers = Backward(pair, lower, upper, clock=clock), []
-    limit = max(CHUNK // (4 * len(lower) * pair.widest), 1)
-    for k in range(pair.depth):
-        last = k == pair.depth - 1
-        if last:
-            value, x = work.difference(work.closed)
-            if pair.shared == pair.depth:
-                value = torch.zeros_like(value)
-            shape = (len(lower), 2, pair.outputs)
-            return (
-                layers,
-                value.expand(len(lower), -1).reshape(shape),
-                x.expand(len(lower), -1, -1).reshape(*shape, -1),
-            )
-        parts = []
-        for some in torch.arange(len(pair.b[k]), device=pair.device).split(limit):
-            W, V, D = work.columns(k, some)
-            alpha, beta = torch.cat((W, D)), torch.cat((torch.zeros_like(V), V))
-            value = work.bound(torch.cat((alpha, -alpha))[None], torch.cat((beta, -beta))[None], work.closed)[0]
-            constant = torch.cat((pair.b[k][some], pair.db[k][some]))
-            error = torch.cat([each[:, some] for each in work.errors[k]], 1)
-            value = value + torch.cat((constant, -constant)) + error.repeat(1, 2)
-            parts.append(value.reshape(len(lower), 4, -1))
-        # z2 = z - d is bounded through z and d: rows of its own gain little where the networks are close
-        u1, du, l1, dl = torch.cat(parts, 2).unbind(1)
-        inf = torch.full_like(u1, torch.inf)
-        layers.append(Hexagon(-l1, u1, -inf, inf, -dl, du).tightened())
-        work.add(layers[-1])
-    raise AssertionError("a network has at least one affine layer")
+    @property
+    def inputs(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
 
 
-def checked_boxes(pair: Pair, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+def checked_boxes(pair: Takes, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     """Boxes [B, N_in] in float64 on the pair's device.
 
     Raises: ShapeError, InvalidSetError: what `difference_bounds` says.
@@ -365,10 +351,10 @@ def _zonotopes(work: Backward, clock: Clock, memory: float) -> list[Bounds]:
 def _cheap(work: Backward, before: Hexagon, first: Ends, second: Ends) -> Hexagon:
     """Bounds of the first layer not yet added: both networks' (lower, upper), and z - z2 from the layer `before`."""
     k = len(work.hexagons)
-    return Hexagon(*first, *second, *_forward(work.pair, k, before, work.errors[k][1])).tightened()
+    return Hexagon(*first, *second, *forward_difference(work.pair, k, before, work.errors[k][1])).tightened()
 
 
-def _forward(pair: Pair, k: int, before: Hexagon, Q: Tensor) -> Ends:
+def forward_difference(pair: Pair, k: int, before: Hexagon, Q: Tensor) -> Ends:
     """Bounds of z - z2 of layer k by interval arithmetic, from bounds of the layer before; Q as `Pair.error`."""
     (a, da), (e, de) = map(_middle, activated(pair.first[k - 1], before))
     middle, radius = (
@@ -400,7 +386,7 @@ def interval_difference(pair: Pair, lower: Tensor, upper: Tensor) -> Hexagon:
             d, dd = pair.maps[k].forth(a)[1] + pair.db[k], pair.maps[k].spread(da) + Q
             ends = d - dd, d + dd
         else:
-            ends = _forward(pair, k, before, Q)
+            ends = forward_difference(pair, k, before, Q)
         before = Hexagon(z - dz, z + dz, y - dy, y + dy, *ends).tightened()
         if k < pair.shared:
             zero = torch.zeros_like(dz)

@@ -253,7 +253,7 @@ def _share(part: Tensor, rest: Tensor) -> Tensor:
 
 
 def planes(hexagon: Hexagon, alpha: Tensor, beta: Tensor, terms: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Closed-form planes above alpha a + beta e: slopes p, q [B, R, N], summed height [B, R]; no vertices.
+    """Closed-form planes above alpha a + beta e: slopes p, q and heights [B, R, N]; no vertices.
 
     The triangle bounds a; of the four planes above, the lowest at the middle bounds e. Looser than vertex heights
     of the same slopes where a and e trade off, and several times faster. `terms` as in `height_allowance`.
@@ -297,5 +297,5 @@ def planes(hexagon: Hexagon, alpha: Tensor, beta: Tensor, terms: int) -> tuple[T
     z, d = (part[:, None] for part in hexagon.sizes())
     apart = torch.where((best[0] == 3) & ~flat, size, zero)
     gamma = 2 * (terms + 16) * UNIT_ROUNDOFF
-    allowance = gamma * ((alpha.abs() + pe.abs() + apart) * z + (size + qe.abs()) * d).sum(2)
-    return pa + pe, qe, ra.sum(2) + (size * r).sum(2) + allowance
+    allowance = gamma * ((alpha.abs() + pe.abs() + apart) * z + (size + qe.abs()) * d)
+    return pa + pe, qe, ra + size * r + allowance

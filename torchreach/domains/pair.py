@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +20,10 @@ from torchreach.graph.twins import Twins, is_matrix, twins
 
 # Bytes of zonotopes that say how far features without ReLU are to be shifted; from there on intervals say it.
 SHIFT_BYTES = 2**27
+
+log = logging.getLogger(__name__)
+
+Activate = Callable[[Step, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +103,27 @@ class Pair:
             0 if live else next((k for k, equal in enumerate(same) if not equal), len(same)),
         )
 
+    @staticmethod
+    def fitting(
+        first: tuple[Step, ...],
+        second: tuple[Step, ...],
+        box: tuple[Tensor, Tensor] | None = None,
+        *,
+        clock: Clock = NO_LIMIT,
+    ) -> Pair | None:
+        """Pair of two networks' steps as of `of`, None where they are none. OutOfTime between two layers."""
+        return Pair.of(first, second, box, clock=clock) if Pair.matches(first, second) else None
+
+    @staticmethod
+    def matches(first: tuple[Step, ...], second: tuple[Step, ...]) -> bool:
+        """Whether two networks' steps make a pair."""
+        try:
+            Pair.check(first, second)
+        except (ShapeError, UnsupportedLayerError) as error:
+            log.info("no difference bounds: %s", error)
+            return False
+        return True
+
     @property
     def depth(self) -> int:
         return len(self.maps)
@@ -166,6 +193,15 @@ class Pair:
         first, second = (step.with_noise(zero) for step in (self.first[k], self.second[k]))
         return first, first + second
 
+    @property
+    def features(self) -> int:
+        """Of all values of one network together."""
+        return sum(step.features for step in self.first)
+
+    def values(self, x: Tensor, activate: Activate) -> Tensor:
+        """y1 - y2 [B, N_out], differentiable, with another function in place of each step's activation."""
+        return difference_of((self.first, self.second), x, activate)
+
     @torch.no_grad()
     def evaluate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y1 - y2 [B, N_out] at inputs x [B, N_in], and a bound on what rounding did to it.
@@ -197,6 +233,18 @@ class Pair:
                 rounded = first + second + 4 * UNIT_ROUNDOFF * (value[0].abs() + value[1].abs())
                 e, e_error = e.index_copy(1, i, value[0] - value[1]), e_error.index_copy(1, i, rounded)
         raise AssertionError("a network has at least one affine layer")
+
+
+def difference_of(networks: Sequence[tuple[Step, ...]], x: Tensor, activate: Activate) -> Tensor:
+    """The first network's outputs [B, N_out], less the second's if there is one; activate: see `Pair.values`."""
+    result = x.new_zeros(())
+    for sign, steps in zip((1, -1), networks, strict=False):
+        y = x
+        for step in steps:
+            z = step.linear(y) + step.bias
+            y = z if step.relu is None else activate(step, z)
+        result = result + sign * y
+    return result
 
 
 def _shifted(

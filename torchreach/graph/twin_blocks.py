@@ -91,11 +91,17 @@ class Blocks:
 
     def rows(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         unit = F.one_hot(index, self.shape[0]).to(self.dtype)
-        W, _ = self._back(unit, None)
         D, V = self.back(None, unit)
-        assert W is not None
         assert V is not None
-        return W, V, D
+        return self.transpose(unit), V, D
+
+    def own_rows(self, index: Tensor) -> Tensor:
+        return self.transpose(F.one_hot(index, self.shape[0]).to(self.dtype))
+
+    def transpose(self, y: Tensor) -> Tensor:
+        found, _ = self._back(y.flatten(0, -2), None)
+        assert found is not None
+        return found.reshape(*y.shape[:-1], self.shape[1])
 
     def back(self, p: Side, q: Tensor, *, beta: bool = True) -> tuple[Tensor, Side]:
         shape = (*q.shape[:-1], self.shape[1])

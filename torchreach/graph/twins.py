@@ -63,7 +63,15 @@ class Twins(Maps, Protocol):
         ...
 
     def rows(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows `index` [R] of W, V, D: [R, N_in] each."""
+        """Rows `index` [...] of W, V, D: [..., N_in] each."""
+        ...
+
+    def own_rows(self, index: Tensor) -> Tensor:
+        """Rows `index` [...] of W alone."""
+        ...
+
+    def transpose(self, y: Tensor) -> Tensor:
+        """W^T y: [..., N_out] -> [..., N_in]."""
         ...
 
     def spread(self, a: Tensor) -> Tensor:
@@ -112,6 +120,12 @@ class Matrices:
     def rows(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.W[index], self.V[index], self.D[index]
 
+    def own_rows(self, index: Tensor) -> Tensor:
+        return self.W[index]
+
+    def transpose(self, y: Tensor) -> Tensor:
+        return y @ self.W
+
     def spread(self, a: Tensor) -> Tensor:
         return a @ self.D.abs().T
 
@@ -144,7 +158,8 @@ def twins(first: Step, second: Step, *, live: bool = False, clock: Clock = NO_LI
     own = None if live or plain or entries <= SMALL else blocks(first, second)
     if own is None or (not own.matched and entries <= LARGE):
         with torch.set_grad_enabled(live and torch.is_grad_enabled()):
-            W, V = dense(first, clock), dense(second, clock)
+            W = dense(first, clock)
+            V = W if first is second else dense(second, clock)
         # Equal layers are composed alike: then W - V is zero, and right.
         rounded = None if plain or alike(first.block, second.block) else (first, second)
         return Matrices(W, V, W - V, rounded)

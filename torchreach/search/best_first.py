@@ -61,12 +61,13 @@ def best_first(
     lower: Callable[[], Tensor],
     *,
     full: Callable[[Work], bool],
-    batch: int = 1,
+    batch: Callable[[Work, Tensor], int],
 ) -> Iterator[State]:
     """States of a search, one per batch; it ends with nothing open, when `full`, or when `divide` raises OutOfTime.
 
     left: the root, bounded. divide: bounded parts that cover what it is given. lower: what is attained [2, N_out] by
-    now. full: whether the open sub-problems are as many as there may be, or the time is over.
+    now. full: whether the open sub-problems are as many as there may be, or the time is over. batch: how many of the
+    open ones to divide at a time, given by how much each exceeds what is asked first.
     """
     finished, branches = torch.full_like(lower(), -torch.inf), len(left)
     while True:
@@ -79,11 +80,12 @@ def best_first(
         yield State(upper, branches, len(left), bool((upper <= enough).all()))
         if not len(left) or full(left):
             return
-        # The larger side of an output first, where each side is to be closed on its own.
-        excess = left.excess(question.urgent(met))
-        if not bool((excess > 0).any()):
-            excess = left.excess(enough)
-        chosen = excess.topk(min(batch, len(left))).indices
+        excess = torch.zeros(0)
+        for level in question.levels(met):
+            excess = left.excess(level)
+            if bool((excess > 0).any()):
+                break
+        chosen = excess.topk(min(batch(left, excess), len(left))).indices
         rest = torch.ones(len(left), dtype=torch.bool, device=excess.device)
         rest[chosen] = False
         try:

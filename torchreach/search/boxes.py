@@ -1,45 +1,59 @@
-"""Branch and bound by input splitting, for boxes of few dimensions.
+"""Branch and bound by input splitting, for boxes of few dimensions and networks of any two shapes.
 
-Method: best first, in batches; a box is bounded by `quick_bounds`, which renews the bounds of every layer on it,
-    and halved along the input that matters most: its width times the sum of its shares in the first layer's
-    undecided neurons and in the objectives' coefficients on the input. A box with few undecided neurons is given to
-    `finish`, if there is one (exact enumeration: a small box has fewer regions than bounding its halves costs).
+Method: best first, in batches. A box is bounded backward through both networks at once (`joint_bounds`), with the signs
+    that its parent found; where that was worth its price on boxes like it, and the networks are of one architecture, in
+    difference coordinates too (`quick_bounds`), and the better of both holds. It is halved along the input whose width
+    makes most of the gap between bounds and networks (`JointBounds.influence`). A box with few undecided neurons is
+    given to `finish`, if there is one, when its turn comes (exact enumeration: its regions are found in the time that
+    bounding some dozens of its parts takes).
 Property: anytime; every state is certified, and its interval lies in the one before.
 Requirement: effort grows exponentially in the number of inputs whose width matters (up to about 8).
 Reference: ReluDiff and NeuroDiff (Paulsen et al. 2020) split inputs in the same question.
 
-Axis letters: B boxes.
+Axis letters: B boxes, H hidden neurons of both networks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.core.errors import ShapeError
-from torchreach.domains.difference import CHUNK, checked_boxes, difference_bounds, quick_bounds
+from torchreach.domains.box_difference import quick_bounds
+from torchreach.domains.difference import Takes, checked_boxes, difference_bounds
 from torchreach.domains.hexagon import Hexagon
+from torchreach.domains.joint import NUMBERS, Both, joint_bounds
 from torchreach.domains.pair import Pair
 from torchreach.search.best_first import best_first, largest, largest_excess
 from torchreach.search.result import Best, Constraints, Finish, Question, SearchResult
 from torchreach.search.witness import ascend
 
 # Undecided neurons of a box that `finish` takes. Measured on pairs of 300 neurons each with 5 inputs: up to a thousand
-# regions, which are enumerated in the time that bounding the two halves takes. Fewer where a threshold is asked for:
-# a bound of a half is then often enough, and exact values are rarely needed.
+# regions, which are enumerated in the time that bounding some dozens of boxes takes. Fewer where a threshold is asked
+# for: a bound of a half is then often enough, and exact values are rarely needed.
 FEW, FEW_AT_THRESHOLD = 40, 12
+# So many regions of those `NEAR` to what is attained per bounded box, and of any besides. A box of n undecided neurons
+# was seen to have about n^GROWTH.
+REGIONS, CREDIT, GROWTH, NEAR = 32, 12000, 2.45, 0.1
+FINISHED = 1024  # boxes that `finish` gets in one round at most
+# Boxes halved in one round at most, and undecided neurons in all of them, 8 more counted for each box.
+BATCH, ROUND, PART = 2048, 2**15, 0.5
 # Copies of the open boxes that one round holds at most.
 COPIES = 3
 WORKING = 96  # copies of one layer's coefficients that bounding boxes holds at most, and that the allocator keeps
+# With difference coordinates a box costs this many times as much as without: they are worth it where they reduce its
+# excess by the factor that joint bounds do to this power, and at all. So many boxes of a size class tell; older ones
+# count by this factor less every round.
+PRICE, IDLE, TRIALS, MEMORY = 2.5, 0.95, 4, 0.9
 
 
 @torch.no_grad()
 def search_boxes(
-    pair: Pair,
+    compared: Both | Pair,
     lower: Tensor,
     upper: Tensor,
     question: Question | None = None,
@@ -47,7 +61,7 @@ def search_boxes(
     constraints: Constraints | None = None,
     finish: Finish | None = None,
     memory: float = torch.inf,
-    batch: int = 64,
+    batch: int = BATCH,
     starts: int = 8,
     seed: int = 0,
     root: tuple[Hexagon, ...] | None = None,
@@ -59,7 +73,7 @@ def search_boxes(
         constraints: the part of the box that counts; witnesses lie in it.
         finish: bounds boxes of few undecided neurons (`FEW`), instead of halving them.
         memory: bytes of open boxes beyond which it ends, open, instead of halving more.
-        batch: boxes halved at a time. starts, seed: of the witness search that comes first (`ascend`).
+        batch: boxes halved at a time, at most. starts, seed: of the witness search that comes first (`ascend`).
         root: `difference_bounds` of the box, where they are at hand.
         clock: looked at in every chunk of boxes; when it is over, the state so far is the last one. OutOfTime only at
             the first state, and only without `root`.
@@ -67,42 +81,48 @@ def search_boxes(
     Raises: as `difference_bounds`, at the first state.
     """
     question = question or Question()
-    low, high = one_box(pair, lower, upper)
-    output = (difference_bounds(pair, low, high, clock=clock, memory=memory / 2) if root is None else root)[-1]
-    best = ascend(pair, low, high, constraints, starts=starts, seed=seed, clock=clock)
-    caps = torch.stack((output.du, -output.dl), 1)
-    work = _Work(pair, best, question, constraints, finish, clock, memory)
+    both = Both.of(compared.first, compared.second, compared) if isinstance(compared, Pair) else compared
+    low, high = one_box(both, lower, upper)
+    caps = low.new_full((1, 2, both.outputs), torch.inf)
+    if both.pair is not None:
+        output = (difference_bounds(both.pair, low, high, clock=clock, memory=memory / 2) if root is None else root)[-1]
+        caps = torch.stack((output.du, -output.dl), 1)
+    best = ascend(both, low, high, constraints, starts=starts, seed=seed, clock=clock)
+    work = _Work(both, best, question, constraints, finish, clock, memory, batch)
     try:
-        left = work.bounded(low, high, caps)
+        left = work.bounded(low, high, caps, low.new_zeros(1, both.hidden, dtype=torch.int8))
     except OutOfTime:
+        if not bool(caps.isfinite().all()):
+            raise
         yield SearchResult(best.lower, torch.maximum(caps[0], best.lower), best.witness, 1, 1, False)
         return
-
-    def divide(old: Boxes) -> Boxes:
-        return work.bounded(*_halves(old.low, old.high, old.split), old.value.repeat(2, 1, 1))
 
     def full(left: Boxes) -> bool:
         return left.bytes * COPIES > memory or clock.over
 
-    for state in best_first(left, divide, question, lambda: best.lower, batch=batch, full=full):
+    for state in best_first(left, work.divide, question, lambda: best.lower, batch=work.batch, full=full):
         yield SearchResult(best.lower, state.upper, best.witness, state.branches, state.open, state.closed)
 
 
 @dataclass(frozen=True)
 class Boxes:
-    """Open boxes [B, N_in], their bounds [B, 2, N_out], and the input [B] to halve."""
+    """Open boxes [B, N_in]: bounds [B, 2, N_out], the input [B] to halve, what is known of the signs of hidden neurons
+    [B, H], how many are undecided [B], and whether [B] `finish` has had them."""
 
     low: Tensor
     high: Tensor
     value: Tensor
     split: Tensor
+    signs: Tensor
+    undecided: Tensor
+    finished: Tensor
 
     def __len__(self) -> int:
         return len(self.value)
 
     @property
     def more(self) -> Tensor:
-        return torch.ones(len(self), dtype=torch.bool, device=self.value.device)
+        return torch.ones_like(self.finished)
 
     def excess(self, level: Tensor) -> Tensor:
         return largest_excess(self.value, level)
@@ -111,7 +131,7 @@ class Boxes:
         return largest(self.value, like)
 
     def parts(self) -> tuple[Tensor, ...]:
-        return self.low, self.high, self.value, self.split
+        return self.low, self.high, self.value, self.split, self.signs, self.undecided, self.finished
 
     @property
     def bytes(self) -> int:
@@ -123,66 +143,169 @@ class Boxes:
     def join(self, other: Boxes) -> Boxes:
         return Boxes(*map(torch.cat, zip(self.parts(), other.parts(), strict=True)))
 
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """Both halves [2 B, N_in] of each box, the lower ones first. They share the middle, so nothing is lost."""
+        low, high, at = self.low, self.high, self.split[:, None]
+        middle = low.gather(1, at) + (high.gather(1, at) - low.gather(1, at)) / 2
+        return torch.cat((low, low.scatter(1, at, middle))), torch.cat((high.scatter(1, at, middle), high))
 
-@dataclass(frozen=True)
+
+@dataclass
 class _Work:
-    """What bounding a batch of boxes needs."""
+    """What bounding a batch of boxes needs, and what it has learned."""
 
-    pair: Pair
+    both: Both
     best: Best
     question: Question
     constraints: Constraints | None
     finish: Finish | None
     clock: Clock
     memory: float
+    most: int = BATCH
 
-    def bounded(self, low: Tensor, high: Tensor, caps: Tensor) -> Boxes:
-        """Boxes with bounds, at most `caps`; offers corners and centres to `best`. OutOfTime with the clock."""
-        width = self.pair.widest
-        limit = max(int(min(CHUNK, self.memory / (8 * WORKING)) // (4 * width * width)), 1)
-        parts = [self._chunk(*part) for part in zip(*(x.split(limit) for x in (low, high, caps)), strict=True)]
+    def __post_init__(self) -> None:
+        # Of boxes by the logarithm of their undecided neurons: how many were bounded in difference coordinates too, and
+        # for how many it was worth it.
+        self.tried, self.worth = [0.0] * 32, [0.0] * 32
+        self.rounds = self.regions = self.bounds = 0
+        self.expected = 0.0  # of `regions`
+
+    def batch(self, left: Boxes, excess: Tensor) -> int:
+        """How many of the open boxes to divide: twice as many every round, until one round is as long as it may be.
+
+        Only those with a good part of the largest excess, so that it stays best first.
+        """
+        self.rounds += 1
+        large = int((excess >= PART * excess.max()).sum())
+        mean = float(left.undecided.mean())
+        return max(min(2 ** min(self.rounds, 30), self.most, large, int(ROUND / (mean + 8))), 1)
+
+    def divide(self, old: Boxes) -> Boxes:
+        """Halves of boxes, or their exact ranges."""
+        self.tried, self.worth = ([MEMORY * count for count in counts] for counts in (self.tried, self.worth))
+        few = self._ready(old)
+        parts = []
+        if len(few):
+            parts.append(self._finished(old.select(few)))
+            rest = torch.ones_like(old.finished)
+            rest[few] = False
+            old = old.select(rest)
+        if len(old):
+            parts.append(self.bounded(*old.halves(), old.value.repeat(2, 1, 1), old.signs.repeat(2, 1)))
         return Boxes(*map(torch.cat, zip(*(part.parts() for part in parts), strict=True)))
 
-    def _chunk(self, low: Tensor, high: Tensor, caps: Tensor) -> Boxes:
+    def _ready(self, old: Boxes) -> Tensor:
+        """Boxes [C] that `finish` gets now, those of fewest undecided neurons first.
+
+        They may have about as many regions as `CREDIT`; those whose bounds are `NEAR` to what is attained, as many more
+        as are enumerated in a share of the time that bounding boxes so far took. Others are better halved.
+        """
+        if self.finish is None:
+            return torch.arange(0, device=old.low.device)
+        enough = self.question.enough(self.best.lower)
+        near = old.excess(enough) <= NEAR * enough[enough.isfinite()].abs().max()
+        left = CREDIT + REGIONS * self.bounds * near - self.regions
+        most = FEW if self.question.threshold == -torch.inf else FEW_AT_THRESHOLD
+        undecided = torch.where(old.finished | (left <= 0), torch.inf, old.undecided)
+        few = undecided.argsort()[:FINISHED]
+        # As many as were seen in the boxes so far, where that is not what was expected.
+        regions = (undecided[few] ** GROWTH + 1) * (self.regions + 1) / (self.expected + 1)
+        return few[(undecided[few] <= most) & (regions.cumsum(0) <= left[few])]
+
+    def _finished(self, old: Boxes) -> Boxes:
+        assert self.finish is not None
+        found, points, regions = self.finish(old.low, old.high)
+        self.expected += float((old.undecided**GROWTH + 1).sum())
+        self.regions += regions
+        self.best.offer(points.flatten(0, 2))
+        # A box that still exceeds what is attained, where it gave up, is halved next time.
+        return replace(old, value=torch.minimum(old.value, found), finished=torch.ones_like(old.finished))
+
+    def bounded(self, low: Tensor, high: Tensor, caps: Tensor, signs: Tensor) -> Boxes:
+        """Boxes with bounds, at most `caps`; offers corners and centres to `best`. OutOfTime with the clock."""
+        # Boxes of like numbers of undecided neurons together, so that lists of them are about equally long.
+        most = torch.zeros_like(low[:, 0], dtype=torch.long)
+        sizes = [size for network in self.both.networks for size in network.sizes]
+        for part in signs.split(sizes, 1):
+            most = torch.maximum(most, (part == 0).sum(1))
+        most, order = most.sort()
+        whole = (low, high, caps, signs)
+        numbers = int(min(NUMBERS, self.memory / (8 * WORKING)) // (2 * self.both.widest))
+        parts = []
+        for index in order.split(_lengths(most.tolist(), numbers)):
+            parts.append(self._chunk(*(part[index] for part in whole)))
+        return Boxes(*map(torch.cat, zip(*(part.parts() for part in parts), strict=True)))
+
+    def _chunk(self, low: Tensor, high: Tensor, caps: Tensor, signs: Tensor) -> Boxes:
         self.clock.check()
-        best = self.best
-        hexagons, value, x = quick_bounds(self.pair, low, high, clock=self.clock)
-        value = torch.minimum(value, caps)
+        best, self.bounds = self.best, self.bounds + len(low)
+        found = joint_bounds(self.both, low, high, signs, clock=self.clock)
+        value, undecided = torch.minimum(found.upper, caps), found.open
+        x, influence = found.x, found.influence
         if self.constraints is not None:
             value[self.constraints.miss(low, high)] = -torch.inf
-        rows = (value - self.question.enough(best.lower)).flatten(1).argmax(1)
-        x = x.flatten(1, 2)
-        corner = torch.where(x[torch.arange(len(x), device=x.device), rows] > 0, high, low)
-        best.offer(torch.cat((corner, low + (high - low) / 2)))
-        open_, undecided = torch.zeros_like(low), torch.zeros_like(rows)
-        if hexagons:
-            first = hexagons[0]
-            open_ = self.pair.maps[0].influence(torch.where(self.pair.open(0, first), first.u1 - first.l1, 0.0))
-            undecided = torch.stack([self.pair.open(k, h).sum(1) for k, h in enumerate(hexagons)]).sum(0)
-        if self.finish is not None:
-            alive = (value > self.question.enough(best.lower)).flatten(1).any(1)
-            most = FEW if self.question.threshold == -torch.inf else FEW_AT_THRESHOLD
-            few = (alive & (undecided <= most)).nonzero().flatten()
-            if len(few):
-                found, points = self.finish(low[few], high[few])
-                best.offer(points.flatten(0, 2))
-                value[few] = torch.minimum(value[few], found)
-        shares = [part / part.sum(1, keepdim=True).clamp(min=1e-300) for part in (open_, x.abs().amax(1))]
-        return Boxes(low, high, value, ((shares[0] + shares[1]) * (high - low)).argmax(1))
+        enough = self.question.enough(best.lower)
+        chosen = self._worth_it(undecided, largest_excess(value, enough))
+        if len(chosen):
+            closer = quick_bounds(self.both, low[chosen], high[chosen], found.select(chosen), clock=self.clock)
+            both = torch.minimum(value[chosen], closer.upper)
+            before, once, twice = (largest_excess(bound, enough) for bound in (caps[chosen], value[chosen], both))
+            once, twice = ((part / before).clamp(1e-3, 1) for part in (once, twice))
+            self._learn(undecided[chosen], (twice <= once**PRICE) & (twice < IDLE))
+            tighter = (both < value[chosen]).flatten(1).any(1)
+            x = x.index_copy(0, chosen, torch.where(tighter[:, None, None, None], closer.x, x[chosen]))
+            influence = influence.index_copy(
+                0, chosen, torch.where(tighter[:, None], closer.influence, influence[chosen])
+            )
+            value[chosen] = both
+        excess = (value - enough).flatten(1)
+        rows = excess.argmax(1)
+        alive = (excess > 0).any(1)
+        corner = torch.where(x.flatten(1, 2)[torch.arange(len(x), device=x.device), rows] > 0, high, low)[alive]
+        best.offer(torch.cat((corner, (low + (high - low) / 2)[alive])))
+        split = (influence * (high - low)).argmax(1)
+        return Boxes(low, high, value, split, found.signs, undecided, torch.zeros_like(alive))
+
+    def _worth_it(self, undecided: Tensor, excess: Tensor) -> Tensor:
+        """Boxes [C] to be bounded in difference coordinates too, of those with an excess [B]."""
+        if self.both.pair is None:
+            return torch.arange(0, device=undecided.device)
+        classes, parts = self._classes(undecided), []
+        for number in set(classes[excess > 0].tolist()):
+            index = ((classes == number) & (excess > 0)).nonzero().flatten()
+            if self.tried[number] < TRIALS:
+                parts.append(index[:TRIALS])
+            elif self.worth[number] >= self.tried[number] / 3:
+                parts.append(index)
+        return torch.cat(parts) if parts else torch.arange(0, device=undecided.device)
+
+    def _learn(self, undecided: Tensor, worth: Tensor) -> None:
+        for number, good in zip(self._classes(undecided).tolist(), worth.tolist(), strict=True):
+            self.tried[number] += 1
+            self.worth[number] += good
+
+    @staticmethod
+    def _classes(undecided: Tensor) -> Tensor:
+        return (undecided + 1).log2().long()
 
 
-def one_box(pair: Pair, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+def _lengths(counts: list[int], numbers: int) -> list[int]:
+    """Lengths of parts of a sorted list, each of at most `numbers` when the largest count stands for all."""
+    lengths, start = [], 0
+    while start < len(counts):
+        stop = start + 1
+        while stop < len(counts) and (stop + 1 - start) * max(counts[stop], 8) <= numbers:
+            stop += 1
+        lengths.append(stop - start)
+        start = stop
+    return lengths
+
+
+def one_box(both: Takes, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     """One box [N_in] as a checked batch [1, N_in]."""
     if lower.ndim != 1 or upper.ndim != 1:
         raise ShapeError(
-            f"a search takes one box, lower and upper of shape [{pair.inputs}]; "
+            f"a search takes one box, lower and upper of shape [{both.inputs}]; "
             f"got {tuple(lower.shape)} and {tuple(upper.shape)}"
         )
-    return checked_boxes(pair, lower[None], upper[None])
-
-
-def _halves(low: Tensor, high: Tensor, split: Tensor) -> tuple[Tensor, Tensor]:
-    """Both halves of boxes [B, N_in]: [2 B, N_in], the lower ones first. They share the middle, so nothing is lost."""
-    at = split[:, None]
-    middle = low.gather(1, at) + (high.gather(1, at) - low.gather(1, at)) / 2
-    return torch.cat((low, low.scatter(1, at, middle))), torch.cat((high.scatter(1, at, middle), high))
+    return checked_boxes(both, lower[None], upper[None])

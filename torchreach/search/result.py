@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,13 +16,13 @@ from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.errors import OptionError
 from torchreach.core.terms import Reason
 from torchreach.core.tolerances import UNIT_ROUNDOFF
-from torchreach.domains.pair import Pair
+from torchreach.domains.pair import Activate
 
 NUMBERS = 1 << 19  # in the layers of the points that are replayed between two looks at the clock
 GOALS = ("signed", "outputs", "largest", "above")
 # Certified upper bounds [B, 2, N_out] over boxes [B, N_in] (inf where it gave up, -inf where there is no such
-# input), and inputs [B, 2, N_out, N_in] that nearly attain them.
-Finish = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# input), inputs [B, 2, N_out, N_in] that nearly attain them, and how many regions there were.
+Finish = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, int]]
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,14 @@ class Question:
                 return Reason.EXCEEDED
         return None
 
-    def urgent(self, lower: Tensor) -> Tensor:
-        """[2, N_out] upper bounds to get below first, at least `enough`."""
-        return replace(self, goal="outputs").enough(lower) if self.goal == "signed" else self.enough(lower)
+    def levels(self, lower: Tensor) -> list[Tensor]:
+        """[2, N_out] upper bounds to get below first, second and so on, the last of them `enough`.
+
+        What is largest over all outputs comes before the largest of each output, and that before what is left.
+        """
+        goals = ("largest", "outputs")
+        first = {"signed": goals, "outputs": goals[:1]}.get(self.goal, ())
+        return [*(replace(self, goal=goal).enough(lower) for goal in first), self.enough(lower)]
 
 
 @dataclass(frozen=True)
@@ -134,12 +140,25 @@ class Constraints:
         return (least - 4 * (low.shape[1] + 4) * UNIT_ROUNDOFF * (size + self.b.abs()) > self.b).any(1)
 
 
+class Compared(Protocol):
+    """Two networks whose difference is searched: a `Pair`, or `Both`."""
+
+    @property
+    def inputs(self) -> int: ...
+    @property
+    def outputs(self) -> int: ...
+    @property
+    def features(self) -> int: ...
+    def evaluate(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
+    def values(self, x: Tensor, activate: Activate) -> Tensor: ...
+
+
 class Best:
     """Largest values met so far in one box [1, N_in], [2, N_out], and where [2, N_out, N_in]; grows by `offer`."""
 
     def __init__(
         self,
-        pair: Pair,
+        compared: Compared,
         low: Tensor,
         high: Tensor,
         x: Tensor,
@@ -147,10 +166,10 @@ class Best:
         clock: Clock = NO_LIMIT,
     ) -> None:
         """x: [B, N_in] first candidates, at least one, the best first. clock: once it is over, few are replayed."""
-        self.pair, self.low, self.high, self.constraints = pair, low, high, constraints
-        self.lower = torch.full((2, pair.outputs), -torch.inf, dtype=x.dtype, device=x.device)
-        self.witness = low.expand(2, pair.outputs, -1).clone()
-        self.clock, self.size = clock, max(NUMBERS // sum(len(b) for b in pair.b), 1)
+        self.compared, self.low, self.high, self.constraints = compared, low, high, constraints
+        self.lower = torch.full((2, compared.outputs), -torch.inf, dtype=x.dtype, device=x.device)
+        self.witness = low.expand(2, compared.outputs, -1).clone()
+        self.clock, self.size = clock, max(NUMBERS // compared.features, 1)
         self.offer(x)
 
     def offer(self, x: Tensor) -> None:
@@ -161,7 +180,7 @@ class Best:
             x = self.constraints.pull(x)
         x = torch.minimum(torch.maximum(x, self.low), self.high)
         for part in x.split(self.size):
-            y, error = self.pair.evaluate(part)
+            y, error = self.compared.evaluate(part)
             value, at = torch.stack((y - error, -y - error), 1).max(0)
             better = value > self.lower
             self.lower = torch.where(better, value, self.lower)

@@ -300,7 +300,7 @@ def search_signs(
     caps = torch.cat((output.du[0], -output.dl[0]))
     left = bounded(packed, None, torch.arange(2 * n, device=low.device), caps)
     most = min(batch, max(limit // 2, 1))
-    for state in best_first(left, divide, question, lambda: best.lower, batch=most, full=full):
+    for state in best_first(left, divide, question, lambda: best.lower, batch=lambda *_: most, full=full):
         yield SearchResult(best.lower, state.upper, best.witness, state.branches, state.open, state.closed)
 
 

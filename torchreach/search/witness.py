@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchreach.core.clock import NO_LIMIT, Clock
-from torchreach.domains.pair import Pair
-from torchreach.search.result import Best, Constraints
+from torchreach.graph.steps import Step
+from torchreach.search.result import Best, Compared, Constraints
 
 WIDTHS = (0.25, 0.002)
 STRIDES = (0.5, 0.02)  # first and last step, in half widths of the box
@@ -24,7 +24,7 @@ NUMBERS = 2**23  # in the layers of all points together; many outputs get fewer 
 
 
 def ascend(
-    pair: Pair,
+    compared: Compared,
     lower: Tensor,
     upper: Tensor,
     constraints: Constraints | None = None,
@@ -40,17 +40,17 @@ def ascend(
     clock: ends it early, with the best points so far. The same seed gives the same starts on every device.
     """
     g = torch.Generator().manual_seed(seed)
-    n = pair.outputs
-    per_start = 2 * n * (pair.inputs + 2 * sum(len(b) for b in pair.b))
+    n = compared.outputs
+    per_start = 2 * n * (compared.inputs + 2 * compared.features)
     starts = max(min(starts, NUMBERS // per_start), 1)
-    share = torch.rand(2 * n * starts, pair.inputs, generator=g, dtype=lower.dtype).to(lower.device)
+    share = torch.rand(2 * n * starts, compared.inputs, generator=g, dtype=lower.dtype).to(lower.device)
     x = lower + (upper - lower) * share
     x[0] = lower[0] + (upper[0] - lower[0]) / 2
     x = x if constraints is None else constraints.pull(x)
     eye = torch.eye(n, dtype=x.dtype, device=x.device)
     sign = torch.cat((eye, -eye)).repeat_interleave(starts, 0)
     half = (upper - lower) / 2
-    best, at = (_smooth(pair, x, 0.0) * sign).sum(1), x
+    best, at = (_smooth(compared, x, 0.0) * sign).sum(1), x
     for step in range(steps):
         if clock.over:
             break
@@ -59,30 +59,26 @@ def ascend(
         stride = STRIDES[0] * (1 - done) + STRIDES[1]
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad((_smooth(pair, leaf, width) * sign).sum(), leaf)
+            (gradient,) = torch.autograd.grad((_smooth(compared, leaf, width) * sign).sum(), leaf)
         x = torch.minimum(torch.maximum(x + stride * half * gradient.sign(), lower), upper)
         x = x if constraints is None else constraints.pull(x)
-        value = (_smooth(pair, x, 0.0) * sign).sum(1)
+        value = (_smooth(compared, x, 0.0) * sign).sum(1)
         at = torch.where((value > best)[:, None], x, at)
         best = torch.maximum(best, value)
     # The best start of every objective first, in case there is no time to replay all.
     order = best.reshape(2 * n, starts).argsort(dim=1, descending=True, stable=True)
     order = order + starts * torch.arange(2 * n, device=x.device)[:, None]
-    return Best(pair, lower, upper, at[order.T.flatten()], constraints, clock)
+    return Best(compared, lower, upper, at[order.T.flatten()], constraints, clock)
 
 
-def _smooth(pair: Pair, x: Tensor, width: float) -> Tensor:
+def _smooth(compared: Compared, x: Tensor, width: float) -> Tensor:
     """y1 - y2 [B, N_out] with softplus of relative width `width` in place of ReLU; 0 for ReLU itself."""
-    z, d = pair.affine(0, x)
-    for k in range(1, pair.depth):
-        if width:
-            w = width * z.detach().abs().mean().clamp(min=1e-12)
-            a = w * F.softplus(z / w)
-            e = a - w * F.softplus((z - d) / w)
-        else:
-            a, e = z.relu(), z.relu() - (z - d).relu()
-        for f, i in pair.first[k - 1].curves:
-            values = f.value(z[:, i]), f.value(z[:, i] - d[:, i])
-            a, e = a.index_copy(1, i, values[0]), e.index_copy(1, i, values[0] - values[1])
-        z, d = pair.affine(k, a, e)
-    return d
+
+    def activate(step: Step, z: Tensor) -> Tensor:
+        result = step.activate(z)
+        if not width or step.relu is None:
+            return result
+        w = width * z.detach().abs().mean().clamp(min=1e-12)
+        return torch.where(step.relu, w * F.softplus(z / w), result)
+
+    return compared.values(x, activate)

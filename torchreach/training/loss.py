@@ -155,8 +155,8 @@ class DiscrepancyLoss(nn.Module):
 def upper_bounds(pair: Pair, lower: Tensor, upper: Tensor, *, full_gradient: bool) -> Tensor:
     """Certified bounds [B, 2, N_out] above y1 - y2 (row 0) and y2 - y1 (row 1), differentiable in the pair's matrices.
 
-    The planes and allowances of `quick_bounds`, in fewer operations: layers are not multiplied with unit vectors, and
-    input coordinates without width cost nothing.
+    The planes and allowances of `Backward.closed`, in fewer operations: layers are not multiplied with unit
+    vectors, and input coordinates without width cost nothing.
 
     Args: lower, upper: [B, N_in] as `checked_boxes` returns them.
     """

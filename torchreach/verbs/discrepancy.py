@@ -55,8 +55,7 @@ def discrepancy(
         stars: input stars [S] of the networks' input shape.
         method: "auto" (or None) enumerates the linear regions where they are few, searches by branch and bound
             where they are many, and takes turns where that is not clear. `Exact(...)` or "exact" only enumerates,
-            `Search(...)` or "search" only searches. A search needs two networks of one architecture; others are
-            enumerated, and `stats.fallback` says why.
+            `Search(...)` or "search" only searches. Networks of two architectures are searched by their inputs.
         tolerance: the bound on |y1 - y2| that is in question: a star is done as soon as its certificate is at most
             this, or a witness exceeds it.
         gap: end on a star as soon as upper - lower is at most this for each of its outputs. Without one, a

@@ -7,7 +7,7 @@ Method: Enumeration is fastest where a star has few regions, branch and bound wh
     a budget of seconds is halved between them. What both certify is intersected.
 Property: anytime. A star's interval is valid at any moment and only shrinks: interval arithmetic and a first look for
     witnesses come before everything else, and one clock, handed down to every loop, ends the rest.
-Requirement: branch and bound needs two networks of one architecture; others are enumerated, and the statistics say so.
+Networks of two architectures have no difference coordinates: they are bounded jointly, and searched by their inputs.
 
 Axis letters: S stars, N outputs; rows of [S, 2, N] are y1 - y2 and y2 - y1.
 """
@@ -23,13 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime
-from torchreach.core.errors import ShapeError, UnsupportedLayerError
+from torchreach.core.errors import ShapeError
 from torchreach.core.memory import default_budget
 from torchreach.core.options import Budget, Exact, Search
 from torchreach.core.results import Discrepancy, Progress, ProgressCallback, ReachResult, ReachStats, Reason, Status
 from torchreach.core.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF, Tolerances, round_down, round_up
 from torchreach.domains.difference import difference_bounds, interval_difference
 from torchreach.domains.hexagon import Hexagon
+from torchreach.domains.joint import Both, joint_bounds
 from torchreach.domains.pair import Pair, identical
 from torchreach.domains.zonotope import interval_bounds
 from torchreach.engines.tally import added
@@ -82,10 +83,8 @@ def compare(
     smooth = not isinstance(method, Exact)
     run = _Run(original, compressed, stars, question, budget, tolerances, progress, clock, smooth)
     run.everything = isinstance(method, Exact) and question == Question("signed")
-    if isinstance(method, Exact) or run.fallback:
-        if isinstance(method, Search):
-            log.warning("no branch and bound: %s; the regions are enumerated instead", run.fallback)
-        run.enumerate(method if isinstance(method, Exact) else Exact(), None, run.enumerable)
+    if isinstance(method, Exact):
+        run.enumerate(method, None, run.enumerable)
     elif method is not None:
         run.search(method, None)
     else:
@@ -120,7 +119,6 @@ class _Run:
     smooth: bool  # whether smooth activations will do
     pair: Pair | None = None
     roots: dict[int, tuple[Hexagon, ...]] = field(default_factory=dict)
-    fallback: str = ""
     methods: list[str] = field(default_factory=list)
     exact_stats: ReachStats | None = None
     searches: dict[int, StarSearch] = field(default_factory=dict)
@@ -136,14 +134,7 @@ class _Run:
         )
         self.both = original, compressed
         self.memory = self.budget.memory or default_budget(stars.device)
-        try:
-            Pair.check(original, compressed)
-        except (ShapeError, UnsupportedLayerError) as error:
-            self.fallback = str(error)
-            log.info("no difference bounds: %s", error)
-        curves = [function.name for step in self.network for function, _ in step.curves]
-        if curves and self.fallback:
-            raise UnsupportedLayerError(f"{self.fallback}; exact reach, which needs no such pair, has no {curves[0]}")
+        curves = any(step.curves for step in self.network)
         size, n = len(stars), self.network[-1].features
         full = torch.full((size, 2, n), torch.inf, dtype=COMPUTE_DTYPE, device=stars.device)
         self.lower, self.upper = -full, full
@@ -317,25 +308,30 @@ class _Run:
     def _root(self, open_: list[int], clock: Clock) -> None:
         """Difference bounds of all open stars, so that each has a good interval before one of them is searched."""
         self.rooted = True
-        if self.fallback or not open_:
+        if not open_:
             return
         try:
+            if not Pair.matches(*self.both):
+                both = Both.of(*self.both, clock=clock)
+                for index in torch.tensor(open_, device=self.stars.device).split(ROOT_STARS):
+                    self._cap(index, joint_bounds(both, *(end[index] for end in self.box), clock=clock).upper)
+                return
             everyone = torch.arange(len(self.stars), device=self.stars.device)
             self.pair = Pair.of(*self.both, (self.box[0].amin(0), self.box[1].amax(0)), clock=clock)
-            self._cap(everyone, interval_difference(self.pair, *self.box))
+            self._cap(everyone, _above(interval_difference(self.pair, *self.box)))
             for index in torch.tensor(open_, device=self.stars.device).split(ROOT_STARS):
                 low, high = (end[index] for end in self.box)
                 hexagons = difference_bounds(self.pair, low, high, clock=clock, memory=self.memory / 2)
-                self._cap(index, hexagons[-1])
+                self._cap(index, _above(hexagons[-1]))
                 if len(open_) * sum(h.l1[0].numel() for h in hexagons) <= ROOT_NUMBERS:
                     for k, s in enumerate(index.tolist()):
                         self.roots[s] = tuple(h.map(lambda part, k=k: part[k : k + 1]) for h in hexagons)
         except OutOfTime:
             log.info("budget spent before all stars are bounded")
 
-    def _cap(self, index: Tensor, output: Hexagon) -> None:
-        """Takes certified bounds of the outputs of stars `index`."""
-        self.upper[index] = torch.minimum(self.upper[index], torch.stack((output.du, -output.dl), 1))
+    def _cap(self, index: Tensor, upper: Tensor) -> None:
+        """Takes certified bounds [B, 2, N] of stars `index`."""
+        self.upper[index] = torch.minimum(self.upper[index], upper)
         self.lower[index] = torch.minimum(self.lower[index], self.upper[index])
 
     def _few_regions(self) -> list[Tensor]:
@@ -444,7 +440,11 @@ class _Run:
                 seconds=self.clock.elapsed,
                 output_programs=programs,
                 branches=sum(work.state.branches for work in self.searches.values() if work.state),
-                fallback=self.fallback,
             ),
             reasons=reasons,
         )
+
+
+def _above(output: Hexagon) -> Tensor:
+    """Bounds [B, 2, N] above y1 - y2 and y2 - y1."""
+    return torch.stack((output.du, -output.dl), 1)

@@ -18,6 +18,7 @@ from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.options import Budget, Exact, Search
 from torchreach.core.tolerances import COMPUTE_DTYPE
 from torchreach.domains.hexagon import Hexagon
+from torchreach.domains.joint import Both
 from torchreach.domains.pair import Pair
 from torchreach.graph.layers import Reshape
 from torchreach.read.steps import steps
@@ -138,24 +139,31 @@ class StarSearch:
         features, and its `difference_bounds` on the box around the star, if they are at hand. alone: whether second(x)
         is zero. clock: of all of it, however often it is run on.
 
-        Raises: ShapeError, UnsupportedLayerError as `Pair.of`.
+        Raises: OutOfTime: before there are any bounds.
         """
         self.space = space = Coordinates.of(star)
         first, second = space.lifted(first), space.lifted(second)
         if pair is None or space.lift is not None:
+            box, root = (space.lower, space.upper), None
             both = [
                 steps(part, space.in_shape, dtype=COMPUTE_DTYPE, device=star.device, smooth=True)
                 for part in (first, second)
             ]
-            pair, root = Pair.of(both[0], both[1], (space.lower, space.upper)), None
-        self.pair, self.clock = pair, clock
+            pair = None if alone else Pair.fitting(both[0], both[1], box, clock=clock)
+        else:
+            both = [pair.first, pair.second]
+        self.outputs = both[0][-1].features
         self.module, self.memory = first if alone else merge(first, second, space.in_shape), memory
+        curved = any(step.curves for network in both for step in network)
         self.split = options.split
         if self.split == "auto":
-            self.split = "inputs" if space.varying <= FEW_INPUTS or pair.curved else "signs"
+            self.split = "inputs" if space.varying <= FEW_INPUTS or curved else "signs"
+        if pair is None:
+            self.split = "inputs"
+        self.clock = clock
         self.state: SearchResult | None = None
         self.over = False
-        args = (self.pair, space.lower, space.upper, question)
+        args = (space.lower, space.upper, question)
         shared = {
             "constraints": space.constraints,
             "memory": memory,
@@ -164,10 +172,12 @@ class StarSearch:
             "clock": clock,
         }
         if self.split == "inputs":
-            finish = self._finish if space.varying <= VERTEX_DIM and not pair.curved else None
-            self.states = search_boxes(*args, finish=finish, **shared)
+            finish = self._finish if space.varying <= VERTEX_DIM and not curved else None
+            compared = Both.of(both[0], None if alone else both[1], pair, clock)
+            self.states = search_boxes(compared, *args, finish=finish, **shared)
         else:
-            self.states = search_signs(*args, **shared)
+            assert pair is not None
+            self.states = search_signs(pair, *args, **shared)
 
     def run(self, enough: Callable[[SearchResult], bool]) -> None:
         """Goes on, by one state at least, until `enough` or over. OutOfTime: the clock is over before the first."""
@@ -178,12 +188,13 @@ class StarSearch:
                 return
         self.over = True
 
-    def _finish(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    def _finish(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, int]:
         parts = self.space.parts(low, high)
         some = ~parts.is_empty() if parts.A.shape[1] else torch.ones(len(low), dtype=torch.bool, device=low.device)
-        size, n = len(low), self.pair.outputs
+        size, n = len(low), self.outputs
         upper = low.new_full((size, 2, n), -torch.inf)
         points = self.space.lower.expand(size, 2, n, -1).clone()
+        regions = 0
         if bool(some.any()):
             found = reach_within(
                 self.clock,
@@ -195,4 +206,5 @@ class StarSearch:
             )
             upper[some] = torch.stack((found.upper, -found.lower), 1)
             points[some] = torch.stack((found.argmax, found.argmin), 1).flatten(3)
-        return upper, points
+            regions = int(found.count.sum())
+        return upper, points, regions
