@@ -19,7 +19,7 @@ from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.masks import leading
 from torchreach.domains.difference import CHUNK, SPREAD, Backward, forward_difference
 from torchreach.domains.hexagon import Hexagon
-from torchreach.domains.joint import Both, Inputs, JointBounds, influence, joint_bounds
+from torchreach.domains.joint import Both, Inputs, JointBounds, influence, joint_bounds, tightened
 
 
 @torch.no_grad()
@@ -50,14 +50,8 @@ def quick_bounds(
         undecided = one.open | other.open
         count = int(undecided.sum(1).max()) if k and k >= pair.shared and undecided.numel() else 0
         for index in leading(undecided, count).split(limit, 1) if count else ():
-            V, D = work.columns(k, index)[1:]
-            value = work.bound(torch.cat((D, -D), 1), torch.cat((V, -V), 1), work.closed)[0]
-            constant, error = pair.db[k][index], work.errors[k][1].gather(1, index)
-            value = value + torch.cat((constant, -constant), 1) + error.repeat(1, 2)
-            size = index.shape[1]
-            du = hexagon.du.scatter(1, index, torch.minimum(value[:, :size], hexagon.du.gather(1, index)))
-            dl = hexagon.dl.scatter(1, index, torch.maximum(-value[:, size:], hexagon.dl.gather(1, index)))
-            hexagon = hexagon.with_difference(dl, du)
+            value = work.difference(work.closed, index)[0]
+            hexagon = hexagon.with_difference(*tightened(hexagon.dl, hexagon.du, index, value))
         hexagon = hexagon.tightened()
         work.add(hexagon)
     work.scores = {}

@@ -152,12 +152,19 @@ class Backward:
         # An overflow says nothing.
         return torch.nan_to_num(total, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf), x
 
-    def difference(self, rule: Rule) -> tuple[Tensor, Tensor]:
-        """Certified bounds [B, 2 N] above z - z2 and z2 - z of the layer to be added next; coefficients of `bound`."""
+    def difference(self, rule: Rule, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Certified bounds [B, 2 C] above z - z2 and z2 - z of the layer to be added next; coefficients of `bound`.
+
+        rows: [B, C] of each box, of networks whose biases are one for all boxes; None: all N.
+        """
         k, pair = len(self.hexagons), self.pair
-        _, V, D = self.columns(k, torch.arange(len(pair.b[k]), device=pair.device))
-        value, x = self.bound(torch.cat((D, -D))[None], torch.cat((V, -V))[None], rule)
         constant, error = pair.db[k], self.errors[k][1]
+        if rows is None:
+            rows = torch.arange(len(pair.b[k]), device=pair.device)[None]
+        else:
+            constant, error = constant[rows], error.gather(1, rows)
+        _, V, D = self.columns(k, rows)
+        value, x = self.bound(torch.cat((D, -D), 1), torch.cat((V, -V), 1), rule)
         return value + torch.cat((constant, -constant), -1) + error.repeat(1, 2), x
 
     def _error(self, k: int, p: Tensor, q: Tensor) -> Tensor:

@@ -82,6 +82,11 @@ class Hexagon:
         """With other bounds of the neurons `columns`."""
         return Hexagon(*(a.index_copy(1, columns, b) for a, b in zip(self.parts(), new.parts(), strict=True)))
 
+    @property
+    def sides(self) -> Tensor:
+        """[B, 2, N] bounds above d and -d: of y1 - y2 and y2 - y1 where the neurons are outputs."""
+        return torch.stack((self.du, -self.dl), 1)
+
     def pack(self) -> Tensor:
         """[B, 6, N]."""
         return torch.stack(self.parts(), 1)

@@ -352,13 +352,21 @@ def _by_rows(
         size = index.shape[1]
         bias = network.steps[k].bias[index]
         value = inputs.largest(x, total) + torch.cat((bias, -bias), 1) + error.gather(1, index).repeat(1, 2)
-        # Rows that only fill up a list bound neurons too.
-        high = high.scatter(1, index, torch.minimum(value[:, :size], high.gather(1, index)))
-        low = low.scatter(1, index, torch.maximum(-value[:, size:], low.gather(1, index)))
+        low, high = tightened(low, high, index, value)
         if ways is not None:
             half = (x[:, :size] - x[:, size:])[..., inputs.vary].abs() / 2
             ways.scatter_(1, index[..., None].expand_as(half), half)
     return low, high, ways
+
+
+def tightened(low: Tensor, high: Tensor, index: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounds [B, N] with others [B, 2 C] above the features `index` [B, C] of each box, and above their negatives.
+
+    What only fills up a list bounds its feature, too.
+    """
+    above, below = value.chunk(2, 1)
+    high = high.scatter(1, index, torch.minimum(above, high.gather(1, index)))
+    return low.scatter(1, index, torch.maximum(-below, low.gather(1, index))), high
 
 
 def back(

@@ -104,17 +104,6 @@ class Pair:
         )
 
     @staticmethod
-    def fitting(
-        first: tuple[Step, ...],
-        second: tuple[Step, ...],
-        box: tuple[Tensor, Tensor] | None = None,
-        *,
-        clock: Clock = NO_LIMIT,
-    ) -> Pair | None:
-        """Pair of two networks' steps as of `of`, None where they are none. OutOfTime between two layers."""
-        return Pair.of(first, second, box, clock=clock) if Pair.matches(first, second) else None
-
-    @staticmethod
     def matches(first: tuple[Step, ...], second: tuple[Step, ...]) -> bool:
         """Whether two networks' steps make a pair."""
         try:
@@ -144,16 +133,6 @@ class Pair:
     def widest(self) -> int:
         """Most features of any value."""
         return max(layer.widest for layer in self.maps)
-
-    @property
-    def curved(self) -> bool:
-        """Whether some activations are smooth."""
-        return any(step.curves for step in self.first)
-
-    def affine(self, k: int, a: Tensor, e: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """z, d [B, N_out] of layer k from a, e [B, N_in] of the layer before, or from the input."""
-        z, d = self.maps[k].forth(a, e)
-        return z + self.b[k], d + self.db[k]
 
     def open(self, k: int, hexagon: Hexagon) -> Tensor:
         """[B, N] neurons of hidden layer k that are no linear functions over the hexagon."""
@@ -214,7 +193,8 @@ class Pair:
         a_error, e_error = torch.zeros_like(x), torch.zeros_like(x)
         for k in range(self.depth):
             P, Q = self.error(k, a.abs() + a_error, e.abs() + e_error)
-            z, d = self.affine(k, a, e if k else None)
+            z, d = self.maps[k].forth(a, e if k else None)
+            z, d = z + self.b[k], d + self.db[k]
             z_error = self.first[k].magnitude(a_error) + P
             d_error = self.second[k].magnitude(e_error) + self.maps[k].spread(a_error) + Q
             if k == self.depth - 1:

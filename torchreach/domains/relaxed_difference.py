@@ -87,7 +87,7 @@ class RelaxedDifference:
             root = difference_bounds(pair, low[None], high[None], clock=clock)
             output = root[-1]
             bottom, top = torch.cat((output.l1, output.l2)), torch.cat((output.u1, output.u2))
-            upper = torch.cat((output.du, -output.dl))
+            upper = output.sides[0]
         return RelaxedDifference(
             pair,
             low,

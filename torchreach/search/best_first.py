@@ -61,7 +61,7 @@ def best_first(
     lower: Callable[[], Tensor],
     *,
     full: Callable[[Work], bool],
-    batch: Callable[[Work, Tensor], int],
+    batch: Callable[[Work, Tensor], int] = lambda *_: 1,
 ) -> Iterator[State]:
     """States of a search, one per batch; it ends with nothing open, when `full`, or when `divide` raises OutOfTime.
 
@@ -80,11 +80,8 @@ def best_first(
         yield State(upper, branches, len(left), bool((upper <= enough).all()))
         if not len(left) or full(left):
             return
-        excess = torch.zeros(0)
-        for level in question.levels(met):
-            excess = left.excess(level)
-            if bool((excess > 0).any()):
-                break
+        # All that are left exceed the last level.
+        excess = next(part for part in map(left.excess, question.levels(met)) if bool((part > 0).any()))
         chosen = excess.topk(min(batch(left, excess), len(left))).indices
         rest = torch.ones(len(left), dtype=torch.bool, device=excess.device)
         rest[chosen] = False

@@ -86,7 +86,7 @@ def search_boxes(
     caps = low.new_full((1, 2, both.outputs), torch.inf)
     if both.pair is not None:
         output = (difference_bounds(both.pair, low, high, clock=clock, memory=memory / 2) if root is None else root)[-1]
-        caps = torch.stack((output.du, -output.dl), 1)
+        caps = output.sides
     best = ascend(both, low, high, constraints, starts=starts, seed=seed, clock=clock)
     work = _Work(both, best, question, constraints, finish, clock, memory, batch)
     try:
@@ -248,16 +248,16 @@ class _Work:
         chosen = self._worth_it(undecided, largest_excess(value, enough))
         if len(chosen):
             closer = quick_bounds(self.both, low[chosen], high[chosen], found.select(chosen), clock=self.clock)
-            both = torch.minimum(value[chosen], closer.upper)
-            before, once, twice = (largest_excess(bound, enough) for bound in (caps[chosen], value[chosen], both))
+            better = torch.minimum(value[chosen], closer.upper)
+            before, once, twice = (largest_excess(bound, enough) for bound in (caps[chosen], value[chosen], better))
             once, twice = ((part / before).clamp(1e-3, 1) for part in (once, twice))
             self._learn(undecided[chosen], (twice <= once**PRICE) & (twice < IDLE))
-            tighter = (both < value[chosen]).flatten(1).any(1)
+            tighter = (better < value[chosen]).flatten(1).any(1)
             x = x.index_copy(0, chosen, torch.where(tighter[:, None, None, None], closer.x, x[chosen]))
             influence = influence.index_copy(
                 0, chosen, torch.where(tighter[:, None], closer.influence, influence[chosen])
             )
-            value[chosen] = both
+            value[chosen] = better
         excess = (value - enough).flatten(1)
         rows = excess.argmax(1)
         alive = (excess > 0).any(1)

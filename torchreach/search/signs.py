@@ -297,8 +297,7 @@ def search_signs(
     def full(left: Branches) -> bool:
         return left.bytes * COPIES > memory or clock.over
 
-    caps = torch.cat((output.du[0], -output.dl[0]))
-    left = bounded(packed, None, torch.arange(2 * n, device=low.device), caps)
+    left = bounded(packed, None, torch.arange(2 * n, device=low.device), output.sides[0].flatten())
     most = min(batch, max(limit // 2, 1))
     for state in best_first(left, divide, question, lambda: best.lower, batch=lambda *_: most, full=full):
         yield SearchResult(best.lower, state.upper, best.witness, state.branches, state.open, state.closed)

@@ -117,7 +117,7 @@ class _Run:
     progress: ProgressCallback | None
     clock: Clock
     smooth: bool  # whether smooth activations will do
-    pair: Pair | None = None
+    compared: Both | None = None
     roots: dict[int, tuple[Hexagon, ...]] = field(default_factory=dict)
     methods: list[str] = field(default_factory=list)
     exact_stats: ReachStats | None = None
@@ -284,7 +284,7 @@ class _Run:
             self.question,
             options,
             memory=self.memory / stars,
-            pair=self.pair,
+            compared=self.compared,
             root=self.roots.pop(s, None),
             clock=self.ticking,
         )
@@ -311,18 +311,19 @@ class _Run:
         if not open_:
             return
         try:
-            if not Pair.matches(*self.both):
-                both = Both.of(*self.both, clock=clock)
-                for index in torch.tensor(open_, device=self.stars.device).split(ROOT_STARS):
-                    self._cap(index, joint_bounds(both, *(end[index] for end in self.box), clock=clock).upper)
-                return
-            everyone = torch.arange(len(self.stars), device=self.stars.device)
-            self.pair = Pair.of(*self.both, (self.box[0].amin(0), self.box[1].amax(0)), clock=clock)
-            self._cap(everyone, _above(interval_difference(self.pair, *self.box)))
+            pair = None
+            if Pair.matches(*self.both):
+                everyone = torch.arange(len(self.stars), device=self.stars.device)
+                pair = Pair.of(*self.both, (self.box[0].amin(0), self.box[1].amax(0)), clock=clock)
+                self._cap(everyone, interval_difference(pair, *self.box).sides)
+            self.compared = Both.of(*self.both, pair, clock)
             for index in torch.tensor(open_, device=self.stars.device).split(ROOT_STARS):
                 low, high = (end[index] for end in self.box)
-                hexagons = difference_bounds(self.pair, low, high, clock=clock, memory=self.memory / 2)
-                self._cap(index, _above(hexagons[-1]))
+                if pair is None:
+                    self._cap(index, joint_bounds(self.compared, low, high, clock=clock).upper)
+                    continue
+                hexagons = difference_bounds(pair, low, high, clock=clock, memory=self.memory / 2)
+                self._cap(index, hexagons[-1].sides)
                 if len(open_) * sum(h.l1[0].numel() for h in hexagons) <= ROOT_NUMBERS:
                     for k, s in enumerate(index.tolist()):
                         self.roots[s] = tuple(h.map(lambda part, k=k: part[k : k + 1]) for h in hexagons)
@@ -443,8 +444,3 @@ class _Run:
             ),
             reasons=reasons,
         )
-
-
-def _above(output: Hexagon) -> Tensor:
-    """Bounds [B, 2, N] above y1 - y2 and y2 - y1."""
-    return torch.stack((output.du, -output.dl), 1)

@@ -269,8 +269,7 @@ class DeployedStar:
             return spent or many or self.clock.over or self._exceeded
 
         left = Parts([(low, high, grid)], self.upper[None], torch.ones(1, dtype=torch.bool, device=low.device))
-        how = {"full": full, "batch": lambda *_: 1}
-        for state in best_first(left, self._looked_at, self.question, lambda: self.lower, **how):
+        for state in best_first(left, self._looked_at, self.question, lambda: self.lower, full=full):
             self.upper = torch.minimum(self.upper, state.upper)
             self.complete |= state.open == 0 and not self.spent
             self.report()

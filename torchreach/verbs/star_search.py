@@ -130,35 +130,34 @@ class StarSearch:
         options: Search,
         *,
         memory: float,
-        pair: Pair | None = None,
+        compared: Both | None = None,
         root: tuple[Hexagon, ...] | None = None,
         alone: bool = False,
         clock: Clock = NO_LIMIT,
     ) -> None:
-        """star: a batch of one. memory: bytes for open sub-problems. pair, root: of the networks on the star's
-        features, and its `difference_bounds` on the box around the star, if they are at hand. alone: whether second(x)
-        is zero. clock: of all of it, however often it is run on.
+        """star: a batch of one. memory: bytes for open sub-problems. compared, root: the networks on the star's
+        features, and `difference_bounds` on the box around the star, if they are at hand. alone: whether second(x) is
+        zero. clock: of all of it, however often it is run on.
 
         Raises: OutOfTime: before there are any bounds.
         """
         self.space = space = Coordinates.of(star)
         first, second = space.lifted(first), space.lifted(second)
-        if pair is None or space.lift is not None:
-            box, root = (space.lower, space.upper), None
+        if compared is None or space.lift is not None:
             both = [
                 steps(part, space.in_shape, dtype=COMPUTE_DTYPE, device=star.device, smooth=True)
                 for part in (first, second)
             ]
-            pair = None if alone else Pair.fitting(both[0], both[1], box, clock=clock)
-        else:
-            both = [pair.first, pair.second]
-        self.outputs = both[0][-1].features
+            pair, root = None, None
+            if not alone and Pair.matches(both[0], both[1]):
+                pair = Pair.of(both[0], both[1], (space.lower, space.upper), clock=clock)
+            compared = Both.of(both[0], None if alone else both[1], pair, clock)
+        self.compared = compared
         self.module, self.memory = first if alone else merge(first, second, space.in_shape), memory
-        curved = any(step.curves for network in both for step in network)
         self.split = options.split
         if self.split == "auto":
-            self.split = "inputs" if space.varying <= FEW_INPUTS or curved else "signs"
-        if pair is None:
+            self.split = "inputs" if space.varying <= FEW_INPUTS or compared.curved else "signs"
+        if compared.pair is None:
             self.split = "inputs"
         self.clock = clock
         self.state: SearchResult | None = None
@@ -171,13 +170,11 @@ class StarSearch:
             "root": root,
             "clock": clock,
         }
-        if self.split == "inputs":
-            finish = self._finish if space.varying <= VERTEX_DIM and not curved else None
-            compared = Both.of(both[0], None if alone else both[1], pair, clock)
-            self.states = search_boxes(compared, *args, finish=finish, **shared)
+        if compared.pair is not None and self.split == "signs":
+            self.states = search_signs(compared.pair, *args, **shared)
         else:
-            assert pair is not None
-            self.states = search_signs(pair, *args, **shared)
+            finish = self._finish if space.varying <= VERTEX_DIM and not compared.curved else None
+            self.states = search_boxes(compared, *args, finish=finish, **shared)
 
     def run(self, enough: Callable[[SearchResult], bool]) -> None:
         """Goes on, by one state at least, until `enough` or over. OutOfTime: the clock is over before the first."""
@@ -191,7 +188,7 @@ class StarSearch:
     def _finish(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, int]:
         parts = self.space.parts(low, high)
         some = ~parts.is_empty() if parts.A.shape[1] else torch.ones(len(low), dtype=torch.bool, device=low.device)
-        size, n = len(low), self.outputs
+        size, n = len(low), self.compared.outputs
         upper = low.new_full((size, 2, n), -torch.inf)
         points = self.space.lower.expand(size, 2, n, -1).clone()
         regions = 0
