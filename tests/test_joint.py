@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 import torchreach as tr
 from tests.networks import DEVICES, random_network
-from torchreach.domains import joint
+from torchreach.domains import crown
 from torchreach.domains.box_difference import quick_bounds
-from torchreach.domains.joint import Both, Neurons, joint_bounds
+from torchreach.domains.crown import Neurons
+from torchreach.domains.joint import Both, joint_bounds
 from torchreach.domains.pair import Pair
 from torchreach.read.steps import steps
 from torchreach.search.boxes import search_boxes
@@ -171,7 +172,7 @@ def test_planted_faults_are_caught(fault: str, monkeypatch: pytest.MonkeyPatch) 
             found = rule(*args)  # type: ignore[arg-type]
             return replace(found, above=(found.above[0], found.above[1] * 0.5))
 
-        monkeypatch.setattr(joint.Neurons, "of", staticmethod(steeper))
+        monkeypatch.setattr(crown.Neurons, "of", staticmethod(steeper))
     else:
         kind = type(both.first.maps[1])
         monkeypatch.setattr(kind, "transpose", lambda self, y: 0.9 * (y @ self.W))
@@ -190,7 +191,7 @@ def test_bounds_hold_in_exact_arithmetic_and_need_their_rounding_terms(monkeypat
     sides = torch.stack((y, -y), 1)
     assert (sides <= joint_bounds(both, x, x).upper).all()
     monkeypatch.setattr(
-        joint.Network, "error", lambda self, k, A: torch.zeros_like(self.steps[k].bias).expand(len(A), -1)
+        crown.Network, "error", lambda self, k, A: torch.zeros_like(self.steps[k].bias).expand(len(A), -1)
     )
     assert (sides > joint_bounds(both, x, x).upper).any()
 

@@ -10,6 +10,8 @@ Axis letters: B boxes, R rows, N features.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -17,9 +19,20 @@ from torch import Tensor
 
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.masks import leading
-from torchreach.domains.difference import CHUNK, SPREAD, Backward, forward_difference
+from torchreach.domains.crown import WAYS, Inputs, influence, tightened
+from torchreach.domains.difference import (
+    CHUNK,
+    SPREAD,
+    Backward,
+    checked_boxes,
+    difference_bounds,
+    finite,
+    forward_difference,
+)
 from torchreach.domains.hexagon import Hexagon
-from torchreach.domains.joint import Both, Inputs, JointBounds, influence, joint_bounds, tightened
+from torchreach.domains.joint import Both, JointBounds, joint_bounds
+from torchreach.domains.pair import Pair
+from torchreach.domains.zonotope import interval_bounds
 
 
 @torch.no_grad()
@@ -35,13 +48,81 @@ def quick_bounds(
     """
     pair, known = both.pair, known or joint_bounds(both, lower, upper, clock=clock)
     assert pair is not None
-    work = Backward(pair, lower, upper, clock=clock)
-    inputs = Inputs.of(lower, upper)
+    work, _ = _hidden(pair, lower, upper, known, clock, NO_LIMIT)
+    work.scores = {}
+    value, x = _output(work)
+    shape = (len(lower), 2, pair.outputs)
+    x = x.expand(len(lower), -1, -1).reshape(*shape, -1)
+    layers = known.neurons[0]
+    scores = [
+        torch.zeros_like(layer.low).index_copy(1, on, work.scores[k])
+        for k, (layer, on) in enumerate(zip(layers, work.on, strict=True))
+    ]
+    moved = influence(both.first, layers, scores, Inputs.of(lower, upper)) + x.abs().amax((1, 2))
+    return replace(known, upper=value, x=x, influence=moved)
+
+
+@torch.no_grad()
+def first_bounds(
+    both: Both,
+    lower: Tensor,
+    upper: Tensor,
+    take: Callable[[Tensor], object],
+    *,
+    clock: Clock = NO_LIMIT,
+    memory: float = math.inf,
+) -> tuple[Hexagon, ...] | None:
+    """Bounds of every layer before any split, as `difference_bounds` gives them; None for two architectures.
+
+    Those of the outputs are the better of these and, for many inputs that vary, of `joint_bounds`. Layers of
+    convolutions over many inputs, whose zonotopes would be large, are bounded from joint bounds alone, by windows and
+    in difference coordinates on top of that; both within the clock's time, if with looser bounds.
+
+    Args: take: gets certified bounds [B, 2, N_out] above y1 - y2 and y2 - y1, as soon as there are any.
+    Raises: as `difference_bounds`.
+    """
+    pair, (lower, upper) = both.pair, checked_boxes(both, lower, upper)
+    many, known = int((lower < upper).any(0).sum()) > WAYS, None
+    if pair is None or many:
+        known = joint_bounds(both, lower, upper, anytime=True, clock=clock)
+        take(known.upper)
+    if pair is None:
+        return None
+    if known is not None and both.first.windowed:
+        hexagons = _hexagons(pair, lower, upper, known, clock)
+    else:
+        hexagons = difference_bounds(pair, lower, upper, clock=clock, memory=memory)
+    *hidden, output = hexagons
+    if known is not None:
+        du, dl = torch.minimum(output.sides, known.upper).unbind(1)
+        output = output.with_difference(-dl, du)
+    take(output.sides)
+    return *hidden, output
+
+
+def _hexagons(pair: Pair, lower: Tensor, upper: Tensor, known: JointBounds, clock: Clock) -> tuple[Hexagon, ...]:
+    """Half of the clock's time goes to z - z2 of hidden neurons; those whose turn comes later keep intervals."""
+    patience = clock.part(clock.left / 2) if clock.limited else NO_LIMIT
+    work, layers = _hidden(pair, lower, upper, known, clock, patience)
+    du, dl = _output(work)[0].unbind(1)
+    (l1, u1), (l2, u2) = (
+        interval_bounds(
+            network[-1:], torch.stack(((least + most) / 2, (most - least) / 2), 1), torch.zeros_like(least)
+        )[0]
+        for network, (least, most) in zip((pair.first, pair.second), known.ends(lower, upper), strict=True)
+    )
+    return finite([*layers, Hexagon(l1, u1, l2, u2, -dl, du).tightened()])
+
+
+def _hidden(
+    pair: Pair, lower: Tensor, upper: Tensor, known: JointBounds, clock: Clock, patience: Clock
+) -> tuple[Backward, list[Hexagon]]:
+    """Bounds of the hidden layers; z - z2 of neurons whose turn comes when `patience` is over, by intervals."""
+    work, layers = Backward(pair, lower, upper, clock=clock), []
     limit = max(CHUNK // (SPREAD * len(lower) * pair.widest), 1)
-    hexagon: Hexagon | None = None
     for k, (one, other) in enumerate(zip(*known.neurons, strict=True)):
-        if hexagon is not None:
-            dl, du = forward_difference(pair, k, hexagon, work.errors[k][1])
+        if layers:
+            dl, du = forward_difference(pair, k, layers[-1], work.errors[k][1])
         else:
             middle, spread = pair.maps[0].forth(work.middle)[1] + pair.db[0], pair.maps[0].spread(work.radius)
             spread = spread + work.errors[0][1]
@@ -50,20 +131,17 @@ def quick_bounds(
         undecided = one.open | other.open
         count = int(undecided.sum(1).max()) if k and k >= pair.shared and undecided.numel() else 0
         for index in leading(undecided, count).split(limit, 1) if count else ():
+            if patience.over:
+                break
             value = work.difference(work.closed, index)[0]
             hexagon = hexagon.with_difference(*tightened(hexagon.dl, hexagon.du, index, value))
-        hexagon = hexagon.tightened()
-        work.add(hexagon)
-    work.scores = {}
+        layers.append(hexagon.tightened())
+        work.add(layers[-1])
+    return work, layers
+
+
+def _output(work: Backward) -> tuple[Tensor, Tensor]:
+    """[B, 2, N_out] bounds above y1 - y2 and y2 - y1, and their coefficients [B or 1, 2 N_out, N_in] on the input."""
     value, x = work.difference(work.closed)
-    if pair.shared == pair.depth:
-        value = torch.zeros_like(value)
-    shape = (len(lower), 2, pair.outputs)
-    x = x.expand(len(lower), -1, -1).reshape(*shape, -1)
-    layers = known.neurons[0]
-    scores = [
-        torch.zeros_like(layer.low).index_copy(1, on, work.scores[k])
-        for k, (layer, on) in enumerate(zip(layers, work.on, strict=True))
-    ]
-    moved = influence(both.first, layers, scores, inputs) + x.abs().amax((1, 2))
-    return replace(known, upper=value.expand(len(lower), -1).reshape(shape), x=x, influence=moved)
+    value = value.expand(len(work.lower), -1).reshape(len(work.lower), 2, -1)
+    return torch.zeros_like(value) if work.pair.shared == work.pair.depth else value, x

@@ -28,7 +28,7 @@ Axis letters: B boxes, R rows (one objective each), N features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -273,7 +273,12 @@ def difference_bounds(
         for low, high in zip(lower.split(max(CHUNK // per_box, 1)), upper.split(max(CHUNK // per_box, 1)), strict=True)
     ]
     layers = zip(*parts, strict=True)
-    result = tuple(Hexagon(*map(torch.cat, zip(*(h.parts() for h in layer), strict=True))) for layer in layers)
+    return finite(Hexagon(*map(torch.cat, zip(*(h.parts() for h in layer), strict=True))) for layer in layers)
+
+
+def finite(layers: Iterable[Hexagon]) -> tuple[Hexagon, ...]:
+    """Bounds of the layers. Raises: InvalidNetworkError: some are not finite."""
+    result = tuple(layers)
     if not all(bool(torch.isfinite(part).all()) for hexagon in result for part in hexagon.parts()):
         raise InvalidNetworkError("difference bounds require values that fit float64; a layer overflows on these boxes")
     return result

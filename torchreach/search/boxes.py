@@ -23,10 +23,12 @@ from torch import Tensor
 
 from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.core.errors import ShapeError
+from torchreach.core.masks import lengths
 from torchreach.domains.box_difference import quick_bounds
+from torchreach.domains.crown import NUMBERS
 from torchreach.domains.difference import Takes, checked_boxes, difference_bounds
 from torchreach.domains.hexagon import Hexagon
-from torchreach.domains.joint import NUMBERS, Both, joint_bounds
+from torchreach.domains.joint import Both, joint_bounds
 from torchreach.domains.pair import Pair
 from torchreach.search.best_first import best_first, largest, largest_excess
 from torchreach.search.result import Best, Constraints, Finish, Question, SearchResult
@@ -232,7 +234,7 @@ class _Work:
         whole = (low, high, caps, signs)
         numbers = int(min(NUMBERS, self.memory / (8 * WORKING)) // (2 * self.both.widest))
         parts = []
-        for index in order.split(_lengths(most.tolist(), numbers)):
+        for index in order.split(lengths(most.tolist(), numbers)):
             parts.append(self._chunk(*(part[index] for part in whole)))
         return Boxes(*map(torch.cat, zip(*(part.parts() for part in parts), strict=True)))
 
@@ -287,18 +289,6 @@ class _Work:
     @staticmethod
     def _classes(undecided: Tensor) -> Tensor:
         return (undecided + 1).log2().long()
-
-
-def _lengths(counts: list[int], numbers: int) -> list[int]:
-    """Lengths of parts of a sorted list, each of at most `numbers` when the largest count stands for all."""
-    lengths, start = [], 0
-    while start < len(counts):
-        stop = start + 1
-        while stop < len(counts) and (stop + 1 - start) * max(counts[stop], 8) <= numbers:
-            stop += 1
-        lengths.append(stop - start)
-        start = stop
-    return lengths
 
 
 def one_box(both: Takes, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,10 @@ from torchreach.core.memory import default_budget
 from torchreach.core.options import Budget, Exact, Search
 from torchreach.core.results import Discrepancy, Progress, ProgressCallback, ReachResult, ReachStats, Reason, Status
 from torchreach.core.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF, Tolerances, round_down, round_up
-from torchreach.domains.difference import difference_bounds, interval_difference
+from torchreach.domains.box_difference import first_bounds
+from torchreach.domains.difference import interval_difference
 from torchreach.domains.hexagon import Hexagon
-from torchreach.domains.joint import Both, joint_bounds
+from torchreach.domains.joint import Both
 from torchreach.domains.pair import Pair, identical
 from torchreach.domains.zonotope import interval_bounds
 from torchreach.engines.tally import added
@@ -319,12 +321,10 @@ class _Run:
             self.compared = Both.of(*self.both, pair, clock)
             for index in torch.tensor(open_, device=self.stars.device).split(ROOT_STARS):
                 low, high = (end[index] for end in self.box)
-                if pair is None:
-                    self._cap(index, joint_bounds(self.compared, low, high, clock=clock).upper)
-                    continue
-                hexagons = difference_bounds(pair, low, high, clock=clock, memory=self.memory / 2)
-                self._cap(index, hexagons[-1].sides)
-                if len(open_) * sum(h.l1[0].numel() for h in hexagons) <= ROOT_NUMBERS:
+                hexagons = first_bounds(
+                    self.compared, low, high, partial(self._cap, index), clock=clock, memory=self.memory / 2
+                )
+                if hexagons and len(open_) * sum(h.l1[0].numel() for h in hexagons) <= ROOT_NUMBERS:
                     for k, s in enumerate(index.tolist()):
                         self.roots[s] = tuple(h.map(lambda part, k=k: part[k : k + 1]) for h in hexagons)
         except OutOfTime:
