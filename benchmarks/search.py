@@ -6,6 +6,8 @@ acasxu: ACAS Xu networks and their float16 copies on the property boxes: seconds
 int8: the same boxes with int8 weights: the interval when the seconds are over.
 wide: the equivalence pairs on whole property boxes: certified bound over largest value attained when the seconds are
     over, and seconds until epsilon is certified where it holds.
+tiny: MLPerf Tiny's ResNet8 and its autoencoder ad01, against copies with 8-bit weights and with 30 % of them pruned:
+    certified bound over largest value attained around three real inputs, when the seconds are over.
 cases: the recorded pairs: seconds until the search closes to 1e-6, beside exact enumeration, against recorded ranges.
 """
 
@@ -32,6 +34,7 @@ INT8_NETWORKS = ("1_1", "1_5")
 PROPERTIES = (1, 2, 3, 4)
 EPSILONS = (0.05, 0.01)
 CLOSED = 1e-6
+SOUND, TINY_RADII = "ad01_normal_id_01.bin", (255, 1024, 4096)
 # Recorded ranges come from tools without error bounds.
 TOLERANCE = 1e-7
 COLUMNS = {
@@ -39,6 +42,7 @@ COLUMNS = {
     "acasxu": ("network", "property", "epsilon", "answer", "upper", "attained", "branches", "CPU s"),
     "int8": ("network", "property", "lower", "upper", "method", "branches", "CPU s"),
     "wide": ("pair", "property", "attained", "upper", "upper / attained", "branches", "CPU s", "answer", "CPU s until"),
+    "tiny": ("network", "copy", "input", "radius", "attained", "upper", "upper / attained", "CPU s", "peak MB"),
     "cases": ("case", "gap", "status", "branches", "CPU s", "enumeration CPU s", "deviation"),
 }
 
@@ -180,6 +184,52 @@ def wide(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
+def tiny_inputs() -> dict[str, tuple[float, list[torch.Tensor]]]:
+    """Of each network: the width of its inputs' scale, and three inputs."""
+    from sklearn.datasets import load_sample_images
+
+    pictures = [torch.tensor(p).permute(2, 0, 1)[None].float() for p in load_sample_images().images]
+    pictures.append(pictures[1][:, :, 100:300, 200:400])  # the flower's middle
+    small = [nn.functional.interpolate(picture, (32, 32), mode="area") for picture in pictures]
+    sound = torch.from_numpy(np.fromfile(common.require_folder() / "mlperf_tiny" / SOUND, dtype=np.float32))
+    frames = [sound[128 * start : 128 * start + 640][None] for start in (0, 60, 120)]
+    return {"resnet8": (255.0, small), "ad01": (float(sound.max() - sound.min()), frames)}
+
+
+def tiny(args: argparse.Namespace) -> list[dict]:
+    """One row per network, copy, input and radius."""
+    rows = []
+    for name, (scale, inputs) in tiny_inputs().items():
+        network = tr.load(common.require_folder() / "mlperf_tiny" / f"{name}_float.onnx")
+        copies = {"8 bits": tr.quantize_weights(network, 8), "30 % pruned": tr.prune_weights(network, 0.3)}
+        for kind, copy_ in list(copies.items())[: 1 if args.quick else 2]:
+            for index, x in enumerate(inputs[: 1 if args.quick else 3]):
+                for parts in TINY_RADII[-1:] if args.quick else TINY_RADII:
+                    stars = tr.StarBatch.from_image(x, scale / parts)
+                    common.reset_peak_memory()
+                    found, seconds = timed(
+                        lambda n=network, c=copy_, s=stars: tr.discrepancy(
+                            n, c, s, budget=tr.Budget(seconds=args.seconds)
+                        )
+                    )
+                    low, high = float(found.max_lower), float(found.max_upper)
+                    rows.append(
+                        {
+                            "network": name,
+                            "copy": kind,
+                            "input": index,
+                            "radius": f"1/{parts}",
+                            "attained": low,
+                            "upper": high,
+                            "upper / attained": high / max(low, 1e-300),
+                            "CPU s": seconds,
+                            "peak MB": common.peak_memory_mb(),
+                        }
+                    )
+                    common.say(f"{name} {kind} {index} 1/{parts}: {high / max(low, 1e-300):.4g}, {seconds:.0f} CPU s")
+    return rows
+
+
 def cases(args: argparse.Namespace) -> list[dict]:
     """One row per recorded pair."""
     rows = []
@@ -214,7 +264,7 @@ def cases(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-SECTIONS = {"mnist": mnist, "acasxu": acasxu, "int8": int8, "wide": wide, "cases": cases}
+SECTIONS = {"mnist": mnist, "acasxu": acasxu, "int8": int8, "wide": wide, "tiny": tiny, "cases": cases}
 
 
 def problems(section: str, row: dict) -> list[str]:

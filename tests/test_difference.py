@@ -15,7 +15,7 @@ from tests.networks import DEVICES, random_network, rounded_copy
 from torchreach.core.errors import InvalidSetError, ShapeError, UnsupportedLayerError
 from torchreach.domains.box_difference import quick_bounds
 from torchreach.domains.difference import difference_bounds
-from torchreach.domains.hexagon import Graph, Hexagon, height, planes, start_slopes
+from torchreach.domains.hexagon import ClosedPlanes, Graph, Hexagon, height, start_slopes
 from torchreach.domains.joint import Both
 from torchreach.domains.pair import Pair
 from torchreach.domains.zonotope import zonotope_bounds
@@ -147,7 +147,7 @@ def excess_of_planes(wrong: float) -> dict[str, float]:
         raised = {kind: height(graph, alpha, beta, *pq)[0] for kind, pq in slopes.items()}
         # closed form: each neuron a box of its own, so that the summed height is its own
         alone = hexagon.map(lambda part: part.T.contiguous())
-        p, q, r = planes(alone, alpha.T[:, None], beta.T[:, None], 1)
+        p, q, r = ClosedPlanes.of(alone).above(alpha.T[:, None], beta.T[:, None], 1)
         slopes["closed"], raised["closed"] = (p[:, 0].T, q[:, 0].T), r.sum(2).T
         size = hexagon.sizes()[0]
         for kind, (p, q) in slopes.items():

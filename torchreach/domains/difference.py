@@ -39,7 +39,7 @@ from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.errors import InvalidNetworkError, InvalidSetError, ShapeError
 from torchreach.core.masks import leading
 from torchreach.core.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF
-from torchreach.domains.hexagon import Graph, Hexagon, height, height_allowance, planes, start_slopes
+from torchreach.domains.hexagon import ClosedPlanes, Graph, Hexagon, height, height_allowance, start_slopes
 from torchreach.domains.pair import Pair
 from torchreach.domains.smooth import CurvePlanes, activated
 from torchreach.domains.zonotope import BUFFERS, Bounds, bent, interval_bounds, zonotope_bounds
@@ -73,7 +73,8 @@ class Backward:
     free: list[Tensor] = field(default_factory=list)
     curves: list[list[CurvePlanes]] = field(default_factory=list)
     parts: list[tuple[Maps, Tensor, Tensor]] = field(default_factory=list)  # of the layers' maps, b, b - c
-    lists: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of `closed`: places, which count
+    # Of `closed`: the neurons of each box, which of them count, and their planes.
+    lists: dict[int, tuple[Tensor, Tensor, ClosedPlanes]] = field(default_factory=dict)
     scores: dict[int, Tensor] | None = None  # takes, of `closed`, the largest heights of planes [B, N]
     off: Tensor | None = None
     clock: Clock = NO_LIMIT  # looked at in every layer; OutOfTime
@@ -178,8 +179,9 @@ class Backward:
             undecided = torch.zeros_like(hexagon.l1, dtype=torch.bool)
             undecided[:, self.free[k]] = ~hexagon.map(lambda part: part[:, self.free[k]]).settled()
             index = leading(undecided, int(undecided.sum(1).max()) if undecided.numel() else 0)
-            self.lists[k] = index, undecided.gather(1, index)
-        index, undecided = self.lists[k]
+            chosen = ClosedPlanes.of(hexagon.map(lambda part: part.gather(1, index)))
+            self.lists[k] = index, undecided.gather(1, index), chosen
+        index, undecided, chosen = self.lists[k]
         terms = alpha.shape[-1] + 8 * self.pair.depth
         p, q = _settled(hexagon, alpha, beta)
         # Where both signs are settled only alpha + beta is rounded.
@@ -187,7 +189,7 @@ class Backward:
         rows = index[:, None].expand(-1, alpha.shape[1], -1)
         shape = (len(hexagon.l1), *alpha.shape[1:])
         alpha_, beta_ = (part.expand(shape).gather(2, rows) for part in (alpha, beta))
-        *slopes, raised = planes(hexagon.map(lambda part: part.gather(1, index)), alpha_, beta_, terms)
+        *slopes, raised = chosen.above(alpha_, beta_, terms)
         if self.scores is not None:
             score = torch.where(undecided, raised.amax(1), 0.0)
             self.scores[k] = torch.zeros_like(hexagon.l1).scatter(1, index, score)

@@ -18,7 +18,7 @@ M = max(du, 0), m = max(-dl, 0), for beta > 0 (mirrored for beta < 0 by swapping
     e <= k (z - l1),       k = M / (M - min(l1, 0))       e <= min(z, M) where z >= 0, else e <= 0
     the chords (or 0, 1 below) of the two ReLUs apart
 
-Every height carries an allowance for rounding, argued at `height` and `planes`. Bounds of a hexagon that are
+Every height carries an allowance for rounding, argued at `height` and `ClosedPlanes`. Bounds of a hexagon that are
 derived from others are rounded outward.
 
 Ideas: ReluDiff (Paulsen, Wang, Wang: ICSE 2020) and NeuroDiff (Paulsen, Wang, Wang, Wang: ASE 2020) for the
@@ -257,50 +257,71 @@ def _share(part: Tensor, rest: Tensor) -> Tensor:
     return part / (part + rest.clamp(min=0)).clamp(min=TINY)
 
 
-def planes(hexagon: Hexagon, alpha: Tensor, beta: Tensor, terms: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Closed-form planes above alpha a + beta e: slopes p, q and heights [B, R, N]; no vertices.
+@dataclass(frozen=True)
+class ClosedPlanes:
+    """Closed-form planes above alpha a + beta e of N neurons over B boxes; no vertices. All parts [B, 1, N].
 
-    The triangle bounds a; of the four planes above, the lowest at the middle bounds e. Looser than vertex heights
-    of the same slopes where a and e trade off, and several times faster. `terms` as in `height_allowance`.
+    The triangle bounds a; of the four planes above, the lowest at the middle bounds e. Which it is depends on the sign
+    of beta alone, so that it is chosen once for all rows. Looser than vertex heights of the same slopes where a and e
+    trade off, and many times faster.
 
     Rounding: slopes are off by 3 u of themselves and each height is a slope times a bound, so that planes are off
     by less than 8 u times slope times |z| or |d|; where the networks are bounded apart, heights are of size |z|.
+
+    a: slopes above and below relu(z), and the height of the one above. up, down: above e and -e, slopes on (z, d),
+    height, and 1 where the networks are bounded apart. sizes: `Hexagon.sizes`.
     """
-    low = [part[:, None] for part in (hexagon.l1, hexagon.l2, hexagon.dl)]
-    high = [part[:, None] for part in (hexagon.u1, hexagon.u2, hexagon.du)]
-    (l1, l2, dl), (u1, u2, du) = low, high
-    s1 = _chord(l1, u1)
-    open1 = (l1 < 0) & (u1 > 0)
-    above = alpha >= 0
-    pa = alpha * torch.where(above | ~open1, s1, (u1 > -l1).to(u1))
-    ra = torch.where(above & open1, -alpha * s1 * l1, 0.0)
-    # e from above with weight |beta|: for beta < 0 the networks swap places
-    swap = beta < 0
-    L1, L2 = torch.where(swap, l2, l1), torch.where(swap, l1, l2)
-    U1, U2 = torch.where(swap, u2, u1), torch.where(swap, u1, u2)
-    DL, DU = torch.where(swap, -du, dl), torch.where(swap, -dl, du)
-    M, m, zero = DU.clamp(min=0), (-DL).clamp(min=0), torch.zeros_like(DU)
-    chord, k2, k3 = _chord(DL, DU), _share(m, U1), _share(M, -L1)
-    S1, T2 = _chord(L1, U1), torch.where(L2 >= 0, 1.0, torch.where(U2 <= 0, 0.0, (U2 > -L2).to(U2)))
-    A = torch.stack((zero, -k2, k3, S1 - T2))
-    B = torch.stack((chord, torch.ones_like(chord), zero, T2))
+
+    a: tuple[Tensor, Tensor, Tensor]
+    up: tuple[Tensor, Tensor, Tensor, Tensor]
+    down: tuple[Tensor, Tensor, Tensor, Tensor]
+    sizes: tuple[Tensor, Tensor]
+
+    @staticmethod
+    def of(hexagon: Hexagon) -> ClosedPlanes:
+        hexagon = hexagon.map(lambda part: part[:, None])
+        l1, u1 = hexagon.l1, hexagon.u1
+        s1, undecided = _chord(l1, u1), (l1 < 0) & (u1 > 0)
+        below = torch.where(undecided, (u1 > -l1).to(u1), s1)
+        p, q, r, apart = _above_e(hexagon.swapped())
+        # back: a swapped network's z is z2 = z - d, its d is -d
+        return ClosedPlanes(
+            (s1, below, torch.where(undecided, -s1 * l1, 0.0)),
+            _above_e(hexagon),
+            (p, -q - p, r, apart),
+            hexagon.sizes(),
+        )
+
+    def above(self, alpha: Tensor, beta: Tensor, terms: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Slopes p, q and heights [B, R, N]; alpha, beta: [1 or B, R, N]. `terms` as in `height_allowance`."""
+        chord, below, rise = self.a
+        # e from above with weight |beta|: for beta < 0 the networks swap places
+        swap, size = beta < 0, beta.abs()
+        p, q, r, apart = (size * torch.where(swap, b, a) for a, b in zip(self.up, self.down, strict=True))
+        z, d = self.sizes
+        gamma = 2 * (terms + 16) * UNIT_ROUNDOFF
+        allowance = gamma * ((alpha.abs() + p.abs() + apart) * z + (size + q.abs()) * d)
+        over = alpha >= 0
+        return alpha * torch.where(over, chord, below) + p, q, torch.where(over, alpha * rise, 0.0) + r + allowance
+
+
+def _above_e(hexagon: Hexagon) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The plane above e that is lowest at the middle: slopes, height, and 1 where it bounds the networks apart."""
+    l1, u1, l2, u2, dl, du = hexagon.parts()
+    M, m, zero = du.clamp(min=0), (-dl).clamp(min=0), torch.zeros_like(du)
+    chord, k2, k3 = _chord(dl, du), _share(m, u1), _share(M, -l1)
+    s1, t2 = _chord(l1, u1), torch.where(l2 >= 0, 1.0, torch.where(u2 <= 0, 0.0, (u2 > -l2).to(u2)))
+    p = torch.stack((zero, -k2, k3, s1 - t2))
+    q = torch.stack((chord, torch.ones_like(chord), zero, t2))
     r = torch.stack((
-        torch.where((DL < 0) & (DU > 0), -chord * DL, zero),
-        k2 * U1.clamp(min=0),
-        -k3 * L1.clamp(max=0),
-        torch.where((L1 < 0) & (U1 > 0), -S1 * L1, zero),
+        torch.where((dl < 0) & (du > 0), -chord * dl, zero),
+        k2 * u1.clamp(min=0),
+        -k3 * l1.clamp(max=0),
+        torch.where((l1 < 0) & (u1 > 0), -s1 * l1, zero),
     ))  # fmt: skip
-    best = (A * ((L1 + U1) / 2) + B * ((DL + DU) / 2) + r).argmin(0, keepdim=True)
-    A, B, r = (part.gather(0, best)[0] for part in (A, B, r))
-    on, off = (L1 >= 0) & (L2 >= 0), (U1 <= 0) & (U2 <= 0)
+    best = (p * ((l1 + u1) / 2) + q * ((dl + du) / 2) + r).argmin(0, keepdim=True)
+    p, q, r = (part.gather(0, best)[0] for part in (p, q, r))
+    on, off = (l1 >= 0) & (l2 >= 0), (u1 <= 0) & (u2 <= 0)
     flat = on | off
-    A, r = torch.where(flat, zero, A), torch.where(flat, zero, r)
-    B = torch.where(flat, on.to(B), B)
-    # back: a swapped network's z is z2 = z - d, its d is -d
-    size = beta.abs()
-    pe, qe = size * A, size * torch.where(swap, -B - A, B)
-    z, d = (part[:, None] for part in hexagon.sizes())
-    apart = torch.where((best[0] == 3) & ~flat, size, zero)
-    gamma = 2 * (terms + 16) * UNIT_ROUNDOFF
-    allowance = gamma * ((alpha.abs() + pe.abs() + apart) * z + (size + qe.abs()) * d)
-    return pa + pe, qe, ra + size * r + allowance
+    p, r = torch.where(flat, zero, p), torch.where(flat, zero, r)
+    return p, torch.where(flat, on.to(q), q), r, torch.where((best[0] == 3) & ~flat, 1.0, zero)

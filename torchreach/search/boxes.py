@@ -35,12 +35,11 @@ from torchreach.search.result import Best, Constraints, Finish, Question, Search
 from torchreach.search.witness import ascend
 
 # Undecided neurons of a box that `finish` takes. Measured on pairs of 300 neurons each with 5 inputs: up to a thousand
-# regions, which are enumerated in the time that bounding some dozens of boxes takes. Fewer where a threshold is asked
-# for: a bound of a half is then often enough, and exact values are rarely needed.
-FEW, FEW_AT_THRESHOLD = 40, 12
-# So many regions of those `NEAR` to what is attained per bounded box, and of any besides. A box of n undecided neurons
-# was seen to have about n^GROWTH.
-REGIONS, CREDIT, GROWTH, NEAR = 32, 12000, 2.45, 0.1
+# regions, which is more than halving it costs where bounds need not be exact, so that later on only `SMALL` ones go.
+FEW, SMALL = 40, 8
+# So many regions in any boxes, and in small ones as many more for each bounded box. A box of n undecided neurons was
+# seen to have about n^GROWTH.
+CREDIT, REGIONS, GROWTH = 12000, 8, 2.45
 FINISHED = 1024  # boxes that `finish` gets in one round at most
 # Boxes halved in one round at most, and undecided neurons in all of them, 8 more counted for each box.
 BATCH, ROUND, PART = 2048, 2**15, 0.5
@@ -199,20 +198,17 @@ class _Work:
     def _ready(self, old: Boxes) -> Tensor:
         """Boxes [C] that `finish` gets now, those of fewest undecided neurons first.
 
-        They may have about as many regions as `CREDIT`; those whose bounds are `NEAR` to what is attained, as many more
-        as are enumerated in a share of the time that bounding boxes so far took. Others are better halved.
+        They may have about as many regions as `CREDIT`; small ones as many more as are enumerated in a share of the
+        time that bounding boxes so far took. Others are better halved.
         """
         if self.finish is None:
             return torch.arange(0, device=old.low.device)
-        enough = self.question.enough(self.best.lower)
-        near = old.excess(enough) <= NEAR * enough[enough.isfinite()].abs().max()
-        left = CREDIT + REGIONS * self.bounds * near - self.regions
-        most = FEW if self.question.threshold == -torch.inf else FEW_AT_THRESHOLD
+        left = CREDIT + REGIONS * self.bounds * (old.undecided <= SMALL) - self.regions
         undecided = torch.where(old.finished | (left <= 0), torch.inf, old.undecided)
         few = undecided.argsort()[:FINISHED]
         # As many as were seen in the boxes so far, where that is not what was expected.
         regions = (undecided[few] ** GROWTH + 1) * (self.regions + 1) / (self.expected + 1)
-        return few[(undecided[few] <= most) & (regions.cumsum(0) <= left[few])]
+        return few[(undecided[few] <= FEW) & (regions.cumsum(0) <= left[few])]
 
     def _finished(self, old: Boxes) -> Boxes:
         assert self.finish is not None
@@ -224,7 +220,10 @@ class _Work:
         return replace(old, value=torch.minimum(old.value, found), finished=torch.ones_like(old.finished))
 
     def bounded(self, low: Tensor, high: Tensor, caps: Tensor, signs: Tensor) -> Boxes:
-        """Boxes with bounds, at most `caps`; offers corners and centres to `best`. OutOfTime with the clock."""
+        """Boxes with bounds, at most `caps`; offers corners and centres to `best`.
+
+        Those whose turn comes when the clock is over keep `caps`; OutOfTime where that is all of them.
+        """
         # Boxes of like numbers of undecided neurons together, so that lists of them are about equally long.
         most = torch.zeros_like(low[:, 0], dtype=torch.long)
         sizes = [size for network in self.both.networks for size in network.sizes]
@@ -235,7 +234,14 @@ class _Work:
         numbers = int(min(NUMBERS, self.memory / (8 * WORKING)) // (2 * self.both.widest))
         parts = []
         for index in order.split(lengths(most.tolist(), numbers)):
-            parts.append(self._chunk(*(part[index] for part in whole)))
+            chunk = [part[index] for part in whole]
+            try:
+                parts.append(self._chunk(*chunk))
+            except OutOfTime:
+                if not parts:
+                    raise
+                none = torch.zeros_like(index)
+                parts.append(Boxes(*chunk[:3], none, chunk[3], (chunk[3] == 0).sum(1).double(), none.bool()))
         return Boxes(*map(torch.cat, zip(*(part.parts() for part in parts), strict=True)))
 
     def _chunk(self, low: Tensor, high: Tensor, caps: Tensor, signs: Tensor) -> Boxes:
