@@ -12,9 +12,9 @@ Rounding, as in `difference`: computed coefficients are taken as exact numbers, 
 
     |rows| . gamma (|W| A + |b|),   |a| <= A over the box,   gamma = 2 (terms) u
 
-for what its products and sums lose; lines are raised by 8 u max(|l|, |u|), more than their slope and offset lose; and
-the box's radius by 4 (N_in + 16) u |x|, for its middle, its radius, the sum of two networks' coefficients, and the last
-products. For the network as a real-valued function of its weights.
+for what its products and sums lose, those of slopes and biases too; lines are raised by 8 u max(|l|, |u|), more than
+their slope and offset lose; and the box's radius by 4 (N_in + 16) u |x|, for its middle, its radius, the sum of two
+networks' coefficients, and the last products. For the network as a real-valued function of its weights.
 
 Reference: CROWN (Zhang et al.: NeurIPS 2018); ReluVal (Wang et al.: USENIX Security 2018) for signs that halves of a
 box inherit.
@@ -350,18 +350,16 @@ def back(
     total = rows.new_zeros(())
     for k in range(len(layers) - 1, -1, -1):
         clock.check()
-        layer, step = layers[k], network.steps[k]
+        layer, bias = layers[k], network.bias(k)
         (s1, t1), (s2, t2) = layer.above, layer.below
-        up = rows.clamp(min=0)
-        total = total + dot(up, t1)
-        if step.curves:
-            total = total + dot(rows - up, t2)
         if scores is not None:
             scores.append(rows.abs().amax(1) * (t1 - t2))
-        rows = rows * torch.where(rows >= 0, s1[:, None], s2[:, None])
-        bias = network.bias(k)
-        total = total + (rows @ bias if bias.ndim == 1 else dot(rows, bias)) + dot(rows.abs(), layer.error)
-        rows = network.transpose(k, rows)
+        up = rows.clamp(min=0)
+        down = rows - up
+        # What the lines, the biases and the errors add per unit of a coefficient of either sign.
+        total = total + dot(up, t1 + s1 * bias + s1.abs() * layer.error)
+        total = total + dot(down, t2 + s2 * bias - s2.abs() * layer.error)
+        rows = network.transpose(k, up.mul_(s1[:, None]).addcmul_(down, s2[:, None]))
     return rows, total.expand(rows.shape[:2])
 
 
