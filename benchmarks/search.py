@@ -6,6 +6,7 @@ acasxu: ACAS Xu networks and their float16 copies on the property boxes: seconds
 int8: the same boxes with int8 weights: the interval when the seconds are over.
 wide: the equivalence pairs on whole property boxes: certified bound over largest value attained when the seconds are
     over, and seconds until epsilon is certified where it holds.
+trained: the same for copies that were trained further, and for students of another shape.
 tiny: MLPerf Tiny's ResNet8 and its autoencoder ad01, against copies with 8-bit weights and with 30 % of them pruned:
     certified bound over largest value attained around three real inputs, when the seconds are over.
 cases: the recorded pairs: seconds until the search closes to 1e-6, beside exact enumeration, against recorded ranges.
@@ -17,6 +18,7 @@ import argparse
 import copy
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,6 +31,7 @@ import torchreach as tr
 from benchmarks import common, exact_mnist
 
 IMAGES, EPS = (0, 3, 7), (0.02, 0.05, 0.1)
+TRAINED = ("1_1", "2_3", "3_7", "4_5", "5_9")
 NETWORKS = tuple(f"1_{i}" for i in range(1, 10))
 INT8_NETWORKS = ("1_1", "1_5")
 PROPERTIES = (1, 2, 3, 4)
@@ -42,6 +45,17 @@ COLUMNS = {
     "acasxu": ("network", "property", "epsilon", "answer", "upper", "attained", "branches", "CPU s"),
     "int8": ("network", "property", "lower", "upper", "method", "branches", "CPU s"),
     "wide": ("pair", "property", "attained", "upper", "upper / attained", "branches", "CPU s", "answer", "CPU s until"),
+    "trained": (
+        "pair",
+        "property",
+        "attained",
+        "upper",
+        "upper / attained",
+        "branches",
+        "CPU s",
+        "answer",
+        "CPU s until",
+    ),
     "tiny": ("network", "copy", "input", "radius", "attained", "upper", "upper / attained", "CPU s", "peak MB"),
     "cases": ("case", "gap", "status", "branches", "CPU s", "enumeration CPU s", "deviation"),
 }
@@ -152,15 +166,55 @@ def int8(args: argparse.Namespace) -> list[dict]:
 
 def wide(args: argparse.Namespace) -> list[dict]:
     """One row per pair and whole box: after so many seconds, and for the first of `EPSILONS` on its own."""
-    rows = []
     folder = common.require_folder()
     names = sorted(path.stem for path in (folder / "equivalence").glob("*.npz") if "identical" not in path.stem)
-    for name in names[:1] if args.quick else names:
+    pairs = ((name.removeprefix("acas_"), *common.acasxu_pair(f"{name}.npz")) for name in names)
+    return on_whole_boxes(args, pairs)
+
+
+def trained(args: argparse.Namespace) -> list[dict]:
+    """The same for copies that were trained further, and for students of another shape."""
+    return on_whole_boxes(args, trained_pairs(args.quick))
+
+
+def trained_pairs(quick: bool):
+    """(name, network, copy): disturbed by 2 % and retrained, or 2 x 100 neurons, on inputs of the boxes."""
+    folder = common.require_folder() / "acasxu"
+    for kind in ("retrained", "distilled"):
+        for name in TRAINED[: 1 if quick else None]:
+            network = tr.load(folder / f"ACASXU_run2a_{name}_batch_2000.onnx").double()
+            torch.manual_seed(0)
+            student: nn.Module = copy.deepcopy(network)
+            if kind == "distilled":
+                sizes = (nn.Linear(5, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 5))
+                student = nn.Sequential(nn.Flatten(), *sizes).double()
+            else:
+                with torch.no_grad():
+                    for parameter in student.parameters():
+                        parameter.mul_(1 + 0.02 * torch.randn_like(parameter))
+            boxes_ = [tr.StarBatch.from_vnnlib(folder / f"prop_{n}.vnnlib") for n in PROPERTIES if n != 2]
+            x = torch.cat([box.sample(4000)[0] for box in boxes_]).double()
+            with torch.no_grad():
+                y = network(x)
+            steps = 400 if kind == "retrained" else 4000
+            optimizer = torch.optim.Adam(student.parameters(), 1e-4 if kind == "retrained" else 3e-3)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+            for _ in range(steps):
+                some = torch.randint(len(x), (512,))
+                optimizer.zero_grad()
+                (student(x[some]) - y[some]).pow(2).mean().backward()
+                optimizer.step()
+                schedule.step()
+            yield f"{name} {kind}", network, student.requires_grad_(False)
+
+
+def on_whole_boxes(args: argparse.Namespace, pairs: Iterable[tuple[str, nn.Module, nn.Module]]) -> list[dict]:
+    rows = []
+    for name, first, second in pairs:
         for number in PROPERTIES:
             if number == 2:  # the box of property 1
                 continue
-            stars = tr.StarBatch.from_vnnlib(folder / "acasxu" / f"prop_{number}.vnnlib")
-            first, second = common.acasxu_pair(f"{name}.npz")
+            stars = tr.StarBatch.from_vnnlib(common.require_folder() / "acasxu" / f"prop_{number}.vnnlib")
             budget = tr.Budget(seconds=args.seconds)
             found, seconds = timed(lambda a=first, b=second, s=stars, t=budget: tr.discrepancy(a, b, s, budget=t))
             said, until = timed(
@@ -169,7 +223,7 @@ def wide(args: argparse.Namespace) -> list[dict]:
             low, high = float(found.max_lower.max()), float(found.max_upper.max())
             rows.append(
                 {
-                    "pair": name.removeprefix("acas_"),
+                    "pair": name,
                     "property": number,
                     "attained": low,
                     "upper": high,
@@ -181,6 +235,8 @@ def wide(args: argparse.Namespace) -> list[dict]:
                 }
             )
             common.say(f"{name} property {number}: {high / max(low, 1e-300):.4g}, {seconds:.1f} CPU s")
+        if args.quick:
+            break
     return rows
 
 
@@ -264,7 +320,15 @@ def cases(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-SECTIONS = {"mnist": mnist, "acasxu": acasxu, "int8": int8, "wide": wide, "tiny": tiny, "cases": cases}
+SECTIONS = {
+    "mnist": mnist,
+    "acasxu": acasxu,
+    "int8": int8,
+    "wide": wide,
+    "trained": trained,
+    "tiny": tiny,
+    "cases": cases,
+}
 
 
 def problems(section: str, row: dict) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 
 import torchreach as tr
 from tests.networks import METHODS
-from tests.random_graphs import graph_pair
+from tests.random_graphs import RandomGraph, graph_pair
 from tests.test_graphs import CASES, network
 from torchreach.audit.mixed_integer import affine_layers, forward
 
@@ -30,6 +30,20 @@ def test_both_engines_equal_the_mixed_integer_model(seed: int) -> None:
         assert found.status == (tr.Status.EXACT,)
         torch.testing.assert_close(found.range_lower, expected.range_lower, rtol=0, atol=1e-6)
         torch.testing.assert_close(found.range_upper, expected.range_upper, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", SEEDS[:4] + SEEDS[12:40])
+@torch.no_grad()
+def test_a_search_of_two_architectures_equals_the_mixed_integer_model(seed: int) -> None:
+    original, _, inputs = graph_pair(seed)
+    other = RandomGraph(seed + 1000, 2, inputs)
+    ones = torch.ones(1, inputs, dtype=torch.float64)
+    stars = tr.StarBatch.from_box(-ones, ones)
+    expected = tr.mixed_integer_discrepancy(original, other, stars)
+    found = tr.discrepancy(original, other, stars, "search", gap=1e-7)
+    assert found.status == (tr.Status.EXACT,)
+    torch.testing.assert_close(found.range_lower, expected.range_lower, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.range_upper, expected.range_upper, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CASES)

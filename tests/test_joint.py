@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from fractions import Fraction
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import torchreach as tr
 from tests.networks import DEVICES, random_network
+from tests.random_graphs import RandomGraph, graph_pair
 from torchreach.domains import crown
 from torchreach.domains.box_difference import quick_bounds
 from torchreach.domains.crown import Neurons
@@ -99,6 +101,34 @@ def test_no_sample_and_no_attack_leaves_the_bounds(kinds: tuple[str, str], devic
     for seed in range(3):
         both, (low, high) = both_of(kinds, 10 * seed, device), boxes(seed, 6, device)
         assert outside(both, low, high, joint_bounds(both, low, high).upper, 2000, seed) <= 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "kinds", [*KINDS, "graphs"], ids=lambda kinds: kinds if kinds == "graphs" else " against ".join(kinds)
+)
+@torch.no_grad()
+def test_a_million_samples_and_attacks_stay_within_what_a_search_certifies(
+    kinds: tuple[str, str] | str, dtype: torch.dtype
+) -> None:
+    for seed in range(2):
+        if isinstance(kinds, str):
+            inputs = graph_pair(seed)[2]
+            networks = [RandomGraph(seed, 3, inputs), RandomGraph(seed + 1000, 2, inputs)]
+        else:
+            inputs, networks = 4, [network(kind, seed + i) for i, kind in enumerate(kinds)]
+        networks = [module.to(dtype) for module in networks]
+        low, high = (end[:1, :inputs].to(dtype) for end in boxes(seed, 1))
+        stars = tr.StarBatch.from_box(low, high)
+        found = tr.discrepancy(*networks, stars, "search", budget=tr.Budget(stars=200))
+        first, second = (copy.deepcopy(module).double() for module in networks)
+        g = torch.Generator().manual_seed(seed)
+        for _ in range(5):
+            x = low + (high - low) * torch.rand(100_000, inputs, generator=g, dtype=torch.float64)
+            y = first(x) - second(x)
+            assert (y <= found.range_upper[0] + 1e-12).all()
+            assert (y >= found.range_lower[0] - 1e-12).all()
 
 
 @by_kind
