@@ -180,6 +180,31 @@ def test_a_search_ends_with_what_is_attained(kinds: tuple[str, str]) -> None:
     assert (state.lower <= torch.stack((y[0] + error[0], error[1] - y[1]))).all()
 
 
+def test_splits_of_signs_hold_the_exact_answer_and_close_more_of_many_inputs_than_halves_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original, other = random_network(3, [200, 8, 6, 2]), random_network(4, [200, 8, 2])
+    ones = 0.05 * torch.ones(1, 200, dtype=torch.float64)
+    stars = tr.StarBatch.from_box(-ones, ones)
+    expected = tr.mixed_integer_discrepancy(original, other, stars)
+    gaps = []
+    for few in (5, 200):
+        monkeypatch.setattr("torchreach.search.boxes.FEW_INPUTS", few)
+        found = tr.discrepancy(original, other, stars, "search", budget=tr.Budget(stars=1000))
+        assert (found.range_lower <= expected.range_lower + 1e-6).all()
+        assert (found.range_upper >= expected.range_upper - 1e-6).all()
+        gaps.append(float((found.upper - found.lower).max()))
+    assert gaps[0] < 0.8 * gaps[1]
+
+
+def test_signs_that_no_input_has_bound_nothing() -> None:
+    both, (low, high) = both_of(("twin", "student"), 2), boxes(2, 1)
+    signs = joint_bounds(both, low, high).signs
+    settled = int((signs[0] != 0).nonzero()[0])
+    signs[0, settled] *= -1
+    assert (joint_bounds(both, low, high, signs).upper == -torch.inf).all()
+
+
 def test_differences_of_near_twins_are_bounded_far_more_tightly_in_their_own_coordinates() -> None:
     original = random_network(0, [4, 12, 12, 2])
     near = tr.quantize_weights(original, 12)

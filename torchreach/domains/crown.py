@@ -131,8 +131,10 @@ class Neurons:
 
     low, high: bounds of the pre-activations. above, below: lines above and below the activations.
     least, most: bounds of the activations. error: `Network.error`. open: whether the activation is not linear.
+    undecided: whether it is because its sign is not known.
     ways: [B, N, W] half the difference of the coefficients, on the inputs that vary, of the rows that bounded an open
     neuron from either side; None where there are too many inputs, or no such rows.
+    empty: [B] where no input has the signs that were asked for.
     """
 
     low: Tensor
@@ -143,13 +145,15 @@ class Neurons:
     most: Tensor
     error: Tensor
     open: Tensor
+    undecided: Tensor
     ways: Tensor | None
+    empty: Tensor | None = None
 
     @staticmethod
     def of(step: Step, low: Tensor, high: Tensor, error: Tensor, ways: Tensor | None) -> Neurons:
         assert step.relu is not None
         on, off = (low >= 0) | ~step.relu, (high <= 0) & step.relu
-        open_ = ~(on | off)
+        undecided = open_ = ~(on | off)
         share = torch.where(open_, high / (high - low).clamp(min=TINY), on.to(low))
         rise = -share * low + 8 * UNIT_ROUNDOFF * torch.maximum(low.abs(), high.abs())
         above = share, torch.where(open_, rise, 0.0)
@@ -165,14 +169,15 @@ class Neurons:
             below = _put(below, index, (s2, t2 - lost * s2.abs()))
             least, most = _put((least, most), index, cells.range())
             open_ = open_.index_fill(1, index, True)
-        return Neurons(low, high, above, below, least, most, error, open_, ways)
+            undecided = undecided.index_fill(1, index, False)
+        return Neurons(low, high, above, below, least, most, error, open_, undecided, ways)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Neurons:
         (s1, t1), (s2, t2) = self.above, self.below
         ways = None if self.ways is None else change(self.ways)
-        parts = (self.low, self.high, s1, t1, s2, t2, self.least, self.most, self.error, self.open)
-        low, high, s1, t1, s2, t2, least, most, error, open_ = map(change, parts)
-        return Neurons(low, high, (s1, t1), (s2, t2), least, most, error, open_, ways)
+        parts = (self.low, self.high, s1, t1, s2, t2, self.least, self.most, self.error, self.open, self.undecided)
+        low, high, s1, t1, s2, t2, least, most, error, open_, undecided = map(change, parts)
+        return Neurons(low, high, (s1, t1), (s2, t2), least, most, error, open_, undecided, ways)
 
     def select(self, index: Tensor) -> Neurons:
         """Of some boxes."""
@@ -217,11 +222,13 @@ def bounded(
             for _, index in step.curves:
                 undecided[:, index] = True
             low, high, ways = _by_rows(network, layers, inputs, undecided, (low, high, error), clock, patience)
+        empty = None
         if known is not None:
             low = torch.where((known[k] > 0) & step.relu, low.clamp(min=0), low)
             high = torch.where((known[k] < 0) & step.relu, high.clamp(max=0), high)
-        # They cross only where no input of the box has these signs: any interval will do.
-        layers.append(Neurons.of(step, torch.minimum(low, high), torch.maximum(low, high), error, ways))
+            empty = (low > high).any(1)  # no input of the box has these signs: any interval will do
+            low, high = torch.minimum(low, high), torch.maximum(low, high)
+        layers.append(replace(Neurons.of(step, low, high, error, ways), empty=empty))
         least, most, A = layers[-1].least, layers[-1].most, layers[-1].size
         middle = (least + most) / 2
         radius = (most - least) / 2 * (1 + 4 * UNIT_ROUNDOFF) + 2 * UNIT_ROUNDOFF * middle.abs()

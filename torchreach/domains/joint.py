@@ -101,11 +101,13 @@ class Both:
 class JointBounds:
     """upper: [B, 2, N_out] above y1 - y2 and y2 - y1. x: [B, 2, N_out, N_in] coefficients of these on the input.
     influence: [B, N_in] how much of the gap between the bounds and the networks a unit of each input's width makes.
-    neurons: of the hidden layers of either network."""
+    gaps: [B, H] how much of it each hidden neuron of undecided sign makes. neurons: of the hidden layers of either
+    network."""
 
     upper: Tensor
     x: Tensor
     influence: Tensor
+    gaps: Tensor
     neurons: tuple[list[Neurons], ...]
 
     @property
@@ -117,7 +119,7 @@ class JointBounds:
     def select(self, index: Tensor) -> JointBounds:
         """Of some boxes."""
         neurons = tuple([layer.select(index) for layer in network] for network in self.neurons)
-        return JointBounds(self.upper[index], self.x[index], self.influence[index], neurons)
+        return JointBounds(self.upper[index], self.x[index], self.influence[index], self.gaps[index], neurons)
 
     def ends(self, low: Tensor, high: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Bounds [B, N] of what each network's last layer gets; low, high: of the input, if that is it."""
@@ -148,7 +150,8 @@ def joint_bounds(
     Args:
         low, high: [B, N_in] in float64; finite, low <= high.
         signs: [B, H] as of `JointBounds.signs`, what is known of the neurons on each box, or asked of its inputs: the
-            bounds then hold for those inputs of the box at which the pre-activations have these signs.
+            bounds then hold for those inputs of the box at which the pre-activations have these signs; -inf where
+            there are none.
         anytime: whether some neurons are to have looser bounds rather than that `clock` ends it: each network gets a
             third of its time.
         clock: looked at in every layer; OutOfTime when it is over.
@@ -158,7 +161,7 @@ def joint_bounds(
     rows = torch.eye(both.outputs, dtype=low.dtype, device=low.device)
     rows = torch.cat((rows, -rows))
     x, total = low.new_zeros(()), low.new_zeros(())
-    moved, layers = torch.zeros_like(low), []
+    moved, layers, gaps = torch.zeros_like(low), [], [low.new_zeros(len(low), 0)]
     for i, (sign, network) in enumerate(zip((1, -1), both.networks, strict=False)):
         patience = clock.part(clock.left / (3 - i)) if anytime and clock.limited else NO_LIMIT
         neurons = bounded(network, inputs, None if known is None else known[i], clock, patience)
@@ -170,6 +173,12 @@ def joint_bounds(
         own, constant = back(network, neurons, start, clock, scores)
         x, total = x + own, total + constant + (sign * rows) @ bias + error.repeat(1, 2)
         moved = moved + influence(network, neurons, scores[::-1], inputs)
+        gaps += [layer.undecided * score for layer, score in zip(neurons, scores[::-1], strict=True)]
     value = inputs.largest(x, total)
+    for network in layers:
+        for layer in network:
+            if layer.empty is not None:
+                value[layer.empty] = -torch.inf
     shape = (len(low), 2, both.outputs)
-    return JointBounds(value.reshape(shape), x.reshape(*shape, -1), moved + x.abs().amax(1), tuple(layers))
+    moved = moved + x.abs().amax(1)
+    return JointBounds(value.reshape(shape), x.reshape(*shape, -1), moved, torch.cat(gaps, 1), tuple(layers))

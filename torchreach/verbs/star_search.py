@@ -22,15 +22,13 @@ from torchreach.domains.joint import Both
 from torchreach.domains.pair import Pair
 from torchreach.graph.layers import Reshape
 from torchreach.read.steps import steps
-from torchreach.search.boxes import search_boxes
+from torchreach.search.boxes import FEW_INPUTS, search_boxes
 from torchreach.search.result import Constraints, Question, SearchResult
 from torchreach.search.signs import search_signs
 from torchreach.sets.star import StarBatch
 from torchreach.verbs.merge import merge
 from torchreach.verbs.reach import VERTEX_DIM, reach_within
 
-# Inputs that vary, up to which halving boxes beats splitting signs.
-FEW_INPUTS = 5
 # Output stars that finishing a batch of boxes may take, per box and besides.
 FINISH_STARS, FINISH_SPARE = 1000, 10_000
 SAMPLES = 64
