@@ -48,6 +48,20 @@ NETWORKS = {
             nn.Linear(4 * 6 * 5, 3),
         ),
     ),
+    "pooled": (
+        (2, 16, 16),
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 6, 3, padding=1),
+            nn.ReLU(),
+            nn.AvgPool2d((2, 1), (2, 1)),
+            nn.Conv2d(6, 6, 3, padding=1),
+            nn.ReLU(),
+            nn.AvgPool2d(3, 2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(6 * 3 * 7, 2),
+        ),
+    ),
     "one axis": (
         (4, 60),
         lambda: nn.Sequential(

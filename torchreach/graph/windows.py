@@ -250,6 +250,11 @@ def _before(layer: nn.Module, area: Area) -> Area | None:
             span.before(stride, padding, (kernel[k] - 1) * layer.dilation[k] + 1)
             for k, (span, stride, padding) in enumerate(sizes)
         )
+    if isinstance(layer, nn.AvgPool1d | nn.AvgPool2d):
+        kernel, stride, padding = _sizes(layer, len(area))
+        plain = not layer.ceil_mode and not any(padding) and getattr(layer, "divisor_override", None) is None
+        sizes = zip(area, kernel, stride, strict=True)
+        return tuple(span.before(by, 0, reach) for span, reach, by in sizes) if plain else None
     if isinstance(layer, Rearrange) and layer.operation == "pad":
         pads = [*layer.arguments, *[0] * (2 * len(area))]  # the last axis first
         low = [pads[2 * (len(area) - 1 - k)] for k in axes]
@@ -265,9 +270,20 @@ def _back(layer: nn.Module, y: Tensor, area: Area) -> tuple[Tensor, Area]:
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
         convolve = F.conv_transpose1d if isinstance(layer, nn.Conv1d) else F.conv_transpose2d
         y = convolve(y, layer.weight, None, layer.stride, 0, 0, layer.groups, layer.dilation)  # type: ignore[arg-type]
+    elif isinstance(layer, nn.AvgPool1d | nn.AvgPool2d):
+        kernel, stride, _ = _sizes(layer, len(area))
+        convolve = F.conv_transpose1d if isinstance(layer, nn.AvgPool1d) else F.conv_transpose2d
+        share = y.new_full((y.shape[1], 1, *kernel), 1 / prod(kernel))
+        y = convolve(y, share, None, stride, 0, 0, y.shape[1])  # type: ignore[arg-type]
     elif not isinstance(layer, Rearrange):
         y = transpose(layer, y, tuple(y.shape[1:]))
     return y, before
+
+
+def _sizes(layer: nn.AvgPool1d | nn.AvgPool2d, axes: int) -> tuple[tuple[int, ...], ...]:
+    """Kernel, stride and padding along each axis."""
+    sizes = (layer.kernel_size, layer.stride, layer.padding)
+    return tuple((size,) * axes if isinstance(size, int) else tuple(size) for size in sizes)
 
 
 def _union(one: Area | None, other: Area) -> Area | None:
