@@ -7,7 +7,7 @@ Method for labels: with c the label at one point, both networks give c everywher
 
     max over x and j of  y_j - y_c  <  0     in either network,
 
-which is a search of its own for each network, as the difference of y_j - y_c from a network that is zero. Where labels
+which is a search of its own for each network, of y_j - y_c by itself. Where labels
 change inside the star, they change on nearly the same surface in both networks. Between two inputs of different
 labels, bisection finds where each network changes; in between, their labels differ.
 
@@ -259,12 +259,12 @@ class _Labels:
 
         margin: no more is asked about a lead than whether it certainly stays below -margin.
         """
-        lead, zero = (self._compared(network, label, scale) for scale in (1.0, 0.0))
+        lead = self._lead(network, label)
         memory = self.budget.memory or default_budget(star.device)
         question = Question("above", threshold=NEGATIVE - margin)
         compared = steps(lead, star.shape, dtype=COMPUTE_DTYPE, device=star.device, smooth=True)
         try:
-            work = StarSearch(lead, zero, star, question, Search(), memory=memory, alone=True, clock=clock)
+            work = StarSearch(lead, None, star, question, Search(), memory=memory, clock=clock)
             work.run(lambda state: self._enough(state, clock, margin))
         except UnsupportedLayerError as error:
             log.info("no difference bounds: %s", error)
@@ -309,14 +309,14 @@ class _Labels:
             return Reason.INTERRUPTED
         return Reason.BUDGET if self.clock.over or self.budget.stars is not None else Reason.NUMERICAL
 
-    def _compared(self, network: nn.Module, label: int, scale: float) -> nn.Module:
-        """The leads of all other outputs over `label`, times `scale`."""
+    def _lead(self, network: nn.Module, label: int) -> nn.Module:
+        """The leads of all other outputs over `label`."""
         others = [i for i in range(self.outputs) if i != label]
         layer = nn.Linear(self.outputs, len(others), bias=False, dtype=COMPUTE_DTYPE, device=self.stars.device)
         with torch.no_grad():
             layer.weight.zero_()
-            layer.weight[torch.arange(len(others)), others] = scale
-            layer.weight[:, label] = -scale
+            layer.weight[torch.arange(len(others)), others] = 1
+            layer.weight[:, label] = -1
         return nn.Sequential(network, Reshape((self.outputs,)), layer)
 
     def _differ(self, s: int, points: Tensor) -> Tensor | None:

@@ -122,7 +122,7 @@ class StarSearch:
     def __init__(
         self,
         first: nn.Module,
-        second: nn.Module,
+        second: nn.Module | None,
         star: StarBatch,
         question: Question,
         options: Search,
@@ -130,28 +130,27 @@ class StarSearch:
         memory: float,
         compared: Both | None = None,
         root: tuple[Hexagon, ...] | None = None,
-        alone: bool = False,
         clock: Clock = NO_LIMIT,
     ) -> None:
-        """star: a batch of one. memory: bytes for open sub-problems. compared, root: the networks on the star's
-        features, and `difference_bounds` on the box around the star, if they are at hand. alone: whether second(x) is
-        zero. clock: of all of it, however often it is run on.
+        """second: None where it is zero. star: a batch of one. memory: bytes for open sub-problems. compared, root: the
+        networks on the star's features, and `difference_bounds` on the box around the star, if they are at hand. clock:
+        of all of it, however often it is run on.
 
         Raises: OutOfTime: before there are any bounds.
         """
         self.space = space = Coordinates.of(star)
-        first, second = space.lifted(first), space.lifted(second)
+        networks = [space.lifted(network) for network in (first, second) if network is not None]
         if compared is None or space.lift is not None:
             both = [
-                steps(part, space.in_shape, dtype=COMPUTE_DTYPE, device=star.device, smooth=True)
-                for part in (first, second)
+                steps(network, space.in_shape, dtype=COMPUTE_DTYPE, device=star.device, smooth=True)
+                for network in networks
             ]
             pair, root = None, None
-            if not alone and Pair.matches(both[0], both[1]):
+            if len(both) == 2 and Pair.matches(both[0], both[1]):
                 pair = Pair.of(both[0], both[1], (space.lower, space.upper), clock=clock)
-            compared = Both.of(both[0], None if alone else both[1], pair, clock)
-        self.compared = compared
-        self.module, self.memory = first if alone else merge(first, second, space.in_shape), memory
+            compared = Both.of(both[0], both[1] if len(both) == 2 else None, pair, clock)
+        self.compared, self.memory = compared, memory
+        self.module = networks[0] if len(networks) == 1 else merge(networks[0], networks[1], space.in_shape)
         self.split = options.split
         if self.split == "auto":
             self.split = "inputs" if space.varying <= FEW_INPUTS or compared.curved else "signs"
