@@ -215,9 +215,10 @@ def test_an_operator_of_another_domain_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "net.onnx")
 
 
+@pytest.mark.parametrize("name", ["resnet8", "ad01"])
 @torch.no_grad()
-def test_a_residual_network_of_tinyml_agrees_with_the_runtime() -> None:
-    path = require_data("mlperf_tiny", "resnet8_float.onnx")
+def test_networks_of_tinyml_agree_with_the_runtime(name: str) -> None:
+    path = require_data("mlperf_tiny", f"{name}_float.onnx")
     session = onnxruntime.InferenceSession(str(path))
     shape = session.get_inputs()[0].shape[1:]
     x = np.random.default_rng(0).uniform(0, 255, (3, *shape)).astype(np.float32)
