@@ -42,24 +42,26 @@ CLOSED = 1e-6
 SOUND, TINY_RADII = "ad01_normal_id_01.bin", (255, 1024, 4096)
 # Recorded ranges come from tools without error bounds.
 TOLERANCE = 1e-7
+WHOLE_BOXES = (
+    "pair",
+    "property",
+    "attained",
+    "upper",
+    "upper / attained",
+    "branches",
+    "CPU s",
+    "answer",
+    "CPU s until",
+)
+TINY = ("copy", "input", "radius", "attained", "upper", "upper / attained", "CPU s", "peak MB")
 COLUMNS = {
     "mnist": ("image", "eps", "one pass", "upper", "attained", "upper / attained", "branches", "CPU s"),
     "acasxu": ("network", "property", "epsilon", "answer", "upper", "attained", "branches", "CPU s"),
     "int8": ("network", "property", "lower", "upper", "method", "branches", "CPU s"),
-    "wide": ("pair", "property", "attained", "upper", "upper / attained", "branches", "CPU s", "answer", "CPU s until"),
-    "trained": (
-        "pair",
-        "property",
-        "attained",
-        "upper",
-        "upper / attained",
-        "branches",
-        "CPU s",
-        "answer",
-        "CPU s until",
-    ),
-    "resnet8": ("copy", "input", "radius", "attained", "upper", "upper / attained", "CPU s", "peak MB"),
-    "ad01": ("copy", "input", "radius", "attained", "upper", "upper / attained", "CPU s", "peak MB"),
+    "wide": WHOLE_BOXES,
+    "trained": WHOLE_BOXES,
+    "resnet8": TINY,
+    "ad01": TINY,
     "cases": ("case", "gap", "status", "branches", "CPU s", "enumeration CPU s", "deviation"),
 }
 

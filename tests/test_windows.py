@@ -117,7 +117,9 @@ def test_bounds_by_windows_are_bounds_by_whole_layers(name: str, monkeypatch: py
         low, high, _ = crown._by_rows(*args)  # type: ignore[arg-type]
         with monkeypatch.context() as patched:
             patched.setattr(crown, "windows", lambda _: [])
-            low_, high_, _ = crown._by_rows(*args)  # type: ignore[arg-type]
+            whole = Network(network.steps, network.maps)
+            low_, high_, _ = crown._by_rows(whole, *args[1:])  # type: ignore[arg-type]
+            assert not whole.seen[k]
         torch.testing.assert_close(low[some], low_[some], rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(high[some], high_[some], rtol=1e-10, atol=1e-10)
         compared += int(some.sum())

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Protocol
 
@@ -52,8 +53,6 @@ Line = tuple[Tensor, Tensor]  # slope, offset
 class Chain(Protocol):
     """Layers to go back through, their biases [N] or [B, N]."""
 
-    @property
-    def steps(self) -> tuple[Step, ...]: ...
     def bias(self, k: int) -> Tensor: ...
     def transpose(self, k: int, rows: Tensor) -> Tensor: ...
 
@@ -76,10 +75,15 @@ class Network:
     def transpose(self, k: int, rows: Tensor) -> Tensor:
         return self.maps[k].transpose(rows)
 
+    @cached_property
+    def seen(self) -> list[list[tuple[Part, list[WindowMap]]]]:
+        """`windows` of each layer."""
+        return [windows(self.maps[: k + 1]) for k in range(len(self.maps))]
+
     @property
     def windowed(self) -> bool:
         """Whether its second layer sees windows of the first."""
-        return len(self.maps) > 1 and bool(windows(self.maps[:2]))
+        return len(self.maps) > 1 and bool(self.seen[1])
 
     @property
     def sizes(self) -> list[int]:
@@ -253,9 +257,8 @@ def _by_rows(
     count = int(undecided.sum(1).max()) if undecided.numel() else 0
     if not count:
         return low, high, None
-    seen = [] if few else windows(network.maps[: k + 1])
-    if seen:
-        return (*_by_windows(network, layers, inputs, seen, undecided, ends, clock, patience), None)
+    if not few and network.seen[k]:
+        return (*_by_windows(network, layers, inputs, undecided, ends, clock, patience), None)
     ways = low.new_zeros(*low.shape, len(inputs.vary)) if few else None
     limit = max(NUMBERS // (2 * len(low) * network.widest), 1)
     for index in leading(undecided, count).split(limit, 1):
@@ -277,7 +280,6 @@ def _by_windows(
     network: Network,
     layers: list[Neurons],
     inputs: Inputs,
-    seen: list[tuple[Part, list[WindowMap]]],
     undecided: Tensor,
     ends: tuple[Tensor, Tensor, Tensor],
     clock: Clock,
@@ -286,7 +288,7 @@ def _by_windows(
     """`_by_rows` of a layer whose places see windows."""
     low, high, error = ends
     k, (size, n) = len(layers), low.shape
-    for part, maps in seen:
+    for part, maps in network.seen[k]:
         channels, grid = part.shape[0], part.shape[1:]
         mine = undecided[:, part.offset : part.offset + prod(part.shape)].reshape(size, channels, -1).mT.flatten(0, 1)
         count, order = mine.sum(1).sort()

@@ -138,10 +138,10 @@ def windows(maps: Sequence[object]) -> list[tuple[Part, list[WindowMap]]]:
 
     Empty where a layer has no windows, or they are hardly smaller than the layers.
     """
-    if not all(isinstance(map_, Blocks) for map_ in maps):
-        return []
     found: list[tuple[Part, list[WindowMap]]] = []
     blocks = [map_ for map_ in maps if isinstance(map_, Blocks)]
+    if len(blocks) < len(maps):
+        return []
     for part, _ in _ends(blocks[-1]) or ():
         if len(part.shape) < 2:
             return []
@@ -267,12 +267,11 @@ def _back(layer: nn.Module, y: Tensor, area: Area) -> tuple[Tensor, Area]:
     """W^T y of a layer on a window, and the window of its input; y: [R, C, ...]."""
     before = _before(layer, area)
     assert before is not None
+    convolve = F.conv_transpose1d if len(area) == 1 else F.conv_transpose2d
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
-        convolve = F.conv_transpose1d if isinstance(layer, nn.Conv1d) else F.conv_transpose2d
         y = convolve(y, layer.weight, None, layer.stride, 0, 0, layer.groups, layer.dilation)  # type: ignore[arg-type]
     elif isinstance(layer, nn.AvgPool1d | nn.AvgPool2d):
         kernel, stride, _ = _sizes(layer, len(area))
-        convolve = F.conv_transpose1d if isinstance(layer, nn.AvgPool1d) else F.conv_transpose2d
         share = y.new_full((y.shape[1], 1, *kernel), 1 / prod(kernel))
         y = convolve(y, share, None, stride, 0, 0, y.shape[1])  # type: ignore[arg-type]
     elif not isinstance(layer, Rearrange):
