@@ -53,6 +53,8 @@ LOOK = 0.1  # share of the time that the first ascent takes at most
 # ten thousand regions at least, or (linear programs are slower) some thousand.
 POINTS, POINT_NUMBERS = 2048, 2**22  # fewer of large networks
 EASY = 0.02
+# Gap asked for, as a share of what is attained, up to which it is as good as asking for the exact range.
+FINE = 1e-2
 APART = {"vertices": 0.95, "programs": 0.5}
 # Batches are looked at by points up to this many stars, and numbers.
 MOST_STARS, MOST_NUMBERS = 64, 2**25
@@ -194,8 +196,10 @@ class _Run:
     def take_turns(self) -> None:
         """Both methods in turn, until all stars are done or the budget is spent."""
         clock, everything = self.clock, torch.ones_like(self.enumerated)
-        # A tolerance or a threshold may be met long before the regions are enumerated.
-        fast = self.question == Question("signed") and self.open(self.enumerable) and not clock.over
+        # A threshold, or a wide gap, may be met long before the regions are enumerated.
+        fine = self.question.tolerance <= FINE * float(self.lower.max())
+        exactly = self.question == Question("signed") or (fine and self.question.threshold == -torch.inf)
+        fast = exactly and self.open(self.enumerable) and not clock.over
         first = self._few_regions() if fast else []
         if clock.limited or self.budget.stars is not None:
             for few in first:
