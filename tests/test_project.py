@@ -187,6 +187,12 @@ def test_files_stay_short(path):
     assert lines <= MAX_LINES, f"{lines} lines; one algorithm per file, at most {MAX_LINES} lines"
 
 
+def test_unit_roundoffs_lie_in_one_file():
+    """Elsewhere an allowance for rounding is a call of `torchreach.core.roundoff`."""
+    unit = re.compile(r"UNIT_ROUNDOFF|finfo\([^)]*\)\.eps|2(?:\.0)?\*\*-(?:24|53)\b")
+    assert {path.name for path in FILES if unit.search(path.read_text(encoding="utf-8"))} == {"roundoff.py"}
+
+
 ROOT = PACKAGE.parent
 PROSE = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("benchmarks/*.md"))]
 ROOMS = "|".join(sorted(set(MAY_IMPORT) - {"top"}))

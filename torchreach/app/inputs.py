@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from torchreach.app.arguments import SetOptions, check_pairs, parse_pairs
 from torchreach.core.errors import FileFormatError, InvalidSetError, ShapeError
-from torchreach.core.tolerances import round_down, round_up
+from torchreach.core.roundoff import round_down, round_up
 from torchreach.sets.star import StarBatch
 from torchreach.sets.vnnlib import read_box
 

@@ -10,12 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from torchreach.core.errors import OptionError
 
 COMPUTE_DTYPE = torch.float64
-UNIT_ROUNDOFF = torch.finfo(COMPUTE_DTYPE).eps / 2
 
 
 @dataclass(frozen=True)
@@ -39,18 +37,3 @@ class Tolerances:
             value = getattr(self, name)
             if not (0 < value < 1):
                 raise OptionError(f"Tolerances.{name} must lie in (0, 1), got {value!r}")
-
-
-def round_down(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value` in `dtype`, never larger than it was."""
-    rounded = value.to(dtype)
-    return torch.where(rounded.to(value.dtype) > value, _next(rounded, -torch.inf), rounded)
-
-
-def round_up(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value` in `dtype`, never smaller than it was."""
-    return -round_down(-value, dtype)
-
-
-def _next(value: Tensor, toward: float) -> Tensor:
-    return torch.nextafter(value, torch.full_like(value, toward))

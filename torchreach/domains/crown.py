@@ -10,7 +10,7 @@ the channels of a place together, on the windows that they depend on (`graph.win
 
 Rounding, as in `difference`: computed coefficients are taken as exact numbers, and every layer adds
 
-    |rows| . gamma (|W| A + |b|),   |a| <= A over the box,   gamma = 2 (terms) u
+    |rows| . 2 gamma (|W| A + |b|),   |a| <= A over the box,   gamma of `core.roundoff`
 
 for what its products and sums lose, those of slopes and biases too; lines are raised by 8 u max(|l|, |u|), more than
 their slope and offset lose; and the box's radius by 4 (N_in + 16) u |x|, for its middle, its radius, the sum of two
@@ -36,7 +36,7 @@ from torch.nn import functional as F
 
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.masks import leading, lengths
-from torchreach.core.tolerances import UNIT_ROUNDOFF
+from torchreach.core.roundoff import allowance, ball, gamma
 from torchreach.domains.smooth import Cells
 from torchreach.graph.steps import Step
 from torchreach.graph.twins import Twins, twins
@@ -95,10 +95,10 @@ class Network:
         return max(maps.widest for maps in self.maps)
 
     def error(self, k: int, A: Tensor) -> Tensor:
-        """gamma (|W| A + |b|) and the noise of layer k, [B, N_out]: what it loses per unit of a coefficient."""
+        """2 gamma (|W| A + |b|) and the noise of layer k, [B, N_out]: what it loses per unit of a coefficient."""
         step, (n_out, n_in) = self.steps[k], self.maps[k].shape
-        terms = 2 * (n_out + n_in) + 2 * step.terms + self.maps[k].terms + 8 * len(self.steps) + 64
-        return step.with_noise(2 * terms * UNIT_ROUNDOFF * (step.magnitude(A) + step.bias_magnitude))
+        terms = 2 * (n_out + n_in) + 2 * step.terms + self.maps[k].terms + 8 * len(self.steps) + 56
+        return step.with_noise(2 * gamma(terms) * (step.magnitude(A) + step.bias_magnitude))
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +114,7 @@ class Inputs:
     def of(low: Tensor, high: Tensor) -> Inputs:
         middle = low + (high - low) / 2
         radius, size = torch.maximum(high - middle, middle - low), torch.maximum(low.abs(), high.abs())
-        rounded = radius + 4 * (low.shape[1] + 16) * UNIT_ROUNDOFF * size
+        rounded = radius + 4 * gamma(low.shape[1] + 8) * size
         return Inputs(middle, rounded, size, (radius > 0).any(0).nonzero().flatten())
 
     def at(self, boxes: Tensor, index: Tensor, inside: Tensor) -> Inputs:
@@ -159,7 +159,7 @@ class Neurons:
         on, off = (low >= 0) | ~step.relu, (high <= 0) & step.relu
         undecided = open_ = ~(on | off)
         share = torch.where(open_, high / (high - low).clamp(min=TINY), on.to(low))
-        rise = -share * low + 8 * UNIT_ROUNDOFF * torch.maximum(low.abs(), high.abs())
+        rise = -share * low + allowance(torch.maximum(low.abs(), high.abs()), 8)
         above = share, torch.where(open_, rise, 0.0)
         below = torch.where(open_, (high > -low).to(low), share), torch.zeros_like(low)
         least = torch.where(step.relu, low.clamp(min=0), low)
@@ -167,7 +167,7 @@ class Neurons:
         for function, index in step.curves:
             ends = low[:, index], high[:, index]
             cells = Cells.of(function, *ends)
-            lost = 8 * UNIT_ROUNDOFF * torch.maximum(*(end.abs() for end in ends))
+            lost = allowance(torch.maximum(*(end.abs() for end in ends)), 8)
             (s1, t1), (s2, t2) = cells.above(), cells.below()
             above = _put(above, index, (s1, t1 + lost * s1.abs()))
             below = _put(below, index, (s2, t2 - lost * s2.abs()))
@@ -234,8 +234,7 @@ def bounded(
             low, high = torch.minimum(low, high), torch.maximum(low, high)
         layers.append(replace(Neurons.of(step, low, high, error, ways), empty=empty))
         least, most, A = layers[-1].least, layers[-1].most, layers[-1].size
-        middle = (least + most) / 2
-        radius = (most - least) / 2 * (1 + 4 * UNIT_ROUNDOFF) + 2 * UNIT_ROUNDOFF * middle.abs()
+        middle, radius = ball(least, most)
     return layers
 
 

@@ -18,9 +18,8 @@ exact numbers, and each step's error is added to the bound where it arises:
     planes        `hexagon.height_allowance`
     sums          in the same gammas, whose number of terms counts both dimensions and the depth twice over
 
-gamma = 2 (terms) u, twice what Higham (Accuracy and stability of numerical algorithms, ch. 3) asks for; the
-factor two covers the rounding of the allowance itself and second-order terms. Leading layers that both networks
-share have d = 0 exactly, so that identical networks get exactly 0.
+gamma is twice that of `core.roundoff`: the factor two covers the rounding of the allowance itself and second-order
+terms. Leading layers that both networks share have d = 0 exactly, so that identical networks get exactly 0.
 
 Axis letters: B boxes, R rows (one objective each), N features.
 """
@@ -38,7 +37,8 @@ from torch import Tensor
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.errors import InvalidNetworkError, InvalidSetError, ShapeError
 from torchreach.core.masks import leading
-from torchreach.core.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF
+from torchreach.core.roundoff import gamma
+from torchreach.core.tolerances import COMPUTE_DTYPE
 from torchreach.domains.hexagon import ClosedPlanes, Graph, Hexagon, height, height_allowance, start_slopes
 from torchreach.domains.pair import Pair
 from torchreach.domains.smooth import CurvePlanes, activated
@@ -185,7 +185,7 @@ class Backward:
         terms = alpha.shape[-1] + 8 * self.pair.depth
         p, q = _settled(hexagon, alpha, beta)
         # Where both signs are settled only alpha + beta is rounded.
-        loss = 2 * terms * UNIT_ROUNDOFF * (p.abs() @ hexagon.sizes()[0][:, :, None])[..., 0]
+        loss = 2 * gamma(terms) * (p.abs() @ hexagon.sizes()[0][:, :, None])[..., 0]
         rows = index[:, None].expand(-1, alpha.shape[1], -1)
         shape = (len(hexagon.l1), *alpha.shape[1:])
         alpha_, beta_ = (part.expand(shape).gather(2, rows) for part in (alpha, beta))
@@ -351,8 +351,7 @@ def _zonotopes(work: Backward, clock: Clock, memory: float) -> list[Bounds]:
         if BUFFERS * inputs.element_size() * inputs[:, :, 0].numel() * step.features > memory:
             result.append(interval_bounds(network, inputs, torch.zeros_like(size))[1:])
             continue
-        gamma = 2 * (step.terms + pair.inputs + 8) * UNIT_ROUNDOFF
-        slack = step.with_noise(gamma * (step.magnitude(size) + step.bias_magnitude))
+        slack = step.with_noise(2 * gamma(step.terms + pair.inputs) * (step.magnitude(size) + step.bias_magnitude))
         rows = step.map_rows(inputs, clock)
         # Its own product: then its last bits do not depend on how many inputs vary.
         rows[:, 0] = middle = step.linear(work.middle) + step.bias

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.errors import InvalidNetworkError, ShapeError, UnsupportedLayerError
-from torchreach.core.tolerances import UNIT_ROUNDOFF
+from torchreach.core.roundoff import SINGLE, allowance, ball, gamma, unit_roundoff
 from torchreach.domains.difference import Backward
 from torchreach.domains.hexagon import Hexagon
 from torchreach.domains.pair import Pair
@@ -45,7 +45,6 @@ MAX_NUMBERS = 2**25  # in one batch of zonotopes; what is larger is boxed in
 SCALED_AFTER = ("Int8Tensor", "IntxUnpackedToInt8Tensor")
 # Codes of torchao's weights reach this far; products with them are rounded before they are scaled.
 CODES = 128
-SINGLE = 2.0**-24  # unit roundoff of float32
 UNDERFLOW = 2.0**-149  # what one operation in float32 loses at most to gradual underflow
 
 
@@ -65,7 +64,7 @@ class Format:
     @property
     def unit(self) -> float:
         """Unit roundoff."""
-        return torch.finfo(self.dtype).eps / 2
+        return unit_roundoff(self.dtype)
 
     @property
     def sum_unit(self) -> float:
@@ -235,7 +234,7 @@ def _forward(
         # relu(z) - relu(z - d) lies between 0 and d
         ends = (hexagon.dl, hexagon.dl.clamp(max=0)), (hexagon.du, hexagon.du.clamp(min=0))
         dl, du = (torch.where(none, 0.0, torch.where(on | ~step.relu, d, between)) for d, between in ends)
-        apart = _Apart(-(dl + du) / 2, (du - dl) / 2 + 4 * UNIT_ROUNDOFF * (dl.abs() + du.abs()))
+        apart = _Apart(*ball(-du, -dl))
         real, run = real.relu(step.relu), run.relu(step.relu)
     return tuple(noisy), shifts, hexagons, (dl, du)
 
@@ -265,21 +264,21 @@ class Zonotope:
 
     def through(self, layer: nn.Module, *, biased: bool = True) -> Zonotope:
         """After an affine layer, with its bias or without; float64's own rounding included."""
-        gamma = (fan_in(layer) + self.rows.shape[1] + 8) * UNIT_ROUNDOFF
-        slack = magnitude(layer, self.slack + gamma * self.rows.abs().sum(1))
+        share = gamma(fan_in(layer) + self.rows.shape[1])
+        slack = magnitude(layer, self.slack + share * self.rows.abs().sum(1))
         rows = linear(layer, self.rows.flatten(0, 1))
         rows = rows.reshape(*self.rows.shape[:2], *rows.shape[1:])
         if biased and not isinstance(layer, RESHAPING):
             bias, size = _bias(layer, self.slack[:1])
             rows[:, 0] += bias
-            slack = slack + gamma * size
-        return Zonotope(rows, slack + gamma * rows.abs().sum(1))
+            slack = slack + share * size
+        return Zonotope(rows, slack + share * rows.abs().sum(1))
 
     def moved(self, middle: Tensor, radius: Tensor) -> Zonotope:
         """With a number within `radius` of `middle` added."""
         rows = self.rows.clone()
         rows[:, 0] += middle
-        return Zonotope(rows, self.slack + radius + 2 * UNIT_ROUNDOFF * rows[:, 0].abs())
+        return Zonotope(rows, self.slack + radius + allowance(rows[:, 0].abs()))
 
     def relu(self, mask: Tensor) -> Zonotope:
         """After ReLU, boxed in where there are too many generators."""
@@ -303,12 +302,13 @@ class _Apart:
         return _Apart(self.middle.flatten(1), self.radius.flatten(1))
 
     def through(self, layer: nn.Module) -> _Apart:
-        gamma = (fan_in(layer) + 8) * UNIT_ROUNDOFF
-        return _Apart(linear(layer, self.middle), magnitude(layer, self.radius + gamma * self.middle.abs()))
+        return _Apart(
+            linear(layer, self.middle), magnitude(layer, self.radius + gamma(fan_in(layer)) * self.middle.abs())
+        )
 
     def moved(self, middle: Tensor, radius: Tensor) -> _Apart:
         total = self.middle + middle
-        return _Apart(total, self.radius + radius + 2 * UNIT_ROUNDOFF * total.abs())
+        return _Apart(total, self.radius + radius + allowance(total.abs()))
 
 
 def _rounded(
@@ -334,8 +334,8 @@ def settled(low: Tensor, high: Tensor, noise: Tensor, kind: Format, name: str) -
     least = torch.maximum(kind.rounded(low - noise) - high, -half)
     most = torch.minimum(kind.rounded(high + noise) - low, half)
     least, most = torch.minimum(least, -noise), torch.maximum(most, noise)
-    radius = (most - least) / 2
-    return (most + least) / 2, radius + 4 * UNIT_ROUNDOFF * (low.abs() + high.abs() + noise)
+    middle, radius = ball(least, most)
+    return middle, radius + allowance(low.abs() + high.abs() + noise)
 
 
 def unrounded(layer: nn.Module, inputs: Tensor, product: Tensor, kind: Format, name: str) -> Tensor:

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.errors import UnsupportedLayerError
-from torchreach.core.tolerances import UNIT_ROUNDOFF
-from torchreach.domains.execution import KNOWN, MAX_NUMBERS, SINGLE, UNDERFLOW, Format, Zonotope, settled, unrounded
+from torchreach.core.roundoff import SINGLE, allowance
+from torchreach.domains.execution import KNOWN, MAX_NUMBERS, UNDERFLOW, Format, Zonotope, settled, unrounded
 from torchreach.domains.zonotope import box_rows
 from torchreach.graph.layers import RESHAPING, Rearrange
 from torchreach.graph.lowering import Graph, Node, PiecewiseLinear
@@ -110,14 +110,14 @@ class _Part:
         """by x + error, |error| <= `error`, for numbers `by` [S, *shape]."""
         by = torch.as_tensor(by, dtype=self.value.slack.dtype, device=self.value.slack.device)
         rows = self.value.rows * (by[:, None] if by.ndim else by)
-        slack = self.value.slack * by.abs() + 4 * UNIT_ROUNDOFF * rows.abs().sum(1)
+        slack = self.value.slack * by.abs() + allowance(rows.abs().sum(1))
         return _Part(Zonotope(rows, slack if error is None else slack + error), self.blocks)
 
     def plus(self, other: _Part) -> _Part:
         """The sum, which broadcasts."""
         blocks = tuple(sorted({*self.blocks, *other.blocks}))
         rows = self._on(blocks) + other._on(blocks)
-        slack = self.value.slack + other.value.slack + 4 * UNIT_ROUNDOFF * rows.abs().sum(1)
+        slack = self.value.slack + other.value.slack + allowance(rows.abs().sum(1))
         return _Part(Zonotope(rows, slack), blocks)
 
     def _on(self, blocks: tuple[tuple[int, int], ...]) -> Tensor:
@@ -249,7 +249,7 @@ class _Forward:
         factors = sum(torch.as_tensor(h, dtype=low.dtype, device=low.device).abs() * abs(s) for h, s, _ in f.pieces)
         spread = factors + abs(f.slope) + slope.abs()
         offsets = sum(torch.as_tensor(h, dtype=low.dtype, device=low.device).abs() * abs(o) for h, _, o in f.pieces)
-        error = 32 * UNIT_ROUNDOFF * (spread * size + offsets + abs(f.shift))
+        error = allowance(spread * size + offsets + abs(f.shift), 32)
         middle, radius = (top + bottom) / 2, (top - bottom) / 2
         radius = torch.where(radius > error, radius, 0.0)
         return z.scaled(slope, 2 * error).spread(i, middle, radius, boxed=self.clock.over)
@@ -278,7 +278,7 @@ def _between(f: PiecewiseLinear, gap: _Part, low: Tensor, high: Tensor) -> _Part
         least, most = torch.where(there, least.minimum(slope), least), torch.where(there, most.maximum(slope), most)
     below, above = gap.ends
     half = (most - least) / 2 * torch.maximum(below.abs(), above.abs())
-    return gap.scaled((least + most) / 2, half * (1 + 8 * UNIT_ROUNDOFF))
+    return gap.scaled((least + most) / 2, half + allowance(half, 8))
 
 
 def _stacked(parts: list[_Part], axis: int) -> _Part:

@@ -38,12 +38,12 @@ import torch
 from torch import Tensor
 
 from torchreach.core.masks import leading
-from torchreach.core.tolerances import UNIT_ROUNDOFF
+from torchreach.core.roundoff import above, allowance, below, gamma
 
 TINY = 1e-300
 # Relative. A vertex is the crossing of two of the lines z, z2, d = constant; each coordinate is a bound itself or
-# a sum of two, hence within UNIT_ROUNDOFF of the true one: this much keeps every true vertex.
-TOUCH = 8 * UNIT_ROUNDOFF
+# a sum of two, hence within the unit roundoff of the true one: this much keeps every true vertex.
+TOUCH = allowance(1.0, 8)
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ class Hexagon:
         """The same set with every bound that the others imply; two rounds reach the fixed point. Rounded outward."""
         l1, u1, l2, u2, dl, du = self.parts()
         for _ in range(2):
-            l1, u1 = torch.maximum(l1, _down(l2 + dl)), torch.minimum(u1, _up(u2 + du))
-            l2, u2 = torch.maximum(l2, _down(l1 - du)), torch.minimum(u2, _up(u1 - dl))
-            dl, du = torch.maximum(dl, _down(l1 - u2)), torch.minimum(du, _up(u1 - l2))
+            l1, u1 = torch.maximum(l1, below(l2 + dl)), torch.minimum(u1, above(u2 + du))
+            l2, u2 = torch.maximum(l2, below(l1 - du)), torch.minimum(u2, above(u1 - dl))
+            dl, du = torch.maximum(dl, below(l1 - u2)), torch.minimum(du, above(u1 - l2))
         return Hexagon(l1, u1, l2, u2, dl, du)
 
     def settled(self) -> Tensor:
@@ -116,14 +116,6 @@ class Hexagon:
         """Bounds on max(|z|, |z2|) and on |d|, [B, N] each."""
         z = torch.stack((self.l1, self.u1, self.l2, self.u2)).abs().amax(0)
         return z, torch.maximum(self.dl.abs(), self.du.abs())
-
-
-def _down(value: Tensor) -> Tensor:
-    return value - 4 * UNIT_ROUNDOFF * value.abs()
-
-
-def _up(value: Tensor) -> Tensor:
-    return value + 4 * UNIT_ROUNDOFF * value.abs()
 
 
 @dataclass(frozen=True)
@@ -208,8 +200,7 @@ def height_allowance(
 ) -> Tensor:
     """[...] allowance for the sum over neurons of `height`s: sizes as `Hexagon.sizes`, `terms` of the sum."""
     z, d = sizes
-    gamma = 2 * (terms + 16) * UNIT_ROUNDOFF
-    return gamma * ((alpha.abs() + p.abs()) * z + (beta.abs() + q.abs()) * d).sum(-1)
+    return 2 * gamma(terms + 8) * ((alpha.abs() + p.abs()) * z + (beta.abs() + q.abs()) * d).sum(-1)
 
 
 def start_slopes(graph: Graph, alpha: Tensor, beta: Tensor, *, apart: bool = False) -> tuple[Tensor, Tensor]:
@@ -299,10 +290,9 @@ class ClosedPlanes:
         swap, size = beta < 0, beta.abs()
         p, q, r, apart = (size * torch.where(swap, b, a) for a, b in zip(self.up, self.down, strict=True))
         z, d = self.sizes
-        gamma = 2 * (terms + 16) * UNIT_ROUNDOFF
-        allowance = gamma * ((alpha.abs() + p.abs() + apart) * z + (size + q.abs()) * d)
+        raised = 2 * gamma(terms + 8) * ((alpha.abs() + p.abs() + apart) * z + (size + q.abs()) * d)
         over = alpha >= 0
-        return alpha * torch.where(over, chord, below) + p, q, torch.where(over, alpha * rise, 0.0) + r + allowance
+        return alpha * torch.where(over, chord, below) + p, q, torch.where(over, alpha * rise, 0.0) + r + raised
 
 
 def _above_e(hexagon: Hexagon) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from torchreach.core.clock import NO_LIMIT, Clock
-from torchreach.core.tolerances import UNIT_ROUNDOFF
+from torchreach.core.roundoff import allowance, ball
 from torchreach.domains.crown import Inputs, Network, Neurons, back, bounded, influence
 from torchreach.domains.pair import Activate, Pair, difference_of
 from torchreach.domains.zonotope import zonotope_bounds
@@ -87,9 +87,9 @@ class Both:
         value, error = x.new_zeros(()), x.new_zeros(())
         for sign, network in zip((1, -1), self.networks, strict=False):
             low, high = zonotope_bounds(network.steps, x[:, None], torch.zeros_like(x))[-1]
-            middle, radius = (low + high) / 2, (high - low) / 2
+            middle, radius = ball(low, high)
             value = value + sign * middle
-            error = error + radius + 4 * UNIT_ROUNDOFF * (middle.abs() + radius)
+            error = error + radius + allowance(middle.abs() + radius)
         return value, error
 
     def values(self, x: Tensor, activate: Activate) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.errors import ShapeError, UnsupportedLayerError
-from torchreach.core.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF
+from torchreach.core.roundoff import allowance, gamma
+from torchreach.core.tolerances import COMPUTE_DTYPE
 from torchreach.domains.hexagon import Hexagon, relu_difference
 from torchreach.domains.zonotope import box_rows, zonotope_bounds
 from torchreach.graph.layers import alike
@@ -145,7 +146,7 @@ class Pair:
         """Number of terms that gammas of layer k count."""
         n_out, n_in = self.maps[k].shape
         own = self.maps[k].terms + self.first[k].terms + self.second[k].terms
-        return 2 * (n_out + n_in) + own + 8 * self.depth + 64
+        return 2 * (n_out + n_in) + own + 8 * self.depth + 56
 
     def error(self, k: int, A: Tensor, E: Tensor) -> tuple[Tensor, Tensor]:
         """gamma P, gamma Q [B, N_out] of the products of layer k, for |a| <= A, |e| <= E [B, N_in].
@@ -162,9 +163,9 @@ class Pair:
             # Biases of several layers were composed, and rounded.
             bias = self.db[k].abs() if self.exact[k] else s.bias_magnitude + t.bias_magnitude
             Q = Q + self.maps[k].size(A) + bias
-        gamma = 2 * self.terms(k) * UNIT_ROUNDOFF
+        share = 2 * gamma(self.terms(k))
         noise = self.noise(k)
-        return gamma * P + noise[0], gamma * Q + noise[1]
+        return share * P + noise[0], share * Q + noise[1]
 
     def noise(self, k: int) -> tuple[Tensor, Tensor]:
         """Noise [N_out] of z and of d = z - z2 in layer k, d carrying that of both networks."""
@@ -200,17 +201,17 @@ class Pair:
             if k == self.depth - 1:
                 return d, d_error * (1 + 1e-9)
             a, e = z.clamp(min=0), relu_difference(z, d)
-            z2, z2_error = z - d, z_error + d_error + 2 * UNIT_ROUNDOFF * (z.abs() + d.abs())
+            z2, z2_error = z - d, z_error + d_error + allowance(z.abs() + d.abs())
             a_error = torch.where(z + z_error <= 0, 0.0, z_error)
-            e_error = torch.minimum(z_error + d_error, 2 * (d.abs() + d_error)) + 4 * UNIT_ROUNDOFF * d.abs()
+            e_error = torch.minimum(z_error + d_error, 2 * (d.abs() + d_error)) + allowance(d.abs())
             on, off = (z - z_error >= 0) & (z2 - z2_error >= 0), (z + z_error <= 0) & (z2 + z2_error <= 0)
-            e_error = torch.where(off, 0.0, torch.where(on, d_error + 4 * UNIT_ROUNDOFF * d.abs(), e_error))
+            e_error = torch.where(off, 0.0, torch.where(on, d_error + allowance(d.abs()), e_error))
             for f, i in self.first[k].curves:
                 own, other = f.error(z[:, i].abs() + z_error[:, i]), f.error(z2[:, i].abs() + z2_error[:, i])
                 first, second = own + f.steepest * z_error[:, i], other + f.steepest * z2_error[:, i]
                 value = f.value(z[:, i]), f.value(z2[:, i])
                 a, a_error = a.index_copy(1, i, value[0]), a_error.index_copy(1, i, first)
-                rounded = first + second + 4 * UNIT_ROUNDOFF * (value[0].abs() + value[1].abs())
+                rounded = first + second + allowance(value[0].abs() + value[1].abs())
                 e, e_error = e.index_copy(1, i, value[0] - value[1]), e_error.index_copy(1, i, rounded)
         raise AssertionError("a network has at least one affine layer")
 

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.errors import ShapeError, UnsupportedLayerError
+from torchreach.core.roundoff import SINGLE
 from torchreach.domains.difference import difference_bounds
 from torchreach.domains.hexagon import Hexagon
 from torchreach.domains.pair import Pair
-from torchreach.domains.rounding import SINGLE, InputGrid, relax, with_inputs
+from torchreach.domains.rounding import InputGrid, relax, with_inputs
 from torchreach.domains.zonotope import box_rows, zonotope_bounds
 from torchreach.graph.steps import Step
 

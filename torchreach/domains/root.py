@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime
-from torchreach.core.tolerances import UNIT_ROUNDOFF
+from torchreach.core.roundoff import gamma
 from torchreach.domains.zonotope import Bounds, interval_bounds, zonotope_bounds
 from torchreach.graph.merged import MergedNetwork, MergedReLU
 from torchreach.graph.steps import Step
@@ -127,7 +127,7 @@ def _lirpa(
     for (low, high), step in zip(flat, steps, strict=True):
         terms += step.terms + 8
         size = step.magnitude(size) + step.bias_magnitude
-        extra = margin + 16 * terms * UNIT_ROUNDOFF * size
+        extra = margin + 16 * gamma(terms) * size
         result.append((low - margin * low.abs() - extra, high + margin * high.abs() + extra))
     return result
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from torchreach.core.clock import NO_LIMIT, Clock
-from torchreach.core.tolerances import UNIT_ROUNDOFF
+from torchreach.core.roundoff import SINGLE, allowance, ball, gamma
 from torchreach.domains.zonotope import box_rows, relu_band
 from torchreach.graph.arithmetic import Arithmetic
 from torchreach.graph.layers import RESHAPING, ElementwiseAffine
@@ -40,7 +40,6 @@ from torchreach.graph.steps import Step
 from torchreach.graph.twins import check_entries, dense
 from torchreach.graph.weights import linear_layer
 
-SINGLE = 2.0**-24  # unit roundoff of float32
 INPUT_ERROR = 8 * SINGLE  # relative: rounding the input to float32, times the reciprocal of a float32 scale; one layer
 ELEMENTWISE = (ElementwiseAffine, Arithmetic, nn.BatchNorm1d, nn.BatchNorm2d, *RESHAPING)
 # Neurons of a layer, per point, whose two codes are followed apart; beyond, intervals.
@@ -56,7 +55,7 @@ def kernel_error(step: Step, z: Tensor, x: Tensor) -> Tensor:
         return 4 * SINGLE * z + offset
     if step.quantizer is not None and step.quantizer.arithmetic == "integer":
         return SINGLE * (9 * z + 20 * step.bias_magnitude) + offset
-    return 2 * (step.terms + 16) * SINGLE * (step.magnitude(x) + step.bias_magnitude) + offset
+    return 2 * gamma(step.terms + 8, SINGLE) * (step.magnitude(x) + step.bias_magnitude) + offset
 
 
 @torch.no_grad()
@@ -85,18 +84,18 @@ def _outputs(steps: tuple[Step, ...], values: Tensor, radius: Tensor | None, way
     for step in steps:
         size = middle.abs() + radius
         # |W| |x| <= |W| 1 max |x| is enough for what float64 rounds off.
-        gamma = (step.terms + 8) * UNIT_ROUNDOFF
+        share = gamma(step.terms)
         spread = step.magnitude(torch.ones_like(size[:1])) * size.amax(1, keepdim=True) if size.shape[1] else 0.0
-        spread = step.with_noise(gamma * (spread + step.bias_magnitude))
+        spread = step.with_noise(share * (spread + step.bias_magnitude))
         z = step.linear(middle) + step.bias
         spread = spread.expand_as(z).clone()
         wide = (radius > 0).any(1).nonzero().flatten()
         if len(wide):
-            spread[wide] += step.magnitude(radius[wide] * (1 + gamma))
+            spread[wide] += step.magnitude(radius[wide] * (1 + share))
         lost = None if step.sums is None else step.sums.loss(way, middle - radius, middle + radius)
         if lost is not None:
             z = z + (lost[0] + lost[1]) / 2
-            spread = spread + (lost[1] - lost[0]) / 2 + gamma * (lost[0].abs() + lost[1].abs())
+            spread = spread + (lost[1] - lost[0]) / 2 + share * (lost[0].abs() + lost[1].abs())
         spread = spread + kernel_error(step, z.abs() + spread, size)
         low, high = z - spread, z + spread
         if step.quantizer is not None:
@@ -106,8 +105,8 @@ def _outputs(steps: tuple[Step, ...], values: Tensor, radius: Tensor | None, way
         elif step.relu is not None:
             low = torch.where(step.relu, low.clamp(min=0), low)
             high = torch.where(step.relu, high.clamp(min=0), high)
-        middle = (low + high) / 2
-        radius = torch.where(low == high, 0.0, (high - low) / 2 * (1 + 4 * UNIT_ROUNDOFF))
+        middle, radius = ball(low, high)
+        radius = torch.where(low == high, 0.0, radius)
     return index, low, high
 
 
@@ -194,8 +193,8 @@ def _excess(
     half = torch.where(last > first, quantizer.scale / 2, 0.0)
     most = torch.maximum(quantizer.value(first) - low, half) + kernel
     least = torch.minimum(quantizer.value(last) - high, -half) - kernel
-    radius = (most - least) / 2
-    return (most + least) / 2, radius + 4 * UNIT_ROUNDOFF * (most.abs() + least.abs() + high.abs() + low.abs())
+    middle, radius = ball(least, most)
+    return middle, radius + allowance(high.abs() + low.abs())
 
 
 @dataclass(frozen=True)
@@ -258,10 +257,10 @@ def relax(
 
 def _mapped(step: Step, rows: Tensor, slack: Tensor, clock: Clock) -> tuple[Tensor, Tensor]:
     """Zonotopes [B, 1 + G, N] and their error [B, N] after the step's affine block, rounding and noise included."""
-    gamma = (step.terms + rows.shape[1] + 8) * UNIT_ROUNDOFF
-    slack = step.magnitude(slack + gamma * rows.abs().sum(1)) + gamma * step.bias_magnitude
+    share = gamma(step.terms + rows.shape[1])
+    slack = step.magnitude(slack + share * rows.abs().sum(1)) + share * step.bias_magnitude
     rows = step.map_rows(rows, clock)
-    slack = slack + gamma * rows.abs().sum(1)
+    slack = slack + share * rows.abs().sum(1)
     return rows, step.with_noise(slack)
 
 
@@ -308,7 +307,7 @@ def _with_loss(step: Step, low: Tensor, high: Tensor) -> Step:
     none = torch.zeros_like(step.bias)[None]
     least = torch.stack([none if lost is None else lost[0] for lost in every]).amin(0)[0]
     most = torch.stack([none if lost is None else lost[1] for lost in every]).amax(0)[0]
-    middle, noise = (least + most) / 2, (most - least) / 2 + 4 * UNIT_ROUNDOFF * (least.abs() + most.abs())
+    middle, noise = ball(least, most)
     size = step.bias_magnitude + middle.abs()
     return replace(step, bias=step.bias + middle, bias_magnitude=size, noise=step.with_noise(noise))
 
@@ -409,8 +408,7 @@ def blank(steps: tuple[Step, ...]) -> tuple[Step, ...]:
 
 def _composed(step: Step, size: Tensor) -> Tensor:
     """Noise [N_out]: what rounding does to a step as one matrix and one bias, for inputs |x| <= size [N_in]."""
-    gamma = 2 * (step.terms + 16) * UNIT_ROUNDOFF
-    return step.with_noise(gamma * (step.magnitude(size[None])[0] + step.bias_magnitude))
+    return step.with_noise(2 * gamma(step.terms + 8) * (step.magnitude(size[None])[0] + step.bias_magnitude))
 
 
 def _is_identity(step: Step) -> bool:

@@ -40,7 +40,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchreach.core.tolerances import UNIT_ROUNDOFF
+from torchreach.core.roundoff import above, allowance, ball, below, gamma
 from torchreach.domains.hexagon import Hexagon
 from torchreach.graph.smooth import Smooth
 from torchreach.graph.steps import Step
@@ -104,7 +104,7 @@ class Cells:
         excess = torch.where(bent, (self.high - self.low) * (self.x[1:] - self.x[:-1]) / 4, 0.0)
         top = (torch.maximum(g[:-1], g[1:]) + excess).amax(0)
         size = torch.maximum(self.x[0].abs(), self.x[-1].abs())
-        return top + self.error + 8 * UNIT_ROUNDOFF * (top.abs() + slope.abs() * size)
+        return top + self.error + allowance(top.abs() + slope.abs() * size, 8)
 
     def above(self) -> Line:
         """The line above sigma that is lowest in the middle, of those tried."""
@@ -140,7 +140,7 @@ class Cells:
         bent = torch.maximum(g[:-1], g[1:]) + curl * width**2 / 8 + error
         top = self.high - torch.minimum(line[:-1], line[1:])
         top = torch.where(self.smooth, torch.minimum(top, bent), top).amax(0)
-        return top + 16 * UNIT_ROUNDOFF * (top.abs() + line[0].abs() + line[-1].abs())
+        return top + allowance(top.abs() + line[0].abs() + line[-1].abs(), 16)
 
     def range(self) -> Ends:
         """Of sigma."""
@@ -153,7 +153,8 @@ class Cells:
         low, high = self.slopes
         slope = torch.minimum(torch.maximum(slope, low), high)
         top, bottom = self.height(slope), -self.mirrored().height(-slope)
-        return slope, (top + bottom) / 2, (top - bottom) / 2 * (1 + 4 * UNIT_ROUNDOFF) + TINY
+        middle, half = ball(bottom, top)
+        return slope, middle, half + TINY
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +189,7 @@ class CurvePlanes:
         low = -torch.stack([hull.mirrored().lift(-slope, middle, curl, error) for slope in c])
         vl = torch.stack(((l1 + l2) / 2, l1 - du / 2, l2 + dl / 2)).amax(0)
         vu = torch.stack(((u1 + u2) / 2, u1 - dl / 2, u2 + du / 2)).amin(0)
-        size = 4 * UNIT_ROUNDOFF * (vl.abs() + vu.abs() + dl.abs() + du.abs())
+        size = allowance(vl.abs() + vu.abs() + dl.abs() + du.abs())
         box = torch.minimum(vl, vu) - size, torch.maximum(vl, vu) + size, dl, du
         # torch's function may be off twice
         jump = torch.where(
@@ -232,7 +233,7 @@ class CurvePlanes:
             better = joint[0] * z + joint[1] * d + joint[2] < p * z + q * d + r
             p, q, r = (torch.where(better, a, b) for a, b in zip(joint, (p, q, r), strict=True))
             loss = torch.where(better, lost, loss)
-        return p, q, (r + 2 * (terms + 16) * UNIT_ROUNDOFF * loss).sum(-1)
+        return p, q, (r + 2 * gamma(terms + 8) * loss).sum(-1)
 
 
 def _rise(
@@ -255,7 +256,7 @@ def _rise(
     ]
     size_v, size_d = torch.maximum(vl.abs(), vu.abs()), torch.maximum(dl.abs(), du.abs())
     size = (c.abs() * (size_v + m.abs()) + torch.maximum(low.abs(), high.abs()) + q.abs()) * size_d
-    r = torch.stack(corners).amax(0) + 16 * UNIT_ROUNDOFF * (size + p.abs() * (size_v + size_d))
+    r = torch.stack(corners).amax(0) + allowance(size + p.abs() * (size_v + size_d), 16)
     best = (p * (v + d / 2) + q * d + r).argmin(0, keepdim=True)
     p, q, r = (part.gather(0, best)[0] for part in (p, q, r))
     return p, q, r
@@ -273,8 +274,8 @@ def activated(step: Step, hexagon: Hexagon) -> tuple[Ends, Ends]:
         ends = torch.stack((a * d1, b * d1, a * d2, b * d2))
         bottom, top = ends.amin(0), ends.amax(0)
         jump = torch.where((d1 == 0) & (d2 == 0), 0.0, 2 * function.jumps(torch.stack((l1, u1, l2, u2)).abs().amax(0)))
-        bottom, top = bottom - 4 * UNIT_ROUNDOFF * bottom.abs() - jump, top + 4 * UNIT_ROUNDOFF * top.abs() + jump
-        far = 4 * UNIT_ROUNDOFF * (most.abs() + least.abs()).sum(0)
+        bottom, top = below(bottom) - jump, above(top) + jump
+        far = allowance((most.abs() + least.abs()).sum(0))
         bottom, top = torch.maximum(bottom, least[0] - most[1] - far), torch.minimum(top, most[0] - least[1] + far)
         low, high = low.index_copy(1, index, least[0]), high.index_copy(1, index, most[0])
         dl, du = dl.index_copy(1, index, bottom), du.index_copy(1, index, top)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime
-from torchreach.core.tolerances import UNIT_ROUNDOFF
+from torchreach.core.roundoff import allowance, ball, gamma
 from torchreach.domains.smooth import Cells
 from torchreach.graph.steps import Step
 
@@ -51,12 +51,12 @@ def zonotope_bounds(
             image = step.map_rows(rows, clock)
         except OutOfTime:
             return result + interval_bounds(steps[index:], rows, slack)
-        gamma = (step.terms + rows.shape[1] + 8) * UNIT_ROUNDOFF
+        share = gamma(step.terms + rows.shape[1])
         size = rows.abs().sum(1)
-        slack = step.with_noise(step.magnitude(slack + gamma * size) + gamma * step.bias_magnitude)
+        slack = step.with_noise(step.magnitude(slack + share * size) + share * step.bias_magnitude)
         rows = image
         spread = rows[:, 1:].abs().sum(1)
-        error = slack + gamma * (spread + rows[:, 0].abs())
+        error = slack + share * (spread + rows[:, 0].abs())
         lower, upper = rows[:, 0] - spread - error, rows[:, 0] + spread + error
         result.append((lower, upper))
         if step.relu is not None and index < last:
@@ -71,15 +71,15 @@ def zonotope_bounds(
 def interval_bounds(steps: tuple[Step, ...], rows: Tensor, slack: Tensor) -> Bounds:
     """The same by interval arithmetic: looser, and too cheap to need a clock."""
     spread = rows[:, 1:].abs().sum(1)
-    return _intervals(steps, rows[:, 0], spread + slack + 4 * UNIT_ROUNDOFF * rows.abs().sum(1))
+    return _intervals(steps, rows[:, 0], spread + slack + allowance(rows.abs().sum(1)))
 
 
 def _intervals(steps: tuple[Step, ...], middle: Tensor, radius: Tensor) -> Bounds:
     """Bounds of every step's output, from inputs [S, N] within `radius` of `middle`."""
     result: Bounds = []
     for step in steps:
-        gamma = (step.terms + 8) * UNIT_ROUNDOFF
-        radius = step.magnitude(radius + gamma * (middle.abs() + radius)) + gamma * step.bias_magnitude
+        share = gamma(step.terms)
+        radius = step.magnitude(radius + share * (middle.abs() + radius)) + share * step.bias_magnitude
         radius = step.with_noise(radius)
         middle = step.linear(middle) + step.bias
         lower, upper = middle - radius, middle + radius
@@ -97,14 +97,13 @@ def _range(step: Step, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     for function, index in step.curves:
         least, most = Cells.of(function, lower[..., index], upper[..., index]).range()
         low, high = low.index_copy(-1, index, least), high.index_copy(-1, index, most)
-    middle = (low + high) / 2
-    return middle, (high - low) / 2 * (1 + 4 * UNIT_ROUNDOFF) + 2 * UNIT_ROUNDOFF * middle.abs()
+    return ball(low, high)
 
 
 def box_rows(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Boxes [S, M] as rows [S, 1 + M, M] over [-1, 1]^M and their rounding [S, M]."""
     middle, radius = (low + high) / 2, (high - low) / 2
-    slack = 4 * UNIT_ROUNDOFF * (middle.abs() + radius)
+    slack = allowance(middle.abs() + radius)
     return torch.cat((middle[:, None], torch.diag_embed(radius)), 1), slack
 
 
@@ -133,7 +132,7 @@ def relu_band(rows: Tensor, slack: Tensor, lower: Tensor, upper: Tensor, mask: T
     unstable = (lower < 0) & (upper > 0) & mask
     slope = torch.where(unstable, upper / (upper - lower).clamp(min=1e-300), 1.0)
     slope = torch.where(off, 0.0, slope)
-    height = torch.where(unstable, -slope * lower / 2 * (1 + 4 * UNIT_ROUNDOFF), 0.0)
+    height = torch.where(unstable, -slope * lower / 2 * (1 + allowance(1.0)), 0.0)
     rows = rows * slope[:, None, :]
     rows[:, 0] += height
     # The band holds for z inside [lower, upper], which already includes the slack of z.

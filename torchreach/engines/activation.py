@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from torchreach.core.clock import NO_LIMIT, Clock
-from torchreach.core.tolerances import UNIT_ROUNDOFF
+from torchreach.core.roundoff import gamma
 from torchreach.graph.steps import Step
 
 
@@ -34,11 +34,11 @@ def affine(step: Step, rows: Tensor, slack: Tensor, clock: Clock = NO_LIMIT) -> 
 def affine_slack(step: Step, out: Tensor, slack: Tensor, size: Tensor) -> Tensor:
     """Slack [S, N_out] of rows `out` [S, 1 + M, N_out], from slack and size (sum of magnitudes) [S, N_in] before."""
     variables = out.shape[1]
-    gamma = (step.terms + variables + 8) * UNIT_ROUNDOFF
-    error = step.magnitude(slack + gamma * size) + gamma * step.bias_magnitude
+    share = gamma(step.terms + variables)
+    error = step.magnitude(slack + share * size) + share * step.bias_magnitude
     error = step.with_noise(error)
     # The last term covers evaluating the new rows at a point.
-    error = error + (variables + 4) * UNIT_ROUNDOFF * out.abs().sum(1)
+    error = error + gamma(variables) * out.abs().sum(1)
     return error * (1 + 1e-12)
 
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.masks import leading
-from torchreach.core.tolerances import UNIT_ROUNDOFF, Tolerances
+from torchreach.core.roundoff import allowance, gamma
+from torchreach.core.tolerances import Tolerances
 from torchreach.engines import activation
 from torchreach.engines.output_programs import output_range
 from torchreach.engines.pieces import KNOWN_POINTS, Arrivals, Chunk, padded, remember, with_points
@@ -139,7 +140,7 @@ class ProgramEngine:
             relu = torch.zeros_like(slack[0], dtype=torch.bool)
         sign = self.signs[layer][origin]
         spread = rows[:, 1:].abs().sum(1)
-        margin = (rows.shape[1] + 4) * UNIT_ROUNDOFF * (spread + rows[:, 0].abs())
+        margin = gamma(rows.shape[1]) * (spread + rows[:, 0].abs())
         low, high = rows[:, 0] - spread - margin, rows[:, 0] + spread + margin
         unknown = (sign == 0) & relu
         boxed = unknown & ((low >= 0) | (high + slack <= 0))
@@ -236,7 +237,7 @@ class ProgramEngine:
         norm = plane[:, 1:].norm(dim=1, keepdim=True)
         values = chunk.values[number, :, column] / norm  # [Q, W]
         # The child's half-space is the neuron's up to the rounding of its normalised coefficients.
-        over = chunk.over.index_put((number, column), 8 * UNIT_ROUNDOFF * plane.abs().sum(1))
+        over = chunk.over.index_put((number, column), allowance(plane.abs().sum(1), 8))
         unit = plane / norm
         sets, starts, side = [], [], []
         for sign in (1.0, -1.0):

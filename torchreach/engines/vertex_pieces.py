@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from torchreach.core.tolerances import UNIT_ROUNDOFF
+from torchreach.core.roundoff import allowance
 from torchreach.sets import polytope
 from torchreach.sets.polytope import PolytopeBatch
 
@@ -35,7 +35,7 @@ class Pieces:
     @property
     def drift(self) -> Tensor:
         """[S', 1] distance, in each predicate variable, within which a piece may miss points."""
-        return (4 * UNIT_ROUNDOFF * self.cuts)[:, None]
+        return allowance(self.cuts)[:, None]
 
     @property
     def work(self) -> int:

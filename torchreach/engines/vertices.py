@@ -22,7 +22,8 @@ from torch.nn.functional import pad
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.masks import leading
 from torchreach.core.memory import size_of
-from torchreach.core.tolerances import UNIT_ROUNDOFF, Tolerances
+from torchreach.core.roundoff import gamma
+from torchreach.core.tolerances import Tolerances
 from torchreach.engines import activation
 from torchreach.engines.record import PointOf, RangeRecord
 from torchreach.engines.tally import Tally
@@ -217,7 +218,7 @@ class VertexEngine:
         size, variables, _ = chunk.rows.shape
         arrived = chunk.rows.mT.contiguous().index_select(1, live)  # [S, L, 1 + M]
         # A vertex on a cut is known to be on it only up to rounding, which grows with the pre-activation.
-        rounding = 16 * variables * UNIT_ROUNDOFF * chunk.rows.abs().sum(1).index_select(1, live)
+        rounding = 16 * gamma(variables) * chunk.rows.abs().sum(1).index_select(1, live)
         tolerance = rounding.clamp(min=self.tolerances.sign)  # [S, L]
         lower, upper = (arrived.new_empty(size, len(live)) for _ in range(2))
         pieces = chunk.parts(len(live), numbers)

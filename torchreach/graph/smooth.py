@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchreach.core.tolerances import UNIT_ROUNDOFF
+from torchreach.core.roundoff import allowance
 from torchreach.graph.propagate import propagate
 
-ERROR = 64 * UNIT_ROUNDOFF
+ERROR = allowance(1.0, 64)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from torchreach.core.tolerances import UNIT_ROUNDOFF
+from torchreach.core.roundoff import gamma
 from torchreach.lp.halfspaces import Sets
 
 
@@ -44,10 +44,10 @@ class LPBatch:
         """The bound of multipliers y, and the corner [B, M] of the box where its Lagrangian is largest."""
         sets = self.sets
         left = self.objective - sets.mix(y[:, None])[:, 0]
-        terms = sets.constraints + sets.variables + 8
+        share = gamma(sets.constraints + sets.variables)
         size = self.constant.abs() + self.norm + (y * sets.reach).sum(1)
         spread = torch.linalg.vector_norm(left, 1, dim=1)
-        return self.constant + (y * sets.b).sum(1) + spread + terms * UNIT_ROUNDOFF * size, left.sign()
+        return self.constant + (y * sets.b).sum(1) + spread + share * size, left.sign()
 
     @cached_property
     def norm(self) -> Tensor:

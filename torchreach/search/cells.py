@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from torchreach.core.clock import NO_LIMIT, Clock
-from torchreach.core.tolerances import UNIT_ROUNDOFF, round_down, round_up
+from torchreach.core.roundoff import above, ball, below, round_down, round_up
 from torchreach.domains.rounding import InputGrid, outputs, restricted
 from torchreach.domains.zonotope import box_rows, zonotope_bounds
 from torchreach.graph.reduced import reduce
@@ -155,9 +155,9 @@ def attained(first: tuple[Step, ...], second: tuple[Step, ...], x: Tensor, x2: T
         index = index[:, None].expand_as(low)
         far = low.new_full((len(inputs), low.shape[1]), torch.inf)
         ends.append((far.scatter_reduce(0, index, low, "amin"), (-far).scatter_reduce(0, index, high, "amax")))
-    (low, high), (below, above) = ends
-    value = torch.stack((low - above, below - high), 1)
-    return value - 4 * UNIT_ROUNDOFF * value.abs()
+    (low1, high1), (low2, high2) = ends
+    value = torch.stack((low1 - high2, low2 - high1), 1)
+    return below(value)
 
 
 def representable(x: Tensor, lower: Tensor, upper: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -246,7 +246,7 @@ class _Work:
         cells = self.cells
         low = cells.code_low[cells.several]
         ends = [cells.quantizer.value(code) for code in (low, low + cells.counts - 1)]
-        middle, radius = (ends[0] + ends[1]) / 2, (ends[1] - ends[0]) / 2
+        middle, radius = ball(*ends)
         _, below, above = outputs(cells.second, middle[None], radius[None])
         down, up = cells.root
         return torch.stack((up - below.amin(0), above.amax(0) - down))
@@ -255,7 +255,7 @@ class _Work:
         """[2, R, N_out] upper bounds of y1 - y2 and y2 - y1 on rows."""
         low, high = (part[self.index] for part in self.y1)
         value = torch.stack((high - self.below, self.above - low))
-        return value + 4 * UNIT_ROUNDOFF * value.abs()
+        return above(value)
 
     def upper(self) -> Tensor:
         return torch.maximum(self.bounds().amax(1), self.left_over)

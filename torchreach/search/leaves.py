@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from torchreach.core.clock import NO_LIMIT, Clock
-from torchreach.core.tolerances import UNIT_ROUNDOFF
+from torchreach.core.roundoff import allowance, gamma
 from torchreach.lp.halfspaces import Halfspaces
 from torchreach.lp.interior_point import interior, maximize
 from torchreach.lp.problem import LPBatch
@@ -72,16 +72,16 @@ def _solve(
         for side, part, off in ((2 * on[0] - 1, z, slack[0]), (2 * on[1] - 1, z - d, slack[1])):
             # side * (row) >= 0; u |z - d| is covered by the margin between gamma and what it must be
             A.append(-side[..., None] * part[..., 1:])
-            b.append(side * part[..., 0] + off + 4 * UNIT_ROUNDOFF * part.abs().sum(2))
+            b.append(side * part[..., 0] + off + allowance(part.abs().sum(2)))
         s1, s2 = (s.expand(count, -1).clone() for s in net.slopes[k])
         s1[:, free], s2[:, free] = on
         z, d = rows[:, :n], rows[:, n:]
         rows = torch.cat((s1[..., None] * z, (s1 - s2)[..., None] * z + s2[..., None] * d), 1)
         z, d = error[:, :n], error[:, n:]
         error = torch.cat((s1 * z, (s1 - s2).abs() * z + s2 * d), 1)
-        error = error + 4 * UNIT_ROUNDOFF * rows.abs().sum(2)
+        error = error + allowance(rows.abs().sum(2))
     objective = (objectives[:, None] @ rows)[:, 0]
-    raised = (objectives.abs() * (error + 4 * net.count_terms * UNIT_ROUNDOFF * rows.abs().sum(2))).sum(1)
+    raised = (objectives.abs() * (error + 4 * gamma(net.count_terms) * rows.abs().sum(2))).sum(1)
     A, b = torch.cat(A, 1), torch.cat(b, 1)
     point, depth, empty = interior(Halfspaces(A, b), FLAT)
     b = b + A.norm(dim=2) * (2 * FLAT - depth.clamp(max=2 * FLAT))[:, None]
@@ -96,9 +96,9 @@ def _affine(net: Reduced, k: int, rows: Tensor, error: Tensor) -> tuple[Tensor, 
     """Rows [R, 2 n, 1 + N_in] and errors [R, 2 n] after affine layer k; the input is a row set [R, N_in, ...]."""
     weights, shift = net.maps[k], net.shifts[k]
     assert isinstance(weights, Tensor)  # of exact pairs all are
-    gamma = 2 * net.count_terms * UNIT_ROUNDOFF
+    share = 2 * gamma(net.count_terms)
     size = rows.abs().sum(2)
     out = weights @ rows
     out[..., 0] += shift
-    error = (error + gamma * size) @ weights.abs().T + gamma * shift.abs() + net.noise[k]
+    error = (error + share * size) @ weights.abs().T + share * shift.abs() + net.noise[k]
     return out, error

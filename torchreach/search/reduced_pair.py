@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchreach.core.tolerances import UNIT_ROUNDOFF
+from torchreach.core.roundoff import gamma
 from torchreach.domains.difference import Backward
 from torchreach.domains.pair import Pair
 from torchreach.graph.twins import Maps, Matrices
@@ -35,7 +35,7 @@ class Reduced:
                 part = torch.cat((torch.cat((W, torch.zeros_like(W)), 1) if k else W, below))
             self.maps.append(part)
             self.shifts.append(torch.cat((pair.b[k][rows], pair.db[k][rows])))
-        gammas = [2 * (2 * n + 8 * pair.depth + 16) * UNIT_ROUNDOFF for n in self.count]
+        gammas = [2 * gamma(2 * n + 8 * pair.depth + 8) for n in self.count]
         self.before = [g * torch.cat(h.sizes(), 1)[0] for g, h in zip(gammas, hexagons, strict=True)]
         self.noise = [torch.cat(pair.noise(k))[torch.cat((i, i + len(pair.b[k])))] for k, i in enumerate(keep)]
         losses = [torch.cat((P[0], Q[0])) for P, Q in work.errors]

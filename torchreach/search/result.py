@@ -14,8 +14,8 @@ from torch import Tensor
 
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.errors import OptionError
+from torchreach.core.roundoff import gamma
 from torchreach.core.terms import Reason
-from torchreach.core.tolerances import UNIT_ROUNDOFF
 from torchreach.domains.pair import Activate
 
 NUMBERS = 1 << 19  # in the layers of the points that are replayed between two looks at the clock
@@ -137,7 +137,7 @@ class Constraints:
         """[B] whether a box [B, N_in] certainly holds no point of the set."""
         size = torch.maximum(low.abs(), high.abs()) @ self.A.abs().T
         least = (low @ self.A.clamp(min=0).T) + (high @ self.A.clamp(max=0).T)
-        return (least - 4 * (low.shape[1] + 4) * UNIT_ROUNDOFF * (size + self.b.abs()) > self.b).any(1)
+        return (least - 4 * gamma(low.shape[1]) * (size + self.b.abs()) > self.b).any(1)
 
 
 class Compared(Protocol):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from torchreach.core.errors import InvalidSetError, OptionError, ShapeError
-from torchreach.core.tolerances import COMPUTE_DTYPE, round_down, round_up
+from torchreach.core.roundoff import round_down, round_up
+from torchreach.core.tolerances import COMPUTE_DTYPE
 from torchreach.graph.weights import FLOATS
 
 

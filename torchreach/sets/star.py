@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from torchreach.core.errors import InvalidSetError, ShapeError
-from torchreach.core.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF, Tolerances, round_down, round_up
+from torchreach.core.roundoff import gamma, round_down, round_up
+from torchreach.core.tolerances import COMPUTE_DTYPE, Tolerances
 from torchreach.graph.layers import linear
 from torchreach.lp.halfspaces import Halfspaces
 from torchreach.lp.interior_point import centre, interior, maximize
@@ -282,7 +283,7 @@ class StarBatch:
         reach = torch.maximum(self.lower.abs(), self.upper.abs()).to(COMPUTE_DTYPE)[:, :, None]
         size = flat.abs() @ normal.abs().T
         terms = size[:, 0] + (size[:, 1:] * reach).sum(1) + offset.abs()
-        lost = ((A.to(COMPUTE_DTYPE) - exact).abs() @ reach)[:, :, 0] + (flat.shape[2] + 3) * UNIT_ROUNDOFF * terms
+        lost = ((A.to(COMPUTE_DTYPE) - exact).abs() @ reach)[:, :, 0] + gamma(flat.shape[2]) * terms
         return StarBatch(
             self.basis,
             torch.cat((self.A, A), 1),
@@ -310,7 +311,7 @@ class StarBatch:
         """Error bounds of `normalised`: of its features [S, N] at any predicate, and of its b [S, P]."""
         reach = torch.maximum(self.lower.abs(), self.upper.abs()).to(COMPUTE_DTYPE)[:, None]
         basis, A = self.basis.flatten(2).to(COMPUTE_DTYPE).abs(), self.A.to(COMPUTE_DTYPE).abs()
-        share = (self.dim + 12) * UNIT_ROUNDOFF
+        share = gamma(self.dim + 4)
         features = basis[:, 0] + 2 * (reach @ basis[:, 1:])[:, 0]
         return share * features, share * (self.b.to(COMPUTE_DTYPE).abs() + 2 * (A @ reach.transpose(1, 2))[:, :, 0])
 
@@ -333,7 +334,7 @@ class StarBatch:
             ends = ends[..., None] * V
         low, high = c + ends.amin(0).sum(1), c + ends.amax(0).sum(1)
         unrounded = ((c == 0) & (V.abs().sum(1) == 1)) | ~moved
-        size = (self.dim + 4) * UNIT_ROUNDOFF * (c.abs() + ends.abs().amax(0).sum(1))
+        size = gamma(self.dim) * (c.abs() + ends.abs().amax(0).sum(1))
         size = torch.where(plain[:, None] & unrounded, 0.0, size)
         return low - size, high + size, plain
 

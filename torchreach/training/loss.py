@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from torchreach.core.checks import check_choice
 from torchreach.core.errors import InvalidNetworkError, ShapeError, UnsupportedLayerError
-from torchreach.core.tolerances import COMPUTE_DTYPE, round_up
+from torchreach.core.roundoff import round_up
+from torchreach.core.tolerances import COMPUTE_DTYPE
 from torchreach.domains.difference import Backward, checked_boxes
 from torchreach.domains.hexagon import Hexagon
 from torchreach.domains.pair import Pair

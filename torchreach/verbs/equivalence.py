@@ -29,7 +29,8 @@ from torchreach.core.errors import OptionError, ShapeError, UnsupportedLayerErro
 from torchreach.core.memory import default_budget
 from torchreach.core.options import Budget, Exact, Search
 from torchreach.core.results import Answer, Discrepancy, Equivalence, Progress, ProgressCallback, Reason, Semantics
-from torchreach.core.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF, Tolerances, round_down, round_up
+from torchreach.core.roundoff import ball, round_down, round_up
+from torchreach.core.tolerances import COMPUTE_DTYPE, Tolerances
 from torchreach.domains.pair import identical
 from torchreach.domains.zonotope import interval_bounds
 from torchreach.graph.layers import Reshape
@@ -274,7 +275,7 @@ class _Labels:
             return float(found.attained_upper.max()), float(found.upper.max()), found.argmax[0, at]
         except OutOfTime:
             low, high, _ = star.bounding_box()
-            middle, radius = (low + high) / 2, (high - low) / 2 * (1 + 4 * UNIT_ROUNDOFF)
+            middle, radius = ball(low, high)
             return -math.inf, float(interval_bounds(compared, middle[:, None], radius)[-1][1].max()), star.center[0]
         state = work.state
         assert state is not None

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.errors import InvalidNetworkError, KernelMismatchError, OptionError
 from torchreach.core.results import Discrepancy, Reason, Semantics, Status
-from torchreach.core.tolerances import COMPUTE_DTYPE, round_down, round_up
+from torchreach.core.roundoff import allowance, round_down, round_up
+from torchreach.core.tolerances import COMPUTE_DTYPE
 from torchreach.domains.execution import Format, rounding
 from torchreach.domains.graph_execution import graph_rounding
 from torchreach.graph.lowering import Graph
@@ -288,7 +289,7 @@ class _Result:
                 parts.append([part.reshape(shape) for part in replay(side.steps, x.flatten(0, 1))])
                 return parts[0][0] * 0, parts[0][0] * 0, False
         (y1, error1), (y2, error2) = parts
-        value, error = y1 - y2, error1 + error2 + 1e-15 * (y1.abs() + y2.abs())
+        value, error = y1 - y2, error1 + error2 + allowance(y1.abs() + y2.abs(), 10)
         low, high = self.range_lower[:, None] - error, self.range_upper[:, None] + error
         outside = (value < low) | (value > high)
         if bool(outside.any()) or not bool(value.isfinite().all()):

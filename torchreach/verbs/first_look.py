@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from torchreach.core.clock import Clock
-from torchreach.core.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF, Tolerances
+from torchreach.core.roundoff import allowance
+from torchreach.core.tolerances import COMPUTE_DTYPE, Tolerances
 from torchreach.graph.steps import Step
 from torchreach.lp.halfspaces import Halfspaces
 from torchreach.lp.interior_point import centre, interior
@@ -70,7 +71,7 @@ class Places:
     def holds(self, t: Tensor) -> Tensor:
         """[S, B] whether coordinates satisfy the constraints, up to the rounding of this test."""
         sides, A = self.b[:, None], self.A.transpose(1, 2)
-        slack = 4 * (t.shape[2] + 4) * UNIT_ROUNDOFF * (t.abs() @ A.abs() + sides.abs())
+        slack = allowance(t.abs() @ A.abs() + sides.abs(), 4 * (t.shape[2] + 4))
         return (t.abs() <= 1).all(2) & (t @ A <= sides + slack).all(2)
 
     def points(self, t: Tensor) -> Tensor:

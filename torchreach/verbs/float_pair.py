@@ -28,7 +28,8 @@ from torchreach.core.errors import ShapeError
 from torchreach.core.memory import default_budget
 from torchreach.core.options import Budget, Exact, Search
 from torchreach.core.results import Discrepancy, Progress, ProgressCallback, ReachResult, ReachStats, Reason, Status
-from torchreach.core.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF, Tolerances, round_down, round_up
+from torchreach.core.roundoff import ball, round_down, round_up
+from torchreach.core.tolerances import COMPUTE_DTYPE, Tolerances
 from torchreach.domains.box_difference import first_bounds
 from torchreach.domains.difference import interval_difference
 from torchreach.domains.hexagon import Hexagon
@@ -155,7 +156,7 @@ class _Run:
         """What no budget is too short for: intervals, and inputs that attain something."""
         low, high, plain = self.stars.bounding_box()
         self.box = low, high
-        middle, radius = (low + high) / 2, (high - low) / 2 * (1 + 4 * UNIT_ROUNDOFF)
+        middle, radius = ball(low, high)
         below, above = interval_bounds(self.network, middle[:, None], radius)[-1]
         self.upper = torch.minimum(self.upper, torch.stack((above, -below), 1))
         self.places = Places.of(self.stars, low, high, plain)

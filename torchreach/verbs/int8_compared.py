@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from torchreach.core.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF
+from torchreach.core.roundoff import above, ball, below
+from torchreach.core.tolerances import COMPUTE_DTYPE
 from torchreach.domains.pair import identical
 from torchreach.domains.rounding import outputs
 from torchreach.domains.zonotope import interval_bounds, zonotope_bounds
@@ -63,7 +64,7 @@ class Compared:
         """Certified upper bounds [B, 2, N_out] of y1 - y2 and y2 - y1 over boxes [B, N_in], by interval arithmetic."""
         (low1, high1), (low2, high2) = (_interval(network, low, high) for network in (self.first, self.second))
         upper = torch.stack((high1 - low2, high2 - low1), 1)
-        return upper + 4 * UNIT_ROUNDOFF * upper.abs()
+        return above(upper)
 
     def attained(self, first: tuple[Step, ...], second: tuple[Step, ...], x: Tensor, whole: Tensor) -> Tensor:
         """Values [B, 2, N_out] of y1 - y2 and y2 - y1 that inputs attain at least.
@@ -84,7 +85,7 @@ class Compared:
             ends.append((low, high))
         (low1, high1), (low2, high2) = ends
         value = torch.stack((low1 - high2, low2 - high1), 1)
-        return value - 4 * UNIT_ROUNDOFF * value.abs()
+        return below(value)
 
     def slope(self, first: tuple[Step, ...], second: tuple[Step, ...], x: Tensor) -> Tensor:
         """[..., N_out] y1 - y2 in float64 at x [..., M], differentiable as if rounding were the identity."""
@@ -102,8 +103,8 @@ class Compared:
 
 def _interval(network: tuple[Step, ...], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Range [B, N_out] of a network over boxes [B, N_in], by interval arithmetic."""
-    middle = (low + high) / 2
-    radius = torch.maximum(high - middle, middle - low) * (1 + 4 * UNIT_ROUNDOFF)
+    middle, radius = ball(low, high)
+    radius = torch.where(low == high, 0.0, radius)
     if not quantised(network):
         return interval_bounds(network, middle[:, None], radius)[-1]
     return _by_point(outputs(network, middle, radius), len(low))

@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.core.errors import KernelMismatchError, UncoveredKernelsWarning, UnsupportedLayerError
 from torchreach.core.results import Kernels
-from torchreach.core.tolerances import UNIT_ROUNDOFF
+from torchreach.core.roundoff import SINGLE, allowance
 from torchreach.domains.rounding import InputGrid, outputs, relax
 from torchreach.graph.kernels import ENGINES, IntegerSums, Pairing, identified, rounds_bias
 from torchreach.graph.quantizer import Quantizer
@@ -39,7 +39,6 @@ Run = Callable[[Tensor], Tensor | None]
 
 CHOICES = ("here", "exact", "saturating", "any")
 NAMES = 5  # of layers that a message lists
-SINGLE = 2.0**-24
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def _whole_bias(step: Step) -> Step:
     # float32 decides which of two units is nearest
     doubt = ((units - units.floor() - 0.5).abs() <= 8 * SINGLE * (1 + units.abs())).to(unit)
     bias = torch.where(doubt > 0, units.floor() + 0.5, units.round()) * unit
-    noise = step.with_noise((doubt / 2 + 8 * UNIT_ROUNDOFF * (1 + units.abs())) * unit)
+    noise = step.with_noise((doubt / 2 + allowance(1 + units.abs(), 8)) * unit)
     return replace(step, bias=bias, bias_magnitude=torch.maximum(step.bias_magnitude, bias.abs()) + unit, noise=noise)
 
 

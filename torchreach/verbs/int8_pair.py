@@ -22,7 +22,8 @@ from torchreach.core.errors import OptionError, ShapeError
 from torchreach.core.memory import default_budget
 from torchreach.core.options import Budget, Exact, Search
 from torchreach.core.results import Discrepancy, Progress, ProgressCallback, ReachStats, Semantics, Status
-from torchreach.core.tolerances import COMPUTE_DTYPE, round_down, round_up
+from torchreach.core.roundoff import round_down, round_up
+from torchreach.core.tolerances import COMPUTE_DTYPE
 from torchreach.domains.rounding import InputGrid
 from torchreach.graph.quantizer import Quantizer
 from torchreach.read.module import chain

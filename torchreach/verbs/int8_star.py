@@ -25,7 +25,8 @@ from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.core.errors import UnsupportedLayerError
 from torchreach.core.options import Budget
 from torchreach.core.results import Reason
-from torchreach.core.tolerances import COMPUTE_DTYPE, round_down
+from torchreach.core.roundoff import round_down
+from torchreach.core.tolerances import COMPUTE_DTYPE
 from torchreach.domains.pair import Pair
 from torchreach.domains.relaxed_difference import RelaxedDifference, relaxation_bytes
 from torchreach.domains.rounding import InputGrid, blank, varying

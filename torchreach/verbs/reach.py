@@ -16,7 +16,8 @@ from torchreach.core.errors import ShapeError
 from torchreach.core.memory import default_budget
 from torchreach.core.options import Budget, Exact
 from torchreach.core.results import Discrepancy, Progress, ProgressCallback, ReachResult, ReachStats, Reason, Status
-from torchreach.core.tolerances import COMPUTE_DTYPE, Tolerances, round_down, round_up
+from torchreach.core.roundoff import round_down, round_up
+from torchreach.core.tolerances import COMPUTE_DTYPE, Tolerances
 from torchreach.domains.root import root_bounds
 from torchreach.domains.zonotope import Bounds
 from torchreach.engines import activation

@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from torchreach.core.clock import Clock
 from torchreach.core.errors import UnsupportedLayerError
 from torchreach.core.results import Discrepancy
+from torchreach.core.roundoff import allowance, gamma
 from torchreach.core.terms import Reason, Status
-from torchreach.core.tolerances import COMPUTE_DTYPE, UNIT_ROUNDOFF
+from torchreach.core.tolerances import COMPUTE_DTYPE
 from torchreach.domains.zonotope import box_rows, zonotope_bounds
 from torchreach.graph.layers import SOFTMAX
 from torchreach.graph.smooth import smooth
@@ -124,14 +125,14 @@ def bounds(y: tuple[Tensor, Tensor], d: tuple[Tensor, Tensor], kind: type[nn.Mod
     least = a + (-_largest_mean(-below, low_q, high_q)).clamp(min=1e-300).log()
     size = torch.maximum(low.abs(), high.abs()).amax(1, keepdim=True) + 4 * low.shape[1]
     far = torch.maximum(a.abs(), b.abs()).amax(1, keepdim=True)
-    off = 8 * UNIT_ROUNDOFF * (size + far)
+    off = allowance(size + far, 8)
     lead_low, lead_high, least, most = lead_low - off, lead_high + off, least - off, most + off
     f = smooth(nn.LogSigmoid() if kind is nn.LogSoftmax else nn.Sigmoid())
     ends = []
     for t in (least, most):
         at = torch.stack((lead_low, lead_high, (t / 2).clamp(lead_low, lead_high)))
         values = f.value(at) - f.value(at - t)
-        error = (f.error(at) + f.error(at - t) + 4 * UNIT_ROUNDOFF * (at.abs() + t.abs() + values.abs())).amax(0)
+        error = (f.error(at) + f.error(at - t) + allowance(at.abs() + t.abs() + values.abs())).amax(0)
         ends.append((values.amin(0) - error, values.amax(0) + error))
     same = ((a == 0) & (b == 0)).all(1, keepdim=True)  # equal scores
     return torch.where(same, 0.0, ends[0][0]), torch.where(same, 0.0, ends[1][1])
@@ -156,8 +157,8 @@ def _among_others(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     rests = []
     for size, sign in ((most, 1), (least, -1)):
         total = size.sum(2, keepdim=True)
-        rests.append((total - size + sign * 8 * size.shape[2] * UNIT_ROUNDOFF * total).clamp(min=0))
-    shrunk = 1 - 64 * UNIT_ROUNDOFF * (1 + top.abs() + low.abs())  # for the arguments of exp
+        rests.append((total - size + sign * 8 * gamma(size.shape[2]) * total).clamp(min=0))
+    shrunk = 1 - allowance(1 + top.abs() + low.abs(), 64)  # for the arguments of exp
     low_q = least / (least + rests[0]).clamp(min=1e-300) * shrunk.clamp(min=0)
     high_q = most / (most + rests[1]).clamp(min=1e-300) / shrunk.clamp(min=0.5)
     return low_q, high_q.clamp(max=1)
@@ -171,7 +172,7 @@ def _largest_mean(value: Tensor, low: Tensor, high: Tensor) -> Tensor:
     given = torch.minimum((left - room.cumsum(-1) + room).clamp(min=0), room)
     over = (left - given.sum(-1, keepdim=True)).clamp(min=0)[..., 0]  # rounding has left no room for it
     mean = ((low + given) * value).sum(-1) + over * value[..., 0]
-    return mean + 16 * value.shape[-1] * UNIT_ROUNDOFF * value.abs().amax(-1)
+    return mean + 16 * gamma(value.shape[-1]) * value.abs().amax(-1)
 
 
 def _attained(
@@ -217,7 +218,7 @@ def _offer(
         y, error = replay(network, x.flatten(0, 1))
         values.append(_last(kind, y))
         # A probability moves by at most half of what the scores move, its logarithm by twice that much.
-        own = 16 * UNIT_ROUNDOFF * (y.shape[1] + y.abs().amax(1, keepdim=True))
+        own = allowance(y.shape[1] + y.abs().amax(1, keepdim=True), 16)
         errors.append(2 * error.amax(1, keepdim=True) + own)
     value = ((values[0] - values[1]).abs() - errors[0] - errors[1]).reshape(size, count, -1)
     best, index = value.max(1)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.core.memory import Ledger, size_of
 from torchreach.core.options import Budget
+from torchreach.core.roundoff import gamma
 from torchreach.domains.zonotope import Bounds, relu_band, zonotope_bounds
 from torchreach.engines.record import Kept, RangeRecord, Sink
 from torchreach.engines.tally import Tally
@@ -339,7 +340,7 @@ class Frontier:
             ),
             1,
         )
-        slack = chunk.slack + 1e-15 * chunk.rows.shape[1] * chunk.rows.abs().sum(1)
+        slack = chunk.slack + 10 * gamma(chunk.rows.shape[1]) * chunk.rows.abs().sum(1)
         step = self.steps[chunk.layer]
         spread = rows[:, 1:].abs().sum(1) + slack
         root_low, root_high = (bound[chunk.origin] for bound in self.root[chunk.layer])
