@@ -18,7 +18,9 @@ from tests.networks import random_network, rounded_copy
 from tests.test_difference import boxes, noisy_copy, pair_of, samples
 from torchreach.core.clock import OutOfTime
 from torchreach.core.results import Reason
+from torchreach.domains.box_difference import first_bounds
 from torchreach.domains.difference import difference_bounds, interval_difference
+from torchreach.domains.joint import Both
 from torchreach.search import signs
 from torchreach.search.boxes import search_boxes
 from torchreach.search.result import Question
@@ -151,14 +153,15 @@ def test_intervals_hold_without_a_root_pass_and_difference_bounds_lie_inside() -
         assert (h.dl >= wide.dl - 1e-12).all()
 
 
-@pytest.mark.parametrize("search", [search_signs, search_boxes])
-def test_searches_keep_the_last_state_when_the_clock_ends(search) -> None:
+@pytest.mark.parametrize(("search", "first"), [(search_signs, difference_bounds), (search_boxes, first_bounds)])
+def test_searches_keep_the_last_state_when_the_clock_ends(search, first) -> None:
     original = random_network(1, [4, 12, 12, 2])
     pair = pair_of(original, noisy_copy(original, 1e-1, 1), (4,))
     lower, upper = -torch.ones(4).double(), torch.ones(4).double()
     with pytest.raises(OutOfTime):
         next(search(pair, lower, upper, clock=expiring(0)))
-    root = difference_bounds(pair, lower[None], upper[None])
+    both = pair if first is difference_bounds else Both.of(pair.first, pair.second, pair)
+    root = first(both, lower[None], upper[None])
     y, error = pair.evaluate(samples(lower[None], upper[None], 5000, 0)[:, 0])
     for looks in (0, 12, 60):
         states = list(search(pair, lower, upper, SIGNED, root=root, clock=expiring(looks), starts=2))

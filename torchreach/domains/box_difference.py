@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,21 +62,43 @@ def quick_bounds(
     return replace(known, upper=value, x=x, influence=moved)
 
 
+@dataclass(frozen=True, eq=False)
+class FirstBounds:
+    """hexagons: bounds of every layer as `difference_bounds` gives them, the outputs' the best there are; none for two
+    architectures. joint: None for a pair of few inputs that vary."""
+
+    hexagons: tuple[Hexagon, ...]
+    joint: JointBounds | None
+
+    @property
+    def upper(self) -> Tensor:
+        """[B, 2, N_out] above y1 - y2 and y2 - y1."""
+        if self.hexagons:
+            return self.hexagons[-1].sides
+        assert self.joint is not None
+        return self.joint.upper
+
+    def select(self, index: Tensor) -> FirstBounds:
+        """Of some boxes."""
+        hexagons = tuple(hexagon.map(lambda part: part[index]) for hexagon in self.hexagons)
+        return FirstBounds(hexagons, None if self.joint is None else self.joint.select(index))
+
+
 @torch.no_grad()
 def first_bounds(
     both: Both,
     lower: Tensor,
     upper: Tensor,
-    take: Callable[[Tensor], object],
+    take: Callable[[Tensor], object] = lambda _: None,
     *,
     clock: Clock = NO_LIMIT,
     memory: float = math.inf,
-) -> tuple[Hexagon, ...] | None:
-    """Bounds of every layer before any split, as `difference_bounds` gives them; None for two architectures.
+) -> FirstBounds:
+    """Bounds before any split.
 
-    Those of the outputs are the better of these and, for many inputs that vary, of `joint_bounds`. Layers of
-    convolutions over many inputs, whose zonotopes would be large, are bounded from joint bounds alone, by windows and
-    in difference coordinates on top of that; both within the clock's time, if with looser bounds.
+    Those of the outputs are the better of `difference_bounds` and, for many inputs that vary, of `joint_bounds`.
+    Layers of convolutions over many inputs, whose zonotopes would be large, are bounded from joint bounds alone, by
+    windows and in difference coordinates on top of that; both within the clock's time, if with looser bounds.
 
     Args: take: gets certified bounds [B, 2, N_out] above y1 - y2 and y2 - y1, as soon as there are any.
     Raises: as `difference_bounds`.
@@ -87,7 +109,7 @@ def first_bounds(
         known = joint_bounds(both, lower, upper, anytime=True, clock=clock)
         take(known.upper)
     if pair is None:
-        return None
+        return FirstBounds((), known)
     if known is not None and both.first.windowed:
         hexagons = _hexagons(pair, lower, upper, known, clock)
     else:
@@ -97,7 +119,7 @@ def first_bounds(
         du, dl = torch.minimum(output.sides, known.upper).unbind(1)
         output = output.with_difference(-dl, du)
     take(output.sides)
-    return *hidden, output
+    return FirstBounds((*hidden, output), known)
 
 
 def _hexagons(pair: Pair, lower: Tensor, upper: Tensor, known: JointBounds, clock: Clock) -> tuple[Hexagon, ...]:

@@ -25,11 +25,10 @@ from torch import Tensor
 from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.core.errors import ShapeError
 from torchreach.core.masks import lengths
-from torchreach.domains.box_difference import quick_bounds
+from torchreach.domains.box_difference import FirstBounds, first_bounds, quick_bounds
 from torchreach.domains.crown import NUMBERS
-from torchreach.domains.difference import Takes, checked_boxes, difference_bounds
-from torchreach.domains.hexagon import Hexagon
-from torchreach.domains.joint import Both, joint_bounds
+from torchreach.domains.difference import Takes, checked_boxes
+from torchreach.domains.joint import Both, JointBounds, joint_bounds
 from torchreach.domains.pair import Pair
 from torchreach.search.best_first import best_first, largest, largest_excess
 from torchreach.search.result import Best, Constraints, Finish, Question, SearchResult
@@ -69,7 +68,7 @@ def search_boxes(
     batch: int = BATCH,
     starts: int = 8,
     seed: int = 0,
-    root: tuple[Hexagon, ...] | None = None,
+    root: FirstBounds | None = None,
     clock: Clock = NO_LIMIT,
 ) -> Iterator[SearchResult]:
     """States of a search over one box lower <= x <= upper [N_in], one per batch; it ends with a closed one.
@@ -79,7 +78,7 @@ def search_boxes(
         finish: bounds boxes of few undecided neurons (`FEW`), instead of halving them.
         memory: bytes of open boxes beyond which it ends, open, instead of halving more.
         batch: boxes halved at a time, at most. starts, seed: of the witness search that comes first (`ascend`).
-        root: `difference_bounds` of the box, where they are at hand.
+        root: `first_bounds` of the box, where they are at hand.
         clock: looked at in every chunk of boxes; when it is over, the state so far is the last one. OutOfTime only at
             the first state, and only without `root`.
 
@@ -88,17 +87,13 @@ def search_boxes(
     question = question or Question()
     both = Both.of(compared.first, compared.second, compared) if isinstance(compared, Pair) else compared
     low, high = one_box(both, lower, upper)
-    caps = low.new_full((1, 2, both.outputs), torch.inf)
-    if both.pair is not None:
-        output = (difference_bounds(both.pair, low, high, clock=clock, memory=memory / 2) if root is None else root)[-1]
-        caps = output.sides
+    root = first_bounds(both, low, high, clock=clock, memory=memory / 2) if root is None else root
+    caps = root.upper
     best = ascend(both, low, high, constraints, starts=starts, seed=seed, clock=clock)
     work = _Work(both, best, question, constraints, finish, clock, memory, batch, int((low < high).sum()))
     try:
-        left = work.bounded(low, high, caps, low.new_zeros(1, both.hidden, dtype=torch.int8))
+        left = work.bounded(low, high, caps, low.new_zeros(1, both.hidden, dtype=torch.int8), root.joint)
     except OutOfTime:
-        if not bool(caps.isfinite().all()):
-            raise
         yield SearchResult(best.lower, torch.maximum(caps[0], best.lower), best.witness, 1, 1, False)
         return
 
@@ -241,8 +236,10 @@ class _Work:
         # A box that still exceeds what is attained, where it gave up, is halved next time.
         return replace(old, value=torch.minimum(old.value, found), finished=torch.ones_like(old.finished))
 
-    def bounded(self, low: Tensor, high: Tensor, caps: Tensor, signs: Tensor) -> Boxes:
-        """Boxes with bounds, at most `caps`; offers corners and centres to `best`.
+    def bounded(
+        self, low: Tensor, high: Tensor, caps: Tensor, signs: Tensor, known: JointBounds | None = None
+    ) -> Boxes:
+        """Boxes with bounds, at most `caps`; offers corners and centres to `best`. known: of one box, if at hand.
 
         Those whose turn comes when the clock is over keep `caps`; OutOfTime where that is all of them.
         """
@@ -257,7 +254,7 @@ class _Work:
         for index in order.split(lengths(most.tolist(), numbers)):
             chunk = low[index], high[index], caps[index], signs[index]
             try:
-                parts.append(self._chunk(*chunk))
+                parts.append(self._chunk(*chunk, known))
             except OutOfTime:
                 if not parts:
                     raise
@@ -265,10 +262,10 @@ class _Work:
                 parts.append(Boxes(*chunk[:3], none, chunk[3], (chunk[3] == 0).sum(1).double(), none.bool()))
         return Boxes(*map(torch.cat, zip(*(part.parts() for part in parts), strict=True)))
 
-    def _chunk(self, low: Tensor, high: Tensor, caps: Tensor, signs: Tensor) -> Boxes:
+    def _chunk(self, low: Tensor, high: Tensor, caps: Tensor, signs: Tensor, known: JointBounds | None) -> Boxes:
         self.clock.check()
         best, self.bounds = self.best, self.bounds + len(low)
-        found = joint_bounds(self.both, low, high, signs, clock=self.clock)
+        found = known or joint_bounds(self.both, low, high, signs, clock=self.clock)
         value, undecided = torch.minimum(found.upper, caps), found.open
         x, influence = found.x, found.influence
         if self.constraints is not None:

@@ -30,9 +30,8 @@ from torchreach.core.options import Budget, Exact, Search
 from torchreach.core.results import Discrepancy, Progress, ProgressCallback, ReachResult, ReachStats, Reason, Status
 from torchreach.core.roundoff import ball, round_down, round_up
 from torchreach.core.tolerances import COMPUTE_DTYPE, Tolerances
-from torchreach.domains.box_difference import first_bounds
+from torchreach.domains.box_difference import FirstBounds, first_bounds
 from torchreach.domains.difference import interval_difference
-from torchreach.domains.hexagon import Hexagon
 from torchreach.domains.joint import Both
 from torchreach.domains.pair import Pair, identical
 from torchreach.domains.zonotope import interval_bounds
@@ -123,7 +122,7 @@ class _Run:
     clock: Clock
     smooth: bool  # whether smooth activations will do
     compared: Both | None = None
-    roots: dict[int, tuple[Hexagon, ...]] = field(default_factory=dict)
+    roots: dict[int, FirstBounds] = field(default_factory=dict)
     methods: list[str] = field(default_factory=list)
     exact_stats: ReachStats | None = None
     searches: dict[int, StarSearch] = field(default_factory=dict)
@@ -326,12 +325,12 @@ class _Run:
             self.compared = Both.of(*self.both, pair, clock)
             for index in torch.tensor(open_, device=self.stars.device).split(ROOT_STARS):
                 low, high = (end[index] for end in self.box)
-                hexagons = first_bounds(
+                first = first_bounds(
                     self.compared, low, high, partial(self._cap, index), clock=clock, memory=self.memory / 2
                 )
-                if hexagons and len(open_) * sum(h.l1[0].numel() for h in hexagons) <= ROOT_NUMBERS:
+                if len(open_) * self.compared.features <= ROOT_NUMBERS:
                     for k, s in enumerate(index.tolist()):
-                        self.roots[s] = tuple(h.map(lambda part, k=k: part[k : k + 1]) for h in hexagons)
+                        self.roots[s] = first.select(torch.tensor([k], device=index.device))
         except OutOfTime:
             log.info("budget spent before all stars are bounded")
 

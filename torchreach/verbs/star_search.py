@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.options import Budget, Exact, Search
 from torchreach.core.tolerances import COMPUTE_DTYPE
-from torchreach.domains.hexagon import Hexagon
+from torchreach.domains.box_difference import FirstBounds
 from torchreach.domains.joint import Both
 from torchreach.domains.pair import Pair
 from torchreach.graph.layers import Reshape
@@ -129,12 +129,12 @@ class StarSearch:
         *,
         memory: float,
         compared: Both | None = None,
-        root: tuple[Hexagon, ...] | None = None,
+        root: FirstBounds | None = None,
         clock: Clock = NO_LIMIT,
     ) -> None:
         """second: None where it is zero. star: a batch of one. memory: bytes for open sub-problems. compared, root: the
-        networks on the star's features, and `difference_bounds` on the box around the star, if they are at hand. clock:
-        of all of it, however often it is run on.
+        networks on the star's features, and `first_bounds` on the box around the star, if they are at hand. clock: of
+        all of it, however often it is run on.
 
         Raises: OutOfTime: before there are any bounds.
         """
@@ -164,14 +164,14 @@ class StarSearch:
             "constraints": space.constraints,
             "memory": memory,
             "seed": options.seed,
-            "root": root,
             "clock": clock,
         }
         if compared.pair is not None and self.split == "signs":
-            self.states = search_signs(compared.pair, *args, **shared)
+            hexagons = None if root is None else root.hexagons
+            self.states = search_signs(compared.pair, *args, root=hexagons, **shared)
         else:
             finish = self._finish if space.varying <= VERTEX_DIM and not compared.curved else None
-            self.states = search_boxes(compared, *args, finish=finish, **shared)
+            self.states = search_boxes(compared, *args, finish=finish, root=root, **shared)
 
     def run(self, enough: Callable[[SearchResult], bool]) -> None:
         """Goes on, by one state at least, until `enough` or over. OutOfTime: the clock is over before the first."""
