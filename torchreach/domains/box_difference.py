@@ -143,12 +143,8 @@ def _hidden(
     work, layers = Backward(pair, lower, upper, clock=clock), []
     limit = max(CHUNK // (SPREAD * len(lower) * pair.widest), 1)
     for k, (one, other) in enumerate(zip(*known.neurons, strict=True)):
-        if layers:
-            dl, du = forward_difference(pair, k, layers[-1], work.errors[k][1])
-        else:
-            middle, spread = pair.maps[0].forth(work.middle)[1] + pair.db[0], pair.maps[0].spread(work.radius)
-            spread = spread + work.errors[0][1]
-            dl, du = middle - spread, middle + spread
+        before = layers[-1] if layers else (work.middle, work.radius)
+        dl, du = forward_difference(pair, k, before, work.errors[k][1])
         hexagon = Hexagon(one.low, one.high, other.low, other.high, dl, du).tightened()
         undecided = one.open | other.open
         count = int(undecided.sum(1).max()) if k and k >= pair.shared and undecided.numel() else 0

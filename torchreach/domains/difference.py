@@ -367,14 +367,19 @@ def _cheap(work: Backward, before: Hexagon, first: Ends, second: Ends) -> Hexago
     return Hexagon(*first, *second, *forward_difference(work.pair, k, before, work.errors[k][1])).tightened()
 
 
-def forward_difference(pair: Pair, k: int, before: Hexagon, Q: Tensor) -> Ends:
-    """Bounds of z - z2 of layer k by interval arithmetic, from bounds of the layer before; Q as `Pair.error`."""
-    (a, da), (e, de) = map(_middle, activated(pair.first[k - 1], before))
-    middle, radius = (
-        pair.maps[k].forth(a, e)[1] + pair.db[k],
-        pair.maps[k].spread(da) + pair.second[k].magnitude(de) + Q,
-    )
-    return middle - radius, middle + radius
+def forward_difference(pair: Pair, k: int, before: Hexagon | Ends, Q: Tensor) -> Ends:
+    """Bounds of z - z2 of layer k by interval arithmetic; Q as `Pair.error`.
+
+    before: bounds of the layer before; for the first layer the input's middle and radius.
+    """
+    if not isinstance(before, Hexagon):
+        middle, radius = before
+        d, spread = pair.maps[k].forth(middle)[1] + pair.db[k], pair.maps[k].spread(radius) + Q
+    else:
+        (a, da), (e, de) = map(_middle, activated(pair.first[k - 1], before))
+        d = pair.maps[k].forth(a, e)[1] + pair.db[k]
+        spread = pair.maps[k].spread(da) + pair.second[k].magnitude(de) + Q
+    return d - spread, d + spread
 
 
 def _middle(ends: Ends) -> Ends:
@@ -395,11 +400,7 @@ def interval_difference(pair: Pair, lower: Tensor, upper: Tensor) -> Hexagon:
         (a, da), (a_, da_) = _middle(a1), _middle(a2)
         z, dz = pair.first[k].linear(a) + pair.b[k], pair.first[k].magnitude(da) + P
         y, dy = pair.second[k].linear(a_) + pair.b[k] - pair.db[k], pair.second[k].magnitude(da_) + P + Q
-        if before is None:
-            d, dd = pair.maps[k].forth(a)[1] + pair.db[k], pair.maps[k].spread(da) + Q
-            ends = d - dd, d + dd
-        else:
-            ends = forward_difference(pair, k, before, Q)
+        ends = forward_difference(pair, k, (a, da) if before is None else before, Q)
         before = Hexagon(z - dz, z + dz, y - dy, y + dy, *ends).tightened()
         if k < pair.shared:
             zero = torch.zeros_like(dz)

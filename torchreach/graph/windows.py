@@ -117,9 +117,9 @@ class WindowMap:
             index = torch.arange(part.shape[0], device=places.device)[None]
             inside = torch.ones_like(index, dtype=torch.bool)
             for axis, (span, size) in enumerate(zip(area, part.shape[1:], strict=True)):
-                at = _along(span, places[:, axis])
+                at, there = _along(span, places[:, axis], size)
                 index = index[..., None] * size + at.clamp(0, size - 1).reshape(len(at), *[1] * axis, 1, -1)
-                inside = inside[..., None] & ((at >= 0) & (at < size)).reshape(len(at), *[1] * axis, 1, -1)
+                inside = inside[..., None] & there.reshape(len(at), *[1] * axis, 1, -1)
             indices.append((part.offset + index).flatten(1))
             insides.append(inside.flatten(1))
         return torch.cat(indices, 1), torch.cat(insides, 1)
@@ -127,8 +127,7 @@ class WindowMap:
     def _inside(self, y: Tensor, area: Area, sizes: tuple[int, ...], places: Tensor, rows: int) -> Tensor:
         for axis, (span, size, grid) in enumerate(zip(area, sizes, self.grid, strict=True)):
             if span.reaches_out(size, grid):
-                at = _along(span, places[:, axis])
-                inside = ((at >= 0) & (at < size)).repeat_interleave(rows, 0)
+                inside = _along(span, places[:, axis], size)[1].repeat_interleave(rows, 0)
                 y = y * inside.reshape(len(inside), *[1] * (axis + 1), -1, *[1] * (len(area) - axis - 1))
         return y
 
@@ -308,6 +307,7 @@ def _sum(one: Tensor | None, other: Tensor) -> Tensor:
     return other if one is None else one + other
 
 
-def _along(span: Span, places: Tensor) -> Tensor:
-    """[P, count] positions along one axis."""
-    return span.stride * places[:, None] + span.start + torch.arange(span.count, device=places.device)
+def _along(span: Span, places: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """[P, count] positions along one axis, and whether they lie within its size."""
+    at = span.stride * places[:, None] + span.start + torch.arange(span.count, device=places.device)
+    return at, (at >= 0) & (at < size)
