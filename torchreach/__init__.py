@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from torchreach.core.options import Budget, Exact, Search
     from torchreach.core.results import (
         Answer,
+        Attribution,
         Discrepancy,
         Equivalence,
+        KeptFloat,
         Kernels,
         Progress,
         ReachResult,
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from torchreach.training.loss import DiscrepancyLoss
     from torchreach.training.repair import RepairOptions, Target, repair
     from torchreach.training.support import StarSupport
+    from torchreach.verbs.attribution import attribute, keep_float
     from torchreach.verbs.discrepancy import discrepancy
     from torchreach.verbs.equivalence import equivalent
     from torchreach.verbs.merge import merge
@@ -55,6 +58,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Answer",
+    "Attribution",
     "Budget",
     "Certification",
     "Comparison",
@@ -62,6 +66,7 @@ __all__ = [
     "DiscrepancyLoss",
     "Equivalence",
     "Exact",
+    "KeptFloat",
     "KernelMismatchError",
     "Kernels",
     "MergedLinear",
@@ -85,9 +90,11 @@ __all__ = [
     "TorchreachError",
     "UncalibratedWarning",
     "UncoveredKernelsWarning",
+    "attribute",
     "certify",
     "discrepancy",
     "equivalent",
+    "keep_float",
     "load",
     "load_int8",
     "load_result",
@@ -112,8 +119,8 @@ _PLACES = {
         "compress.constraints": "prune_weights quantize_weights",
         "core.errors": "KernelMismatchError TorchreachError UncalibratedWarning UncoveredKernelsWarning",
         "core.options": "Budget Exact Search",
-        "core.results": "Answer Discrepancy Equivalence Kernels Progress ReachResult ReachStats Reason RepairResult "
-        "RepairStep Semantics Status",
+        "core.results": "Answer Attribution Discrepancy Equivalence KeptFloat Kernels Progress ReachResult ReachStats "
+        "Reason RepairResult RepairStep Semantics Status",
         "core.tolerances": "Tolerances",
         "graph.merged": "Comparison MergedLinear MergedNetwork MergedReLU",
         "read.dialects.state_dict": "load_int8",
@@ -123,6 +130,7 @@ _PLACES = {
         "training.loss": "DiscrepancyLoss",
         "training.repair": "RepairOptions Target repair",
         "training.support": "StarSupport",
+        "verbs.attribution": "attribute keep_float",
         "verbs.discrepancy": "discrepancy",
         "verbs.equivalence": "equivalent",
         "verbs.merge": "merge",

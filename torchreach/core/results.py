@@ -198,6 +198,71 @@ class Discrepancy:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """How much each layer makes of the difference of two networks; see `attribute`.
+
+    Attributes:
+        layers: [L] names of the layers that differ, in the order of execution.
+        alone: of the original from itself with this layer compressed.
+        steps: of the hybrid with the layers before this one compressed from that with this one too. The sum of their
+            upper ends bounds the whole difference.
+        cumulative: of the original from itself with all layers up to this one compressed; the last is the whole.
+        sampled_mean, sampled_max: [L] mean and largest difference of each layer alone on random inputs.
+        sqnr: [L] signal to quantisation noise of each layer alone on these inputs, at the outputs, in dB.
+    """
+
+    layers: tuple[str, ...]
+    alone: tuple[Discrepancy, ...]
+    steps: tuple[Discrepancy, ...]
+    cumulative: tuple[Discrepancy, ...]
+    sampled_mean: Tensor
+    sampled_max: Tensor
+    sqnr: Tensor
+
+    @property
+    def bound(self) -> Tensor:
+        """[S, N] certified upper bound of |y1 - y2|: the sum of the steps, or the last of `cumulative` where less."""
+        return torch.minimum(torch.stack([step.upper for step in self.steps]).sum(0), self.cumulative[-1].upper)
+
+    def __repr__(self) -> str:
+        rows = [
+            f"{name}: at most {at_most(float(one.upper.max()))} alone (attained {at_least(float(one.lower.max()))}, "
+            f"sampled {at_least(float(most))}), {at_most(float(up_to.upper.max()))} up to here"
+            for name, one, up_to, most in zip(self.layers, self.alone, self.cumulative, self.sampled_max, strict=True)
+        ]
+        return _lines(f"Attribution: {counted(len(self.layers), 'layer')}", *rows)
+
+
+@dataclass(frozen=True, eq=False)
+class KeptFloat:
+    """A network of which some layers are the original's, the others compressed; see `keep_float`.
+
+    Attributes:
+        network: the mixed network.
+        kept: names of the layers that are the original's, of those that differ.
+        tolerance: what was asked for.
+        discrepancy: of `network` from the original.
+    """
+
+    network: torch.nn.Module
+    kept: tuple[str, ...]
+    tolerance: float
+    discrepancy: Discrepancy
+
+    @property
+    def satisfied(self) -> bool:
+        """Whether the certificate meets the tolerance."""
+        return self.discrepancy.within(self.tolerance)
+
+    def __repr__(self) -> str:
+        high = at_most(float(self.discrepancy.upper.max()))
+        return _lines(
+            f"KeptFloat: {', '.join(self.kept) or 'no layer'} kept",
+            f"max |y1 - y2|: {high} {self.discrepancy.claim}, {at_most(self.tolerance)} allowed",
+        )
+
+
 class Answer(enum.Enum):
     """Answer to whether two networks are equivalent on an input star."""
 

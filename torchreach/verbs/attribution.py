@@ -1,0 +1,233 @@
+"""Which layers make the difference of two networks, and which of them to leave as they were.
+
+Hybrids have some layers of the compressed network and the others of the original. With h_k the hybrid of the first k
+compressed layers, h_0 the original and h_L the compressed network,
+
+    |y1 - y2|  <=  sum over k of max |h_{k-1} - h_k|
+
+over any set, so that certified differences of neighbouring hybrids bound the whole, and each says what its layer adds.
+
+Axis letters: L layers, S stars, N outputs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from torchreach.core.clock import running
+from torchreach.core.errors import OptionError, UnsupportedLayerError
+from torchreach.core.options import Budget
+from torchreach.core.results import Attribution, Discrepancy, KeptFloat
+from torchreach.graph.layers import alike
+from torchreach.read.load import as_network
+from torchreach.read.module import chain, reading_once
+from torchreach.sets.star import StarBatch
+from torchreach.verbs.discrepancy import discrepancy, one_dtype
+from torchreach.verbs.int8_pair import rounds
+
+# Of a comparison without a budget: bounds before any split, and what a first ascent attains.
+ONE_PASS = Budget(stars=1)
+
+
+@reading_once()
+def attribute(
+    original: nn.Module,
+    compressed: nn.Module,
+    stars: StarBatch,
+    *,
+    budget: Budget | None = None,
+    samples: int = 1000,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Attribution:
+    """How much of |y1 - y2| each layer makes: certified, attained, and on random inputs.
+
+    Args:
+        original, compressed: networks with the same layers, of which only the numbers differ, as `quantize_weights`,
+            `prune_weights` and retraining leave them.
+        stars: input stars [S] of the networks' input shape.
+        budget: of all comparisons together, of which there are three a layer; seconds are shared out equally. Without
+            one, each is bounded once, before any split.
+        samples: random inputs of each star for `sampled_mean`, `sampled_max` and `sqnr`.
+        seed: of these inputs.
+        progress: is told how many comparisons are done, and how many there are.
+
+    Returns: per layer that differs, in the order of execution, three `Discrepancy`s: of the layer alone, of the step
+        it makes after the layers before it, and of all layers up to it.
+
+    Guarantee: as `discrepancy`, for each hybrid; the sum of the steps' upper ends bounds |y1 - y2|.
+
+    Raises: as `discrepancy`; UnsupportedLayerError: the networks have other layers, equal ones, or round activations;
+        OptionError: `samples` is not positive.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> stars = tr.StarBatch.from_box(torch.zeros(2), torch.ones(2))
+        >>> tr.attribute(net, tr.quantize_weights(net, bits=4), stars).layers
+        ('0', '2')
+    """
+    if samples < 1:
+        raise OptionError(f"samples must be positive, got {samples}")
+    hybrids = _Hybrids.of(original, compressed, stars)
+    names, count = hybrids.names, len(hybrids.names)
+    if not names:
+        raise UnsupportedLayerError("there is no difference to attribute: all layers of the networks are equal")
+    pairs = [((), (name,)) for name in names]
+    pairs += [(names[:k], names[: k + 1]) for k in range(1, count)]
+    pairs += [((), names[: k + 1]) for k in range(1, count)]
+    found: list[Discrepancy] = []
+    with running((budget or Budget()).seconds) as clock:
+        for first, second in pairs:
+            share = budget or ONE_PASS
+            if clock.limited:
+                share = replace(share, seconds=max(clock.left / (len(pairs) - len(found)), 1e-3))
+            found.append(discrepancy(hybrids.of_layers(first), hybrids.of_layers(second), stars, budget=share))
+            if progress is not None:
+                progress(len(found), len(pairs))
+    alone, more = found[:count], found[count:]
+    steps, cumulative = (alone[:1] + part for part in (more[: count - 1], more[count - 1 :]))
+    return Attribution(names, tuple(alone), tuple(steps), tuple(cumulative), *hybrids.sampled(stars, samples, seed))
+
+
+@reading_once()
+def keep_float(
+    original: nn.Module,
+    compressed: nn.Module,
+    stars: StarBatch,
+    tolerance: float,
+    *,
+    order: Sequence[str] | None = None,
+    budget: Budget | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> KeptFloat:
+    """The compressed network with as few layers of the original as it takes to be certified within `tolerance`.
+
+    Layers are kept in the order of what `attribute` certifies of each alone, as many as needed; then each that turns
+    out not to be needed is compressed again. No single layer of the result can be compressed too within the budget;
+    that no smaller set would do is not claimed.
+
+    Args:
+        original, compressed, stars: as of `attribute`.
+        tolerance: bound on |y1 - y2|, of every output.
+        order: names of layers, those to keep first coming first; those that are not named come last. Default: by
+            `attribute`.
+        budget: seconds of all of it together; other limits hold for each comparison.
+        progress: is told how many comparisons are done, and how many there may be.
+
+    Returns: the mixed network, the layers it keeps, and its `Discrepancy` from the original.
+
+    Raises: as `attribute`; OptionError: a negative tolerance, or an unknown layer.
+    """
+    if not tolerance >= 0:
+        raise OptionError(f"tolerance must be a number >= 0, got {tolerance!r}")
+    hybrids = _Hybrids.of(original, compressed, stars)
+    names = hybrids.names
+    unknown = [name for name in order or () if name not in names]
+    if unknown:
+        raise OptionError(f"order names {unknown[0]!r}, which is no layer that differs; there are {', '.join(names)}")
+    done, most = 0, len(names) + len(names).bit_length() + 1
+    with running((budget or Budget()).seconds) as clock:
+        if order is None and names:
+            part = budget if budget is None or budget.seconds is None else replace(budget, seconds=clock.left / 3)
+            largest = [float(found.upper.max()) for found in attribute(original, compressed, stars, budget=part).alone]
+            order = [names[k] for k in sorted(range(len(names)), key=lambda k: -largest[k])]
+        order = [*(order or ()), *(name for name in names if name not in (order or ()))]
+
+        def certified(kept: Sequence[str]) -> Discrepancy:
+            nonlocal done
+            limits = budget or Budget()
+            if clock.limited:
+                limits = replace(limits, seconds=max(clock.left / max(most - done, 1), 1e-3))
+            mixed = hybrids.of_layers([name for name in names if name not in kept])
+            result = discrepancy(original, mixed, stars, tolerance=tolerance, budget=limits)
+            done += 1
+            if progress is not None:
+                progress(done, most)
+            return result
+
+        few, many = -1, len(names)  # layers of `order` that are known not to be enough, and to be
+        best = None
+        while many - few > 1:
+            middle = 0 if few < 0 else (few + many) // 2
+            found = certified(order[:middle])
+            if found.within(tolerance):
+                many, best = middle, found
+            else:
+                few = middle
+        kept = order[:many]
+        for name in [] if best is None else reversed(kept[:-1]):  # without the last one it was tried
+            fewer = [other for other in kept if other != name]
+            found = certified(fewer)
+            if found.within(tolerance):
+                kept, best = fewer, found
+        best = best or certified(kept)
+    mixed = hybrids.of_layers([name for name in names if name not in kept])
+    return KeptFloat(mixed, tuple(name for name in names if name in kept), tolerance, best)
+
+
+class _Hybrids:
+    """Networks between two with the same layers. names: of the layers whose numbers differ, in order."""
+
+    def __init__(self, original: nn.Module, compressed: nn.Module, names: tuple[str, ...]) -> None:
+        self.original, self.compressed, self.names = original, compressed, names
+
+    @staticmethod
+    def of(original: nn.Module, compressed: nn.Module, stars: StarBatch) -> _Hybrids:
+        original, compressed = as_network(original), as_network(compressed)
+        if rounds(original, stars.shape) or rounds(compressed, stars.shape):
+            raise UnsupportedLayerError(
+                "layers are told apart in networks with real activations; of one that rounds them, compare "
+                "torchreach.weight_only(network)"
+            )
+        original, compressed = one_dtype(original, compressed, stars.shape)
+        units = _units(original), _units(compressed)
+        if units[0].keys() != units[1].keys():
+            original, compressed = (copy.deepcopy(chain(network, stars.shape)) for network in (original, compressed))
+            units = _units(original), _units(compressed)
+        if units[0].keys() != units[1].keys():
+            raise UnsupportedLayerError(
+                "layers are told apart in networks with the same layers; these have "
+                f"{', '.join(units[0]) or 'none'} and {', '.join(units[1]) or 'none'}"
+            )
+        return _Hybrids(
+            original, compressed, tuple(name for name in units[0] if not alike(units[0][name], units[1][name]))
+        )
+
+    def of_layers(self, names: Iterable[str]) -> nn.Module:
+        """The original with these layers of the compressed network."""
+        result = copy.deepcopy(self.original)
+        for name in names:
+            if not name:
+                return self.compressed
+            place, _, own = name.rpartition(".")
+            setattr(result.get_submodule(place), own, copy.deepcopy(self.compressed.get_submodule(name)))
+        return result.eval()
+
+    @torch.no_grad()
+    def sampled(self, stars: StarBatch, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and largest |y1 - h| [L] on random inputs, h with one layer compressed; and the SQNR in dB."""
+        x = stars.sample(count, seed).flatten(0, 1)
+        y = self.original.eval()(x).double()
+        off = [y - self.of_layers([name])(x).double() for name in self.names]
+        power = y.square().sum()
+        return (
+            torch.stack([part.abs().mean() for part in off]),
+            torch.stack([part.abs().max() for part in off]),
+            torch.stack([10 * torch.log10(power / part.square().sum()) for part in off]),
+        )
+
+
+def _units(network: nn.Module) -> dict[str, nn.Module]:
+    """The modules that hold numbers of their own, by name; one whose weights are computed stands for its parts."""
+    result: dict[str, nn.Module] = {}
+    for name, module in network.named_modules():
+        within = any(name.startswith(f"{other}.") for other, unit in result.items() if is_parametrized(unit))
+        if not within and (is_parametrized(module) or [*module.parameters(False), *module.buffers(False)]):
+            result[name] = module
+    return result
