@@ -3,7 +3,7 @@
 Only stars whose bound exceeds what is already attained can matter. A few likely stars are solved first; dual
 descent, which aims at what they attain, rules out most others; what is left is solved, the hardest first.
 
-Axis letters: S stars, N outputs, L = 2 N signed outputs (-f of every output, then f), M predicate variables,
+Axis letters: S stars, N outputs, L = 2 N signed outputs (f of every output, then -f), M predicate variables,
 W known points, P constraints.
 """
 
@@ -44,7 +44,7 @@ def output_range(
     """
     inputs = record.attained.shape[1]
     values = rows[:, None, :, 0] + points @ rows[:, :, 1:].transpose(1, 2)  # [S, W, N]
-    best, slot = torch.cat((-values, values), 2).max(1)
+    best, slot = torch.cat((values, -values), 2).max(1)
     attained = _Attained(record, origin, rows.shape[1])
     attained.take(best, lambda s, n: points[s, slot[s, n]])
     solved = torch.zeros_like(best, dtype=torch.bool)
@@ -72,9 +72,8 @@ def output_range(
             upper = torch.where(solved, upper, _refuted(rows, sets, points[:, 0], floor, ~solved, clock))
         score = upper
         batch *= 8
-    upper = upper + slack.repeat(1, 2)
-    for direction, part in enumerate(upper.split(rows.shape[1], 1)):
-        record.certify(direction, origin, part)
+    high, low = (upper + slack.repeat(1, 2)).split(rows.shape[1], 1)
+    record.certify(origin, -low, high)
     return programs
 
 
@@ -84,7 +83,7 @@ def _refuted(rows: Tensor, sets: Sets, a: Tensor, floor: Tensor, wanted: Tensor,
     for i in slices(len(rows), rows[0].numel() + rows.shape[1] * sets.constraints, rows.device):
         here = sets.select(i)
         held = multipliers(rows[i, :, 1:], here, a[i])
-        held = torch.cat((-held, held), 1).clamp(min=0)
+        held = torch.cat((held, -held), 1).clamp(min=0)
         star, output = wanted[i].nonzero(as_tuple=True)
         asked = _programs(rows[i], here, star, output)
         bounds = refute(asked, held[star, output], floor[i][star, output], STEPS, clock)
@@ -94,7 +93,7 @@ def _refuted(rows: Tensor, sets: Sets, a: Tensor, floor: Tensor, wanted: Tensor,
 
 def _programs(rows: Tensor, sets: Sets, star: Tensor, output: Tensor) -> LPBatch:
     outputs = rows.shape[1]
-    sign = torch.where(output < outputs, -1.0, 1.0).to(rows.dtype)
+    sign = torch.where(output < outputs, 1.0, -1.0).to(rows.dtype)
     row = rows[star, output % outputs] * sign[:, None]
     return LPBatch(row[:, 1:], row[:, 0], sets.select(star))
 
@@ -119,7 +118,7 @@ class _Attained:
         self.record, self.origin, self.outputs = record, origin, outputs
 
     def floor(self) -> Tensor:
-        """[S, L] best value met for -f and f of every output."""
+        """[S, L] best value met for f and -f of every output."""
         return self.record.attained[:, self.origin].transpose(0, 1).flatten(1)
 
     def take(self, value: Tensor, point: PointOf) -> None:

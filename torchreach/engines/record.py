@@ -15,9 +15,9 @@ PointOf = Callable[[Tensor, Tensor], Tensor]
 class RangeRecord:
     """Running union over output stars, per input star (axis S) and output (axis N).
 
-    `certified` [2, S, N] encloses -f and f from above; `attained` [2, S, N] is the best value of -f and f
-    met at a point, `point` [2, S, N, M] the predicate point. Only maxima are kept: the minimum of f is
-    minus the maximum of -f.
+    `certified` [2, S, N] encloses f (row 0) and -f (row 1) from above; `attained` [2, S, N] is the best value of each
+    met at a point, `point` [2, S, N, M] the predicate point. Only maxima are kept: the minimum of f is minus the
+    maximum of -f. Unlike `core.evidence`, whose bounds are all of one set, it is of a set in parts.
     """
 
     def __init__(self, stars: int, outputs: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -26,16 +26,17 @@ class RangeRecord:
         self.point = torch.zeros(2, stars, outputs, dim, dtype=dtype, device=device)
 
     def attain(self, direction: int, origin: Tensor, value: Tensor, point: PointOf) -> None:
-        """Take values [S', N] met on stars of input stars `origin` [S'], in direction 0 (-f) or 1 (f)."""
+        """Take values [S', N] met on stars of input stars `origin` [S'], in direction 0 (f) or 1 (-f)."""
         best = self.attained[direction]
         better = best.scatter_reduce(0, origin[:, None].expand_as(value), value, "amax")
         star, output = ((value == better[origin]) & (value > best[origin])).nonzero(as_tuple=True)
         self.point[direction, origin[star], output] = point(star, output)
         self.attained[direction] = better
 
-    def certify(self, direction: int, origin: Tensor, value: Tensor) -> None:
-        """Take certified upper bounds [S', N] of -f or f on stars of input stars `origin`."""
-        self.certified[direction].scatter_reduce_(0, origin[:, None].expand_as(value), value, "amax")
+    def certify(self, origin: Tensor, low: Tensor, high: Tensor) -> None:
+        """Take certified ranges [S', N] of f on stars of input stars `origin`."""
+        ends = torch.stack((high, -low))
+        self.certified.scatter_reduce_(1, origin[:, None].expand_as(ends), ends, "amax")
 
     def take(self, certified: Tensor, attained: Tensor, point: Tensor) -> None:
         """Take in another record of the same input stars."""

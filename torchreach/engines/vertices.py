@@ -280,9 +280,10 @@ class VertexEngine:
             values = rows.mT.contiguous() @ part.body.vertices.mT  # [S', N, K]
             slack = chunk.slack.index_select(0, part.star) + part.drift * rows[:, 1:].abs().sum(1)
             points = part.body.vertices[:, :, 1:]
-            for direction, best in enumerate((-values.amin(2), values.amax(2))):
-                record.attain(direction, origin, best, _extreme(points, values, 2 * direction - 1))
-                record.certify(direction, origin, best + slack)
+            low, high = values.amin(2), values.amax(2)
+            record.attain(0, origin, high, _extreme(points, values, 1))
+            record.attain(1, origin, -low, _extreme(points, values, -1))
+            record.certify(origin, low - slack, high + slack)
 
 
 def _extreme(points: Tensor, values: Tensor, sign: int) -> PointOf:

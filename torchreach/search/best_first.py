@@ -9,14 +9,14 @@ Axis letters: B open sub-problems.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from torchreach.core.clock import OutOfTime
-from torchreach.search.result import Question
+from torchreach.core.evidence import Evidence
+from torchreach.search.result import Question, SearchResult
 
 
 class Open(Protocol):
@@ -44,40 +44,30 @@ class Open(Protocol):
 Work = TypeVar("Work", bound=Open)
 
 
-@dataclass(frozen=True)
-class State:
-    """upper: [2, N_out] certified over the whole. branches: sub-problems bounded. open: left. closed: as asked."""
-
-    upper: Tensor
-    branches: int
-    open: int
-    closed: bool
-
-
 def best_first(
     left: Work,
     divide: Callable[[Work], Work],
     question: Question,
-    lower: Callable[[], Tensor],
+    evidence: Evidence,
     *,
     full: Callable[[Work], bool],
     batch: Callable[[Work, Tensor], int] = lambda *_: 1,
-) -> Iterator[State]:
+) -> Iterator[SearchResult]:
     """States of a search, one per batch; it ends with nothing open, when `full`, or when `divide` raises OutOfTime.
 
-    left: the root, bounded. divide: bounded parts that cover what it is given. lower: what is attained [2, N_out] by
-    now. full: whether the open sub-problems are as many as there may be, or the time is over. batch: how many of the
-    open ones to divide at a time, given by how much each exceeds what is asked first.
+    left: the root, bounded. divide: bounded parts that cover what it is given. evidence: what is attained [2, N_out],
+    which `divide` may add to. full: whether the open sub-problems are as many as there may be, or the time is over.
+    batch: how many of the open ones to divide at a time, given by how much each exceeds what is asked first.
     """
-    finished, branches = torch.full_like(lower(), -torch.inf), len(left)
+    finished, branches = torch.full_like(evidence.lower, -torch.inf), len(left)
     while True:
-        met = lower()
+        met = evidence.lower
         enough = question.enough(met)
         alive = left.more & (left.excess(enough) > 0)
         finished = torch.maximum(finished, left.select(~alive).top(met))
         left = left.select(alive)
         upper = torch.maximum(torch.maximum(finished, left.top(met)), met)
-        yield State(upper, branches, len(left), bool((upper <= enough).all()))
+        yield SearchResult(met, upper, evidence.witness, branches, len(left), bool((upper <= enough).all()))
         if not len(left) or full(left):
             return
         # All that are left exceed the last level.

@@ -94,14 +94,13 @@ def search_boxes(
     try:
         left = work.bounded(low, high, caps, low.new_zeros(1, both.hidden, dtype=torch.int8), root.joint)
     except OutOfTime:
-        yield SearchResult(best.lower, torch.maximum(caps[0], best.lower), best.witness, 1, 1, False)
+        yield SearchResult(best.met.lower, torch.maximum(caps[0], best.met.lower), best.met.witness, 1, 1, False)
         return
 
     def full(left: Boxes) -> bool:
         return left.bytes * COPIES > memory or clock.over
 
-    for state in best_first(left, work.divide, question, lambda: best.lower, batch=work.batch, full=full):
-        yield SearchResult(best.lower, state.upper, best.witness, state.branches, state.open, state.closed)
+    yield from best_first(left, work.divide, question, best.met, batch=work.batch, full=full)
 
 
 @dataclass(frozen=True)
@@ -270,7 +269,7 @@ class _Work:
         x, influence = found.x, found.influence
         if self.constraints is not None:
             value[self.constraints.miss(low, high)] = -torch.inf
-        enough = self.question.enough(best.lower)
+        enough = self.question.enough(best.met.lower)
         chosen = self._worth_it(undecided, largest_excess(value, enough))
         if len(chosen):
             closer = quick_bounds(self.both, low[chosen], high[chosen], found.select(chosen), clock=self.clock)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from torchreach.core.clock import NO_LIMIT, Clock
+from torchreach.core.evidence import Evidence
 from torchreach.core.roundoff import above, ball, below, round_down, round_up
 from torchreach.domains.rounding import InputGrid, outputs, restricted
 from torchreach.domains.zonotope import box_rows, zonotope_bounds
@@ -190,13 +191,14 @@ def search_cells(
     together. numbers: in one intermediate tensor. dtype: of the inputs that are attained.
     """
     work = _Work(cells, dtype, clock, numbers)
-    state = CellResult(work.best, torch.full_like(work.best, inf), work.witness, 0, complete=False)
+    met = work.met
+    state = CellResult(met.lower, met.upper, met.witness, 0, complete=False)
     for _ in work.enumerate(limit):
         yield state
     while True:
-        open_ = work.open(question.enough(work.best))
-        upper = torch.maximum(work.upper(), work.best)
-        yield CellResult(work.best, upper, work.witness, work.reached, work.reached == cells.total and not open_)
+        open_ = work.open(question.enough(met.lower))
+        upper = torch.maximum(work.upper(), met.lower)
+        yield CellResult(met.lower, upper, met.witness, work.reached, work.reached == cells.total and not open_)
         if not open_ or clock.over:
             return
         work.refine(ranges, question)
@@ -209,8 +211,7 @@ class _Work:
         self.cells, self.dtype, self.clock, self.numbers = cells, dtype, clock, numbers
         self.widest = max(step.features for step in (*cells.walked, *cells.second))
         n, like = cells.outputs, cells.lower
-        self.best = like.new_full((2, n), -torch.inf)
-        self.witness = like.expand(2, n, -1).clone()
+        self.met = Evidence(like.new_full((2, n), inf), like.expand(2, n, -1))
         self.left_over = like.new_full((2, n), -torch.inf)
         self.reached = 0
 
@@ -282,7 +283,7 @@ class _Work:
         if ranges is None or not bool(bent.any()):
             return
         which, codes = which[bent], codes[bent]
-        excess = (self.bounds() - question.enough(self.best)[:, None]).amax((0, 2))
+        excess = (self.bounds() - question.enough(self.met.lower)[:, None]).amax((0, 2))
         needed = torch.zeros_like(self.linear)
         needed[self.index[excess > 0]] = True
         which, codes = which[needed[which]], codes[needed[which]]
@@ -301,9 +302,7 @@ class _Work:
         for part in x.split(max(self.numbers // (8 * self.widest), 64)):
             part = representable(part, cells.lower, cells.upper, self.dtype)
             value, at = cells.attained(part).max(0)
-            better = value > self.best
-            self.best = torch.where(better, value, self.best)
-            self.witness = torch.where(better[..., None], part[at], self.witness)
+            self.met.attain(value, part[at])
             if self.clock.over:
                 return
 

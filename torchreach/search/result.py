@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.errors import OptionError
+from torchreach.core.evidence import Evidence
 from torchreach.core.roundoff import gamma
 from torchreach.core.terms import Reason
 from torchreach.domains.pair import Activate
@@ -97,13 +98,14 @@ class Question:
         return enough
 
     def settled(self, lower: Tensor, upper: Tensor) -> Reason | None:
-        """How the ends [N_out] of |y1 - y2|, as they are reported, answer for the threshold; None where they do not."""
-        if self.threshold > -torch.inf:
-            if float(upper.max()) <= self.threshold:
-                return Reason.WITHIN
-            if float(lower.max()) > self.threshold:
-                return Reason.EXCEEDED
-        return None
+        """How the ends of |y1 - y2|, or of both signs, answer for the threshold; None where they do not."""
+        if self.threshold > -torch.inf and float(upper.max()) <= self.threshold:
+            return Reason.WITHIN
+        return Reason.EXCEEDED if self.exceeded(lower) else None
+
+    def exceeded(self, lower: Tensor) -> bool:
+        """Whether what is attained exceeds the threshold."""
+        return self.threshold > -torch.inf and float(lower.max()) > self.threshold
 
     def levels(self, lower: Tensor) -> list[Tensor]:
         """[2, N_out] upper bounds to get below first, second and so on, the last of them `enough`.
@@ -154,7 +156,7 @@ class Compared(Protocol):
 
 
 class Best:
-    """Largest values met so far in one box [1, N_in], [2, N_out], and where [2, N_out, N_in]; grows by `offer`."""
+    """What is attained so far in one box [1, N_in]: evidence [2, N_out] at points [N_in]; grows by `offer`."""
 
     def __init__(
         self,
@@ -167,8 +169,7 @@ class Best:
     ) -> None:
         """x: [B, N_in] first candidates, at least one, the best first. clock: once it is over, few are replayed."""
         self.compared, self.low, self.high, self.constraints = compared, low, high, constraints
-        self.lower = torch.full((2, compared.outputs), -torch.inf, dtype=x.dtype, device=x.device)
-        self.witness = low.expand(2, compared.outputs, -1).clone()
+        self.met = Evidence(x.new_full((2, compared.outputs), torch.inf), low.expand(2, compared.outputs, -1))
         self.clock, self.size = clock, max(NUMBERS // compared.features, 1)
         self.offer(x)
 
@@ -182,8 +183,6 @@ class Best:
         for part in x.split(self.size):
             y, error = self.compared.evaluate(part)
             value, at = torch.stack((y - error, -y - error), 1).max(0)
-            better = value > self.lower
-            self.lower = torch.where(better, value, self.lower)
-            self.witness = torch.where(better[..., None], part[at], self.witness)
+            self.met.attain(value, part[at])
             if self.clock.over:
                 break

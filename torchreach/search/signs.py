@@ -280,7 +280,7 @@ def search_signs(
 
     def bounded(hexagons: list[Tensor], slopes: list[Tensor] | None, row: Tensor, caps: Tensor) -> Branches:
         """Branches with bounds, at most `caps`; those without a sign to split are solved."""
-        enough = question.enough(best.lower).flatten()[row]
+        enough = question.enough(best.met.lower).flatten()[row]
         bound, own, split, more = _bounded(net, hexagons, slopes, objectives[row], enough, best, limit, clock)
         bound = torch.minimum(bound, caps)
         leaf = (~more & (bound > enough)).nonzero().flatten()
@@ -299,8 +299,7 @@ def search_signs(
 
     left = bounded(packed, None, torch.arange(2 * n, device=low.device), output.sides[0].flatten())
     most = min(batch, max(limit // 2, 1))
-    for state in best_first(left, divide, question, lambda: best.lower, batch=lambda *_: most, full=full):
-        yield SearchResult(best.lower, state.upper, best.witness, state.branches, state.open, state.closed)
+    yield from best_first(left, divide, question, best.met, batch=lambda *_: most, full=full)
 
 
 def _bounded(
@@ -344,7 +343,7 @@ def _finish(
     clock: Clock,
 ) -> Tensor:
     """Bounds [R] of branches without a sign to split, of the objectives of number `row` [R]; infinite out of time."""
-    enough = question.enough(best.lower).flatten()[row]
+    enough = question.enough(best.met.lower).flatten()[row]
     if net.exact:
         try:
             value, x = solve_leaves(net, hexagons, objectives[row], enough, question.tolerance / 4, clock)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torchreach.compress.constraints import is_weight_only
 from torchreach.core.clock import Clock, OutOfTime, running
 from torchreach.core.errors import OptionError, ShapeError, UnsupportedLayerError
+from torchreach.core.evidence import reason
 from torchreach.core.memory import default_budget
 from torchreach.core.options import Budget, Exact, Search
 from torchreach.core.results import Answer, Discrepancy, Equivalence, Progress, ProgressCallback, Reason, Semantics
@@ -304,11 +305,8 @@ class _Labels:
         self.progress(Progress(self.branches + done, open_, low, high, low, low, self.clock.elapsed))
 
     def _reason(self, answer: Answer) -> Reason:
-        if answer is not Answer.UNKNOWN:
-            return Reason.WITHIN if answer is Answer.EQUIVALENT else Reason.EXCEEDED
-        if self.clock.interrupted:
-            return Reason.INTERRUPTED
-        return Reason.BUDGET if self.clock.over or self.budget.stars is not None else Reason.NUMERICAL
+        settled = {Answer.EQUIVALENT: Reason.WITHIN, Answer.NOT_EQUIVALENT: Reason.EXCEEDED}.get(answer)
+        return reason(settled, False, False, self.clock, self.budget.stars is not None, Reason.NUMERICAL)
 
     def _lead(self, network: nn.Module, label: int) -> nn.Module:
         """The leads of all other outputs over `label`."""

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.core.errors import ShapeError
+from torchreach.core.evidence import Evidence, reason
 from torchreach.core.memory import default_budget
 from torchreach.core.options import Budget, Exact, Search
 from torchreach.core.results import Discrepancy, Progress, ProgressCallback, ReachResult, ReachStats, Reason, Status
-from torchreach.core.roundoff import ball, round_down, round_up
+from torchreach.core.roundoff import ball
 from torchreach.core.tolerances import COMPUTE_DTYPE, Tolerances
 from torchreach.domains.box_difference import FirstBounds, first_bounds
 from torchreach.domains.difference import interval_difference
@@ -141,8 +142,8 @@ class _Run:
         curves = any(step.curves for step in self.network)
         size, n = len(stars), self.network[-1].features
         full = torch.full((size, 2, n), torch.inf, dtype=COMPUTE_DTYPE, device=stars.device)
-        self.lower, self.upper = -full, full
-        self.witness = torch.zeros(size, 2, n, *stars.shape, dtype=stars.dtype, device=stars.device)
+        witness = torch.zeros(size, 2, n, *stars.shape, dtype=stars.dtype, device=stars.device)
+        self.evidence = Evidence(full, witness)
         # what each method can still do something about; `enumerated`: to the end
         self.searchable = torch.ones_like(full[:, 0, 0], dtype=torch.bool)
         self.enumerable, self.enumerated = self.searchable & (not curves), ~self.searchable
@@ -157,17 +158,19 @@ class _Run:
         self.box = low, high
         middle, radius = ball(low, high)
         below, above = interval_bounds(self.network, middle[:, None], radius)[-1]
-        self.upper = torch.minimum(self.upper, torch.stack((above, -below), 1))
+        self.evidence.certify(torch.stack((above, -below), 1))
         self.places = Places.of(self.stars, low, high, plain)
         points = first_look(self.network, self.places, self.clock.part(LOOK * self.clock.left))
         everyone = torch.arange(len(low), device=low.device)
         if len(self.network) == 1:  # linear: the root is as cheap, and exact on boxes
             self._root(everyone.tolist(), NO_LIMIT)
-        self.witness[:] = points[:, :1, None]
+        self.evidence.witness[:] = points[:, :1, None]
         for index in everyone.split(max(2**22 // (points[0].numel() + 1), 1)):
             self._attain(index, points[index])
         if identical(*self.both):
-            self.lower, self.upper = torch.zeros_like(self.lower), torch.zeros_like(self.upper)
+            zero = torch.zeros_like(self.evidence.upper)
+            self.evidence.certify(zero)
+            self.evidence.attain(zero, self.evidence.witness)
         self._report(0, len(self.stars))
 
     def _attain(self, index: Tensor, points: Tensor) -> None:
@@ -176,7 +179,7 @@ class _Run:
         value, error = (part.reshape(size, count, -1) for part in replay(self.network, points.flatten(0, 1)))
         best, at = torch.stack((value - error, -value - error), 2).max(1)
         rows = torch.arange(size, device=points.device)[:, None, None]
-        self._take(index, best, self.upper[index], points[rows, at])
+        self._take(index, best, self.evidence.upper[index], points[rows, at])
 
     def open(self, able: Tensor) -> list[int]:
         """Stars on which the question is not answered, of those in the mask `able` [S]."""
@@ -184,12 +187,9 @@ class _Run:
 
     def answered(self, s: int) -> bool:
         """Whether star s needs no more work."""
-        lower, upper = self.lower[s], self.upper[s]
-        answered = bool((upper <= self.question.enough(lower)).all()) or self._exceeded(lower)
+        lower, upper = self.evidence.lower[s], self.evidence.upper[s]
+        answered = bool((upper <= self.question.enough(lower)).all()) or self.question.exceeded(lower)
         return bool(self.enumerated[s]) or (answered and not self.everything)
-
-    def _exceeded(self, lower: Tensor) -> bool:
-        return self.question.threshold > -torch.inf and float(lower.max()) > self.question.threshold
 
     # -- the two methods --------------------------------------------------------------------------------
 
@@ -243,7 +243,7 @@ class _Run:
 
     def _during(self, index: Tensor, progress: Progress, watch: _Watch) -> None:
         """Reports an enumeration, and ends it once the threshold is answered on all of its stars."""
-        lower, upper = self.lower.clone(), self.upper.clone()
+        lower, upper = self.evidence.lower.clone(), self.evidence.upper.clone()
         met = torch.stack((progress.attained_upper, -progress.attained_lower), 1)
         lower[index] = torch.maximum(lower[index], met.to(lower.dtype))
         bound = torch.stack((progress.upper, -progress.lower), 1).to(upper.dtype)
@@ -307,8 +307,8 @@ class _Run:
             state.closed
             or until.over
             or (self.budget.stars is not None and state.branches >= self.budget.stars)
-            or self._exceeded(state.lower)
-            or (state.upper <= self.question.enough(torch.maximum(self.lower[s], state.lower))).all()
+            or self.question.exceeded(state.lower)
+            or (state.upper <= self.question.enough(torch.maximum(self.evidence.lower[s], state.lower))).all()
         )
 
     def _root(self, open_: list[int], clock: Clock) -> None:
@@ -336,8 +336,10 @@ class _Run:
 
     def _cap(self, index: Tensor, upper: Tensor) -> None:
         """Takes certified bounds [B, 2, N] of stars `index`."""
-        self.upper[index] = torch.minimum(self.upper[index], upper)
-        self.lower[index] = torch.minimum(self.lower[index], self.upper[index])
+        found = self.evidence
+        found.certify(upper, index)
+        # A witness that is rounded to the stars' dtype may lie next to its star.
+        found.lower[index] = torch.minimum(found.lower[index], found.upper[index])
 
     def _few_regions(self) -> list[Tensor]:
         """Masks [S] of stars that may have few enough regions to enumerate, as far as their points show.
@@ -355,12 +357,8 @@ class _Run:
 
     def _take(self, index: Tensor, lower: Tensor, upper: Tensor, witness: Tensor) -> None:
         """Intersects with intervals [B, 2, N] of stars `index` [B]; witness [B, 2, N, *shape]."""
-        better = lower > self.lower[index]
-        shaped = better.reshape(*better.shape, *[1] * len(self.stars.shape))
-        self.witness[index] = torch.where(shaped, witness.to(self.witness.dtype), self.witness[index])
-        self.upper[index] = torch.minimum(self.upper[index], upper)
-        # Both are certified, but for the rounding of attained values next to each other.
-        self.lower[index] = torch.minimum(torch.where(better, lower, self.lower[index]), self.upper[index])
+        self.evidence.attain(lower, witness.to(self.stars.dtype), index)
+        self._cap(index, upper)
 
     def _take_exact(self, index: Tensor, found: ReachResult) -> None:
         self._used(found.stats.method)
@@ -376,7 +374,7 @@ class _Run:
 
     def _take_state(self, s: int, state: SearchResult) -> None:
         """The witnesses are rounded to the stars' dtype and replayed there."""
-        witness = self.searches[s].space.features(state.witness).to(self.witness.dtype)
+        witness = self.searches[s].space.features(state.witness).to(self.stars.dtype)
         value, error = replay(self.network, witness.flatten(0, 1))
         n = value.shape[1]
         value, error = (part.reshape(2, n, n).diagonal(dim1=1, dim2=2) for part in (value, error))
@@ -398,44 +396,27 @@ class _Run:
     def _report(self, done: int, open_: int, ends: tuple[Tensor, Tensor] | None = None, unit: str = "branch") -> None:
         if self.progress is not None:
             self.reported = self.clock.elapsed
-            lower, upper = ends or (self.lower, self.upper)
+            lower, upper = ends or (self.evidence.lower, self.evidence.upper)
             signed = -upper[:, 1], upper[:, 0], -lower[:, 1], lower[:, 0]
             self.progress(Progress(done, open_, *signed, self.clock.elapsed, unit))
 
     def _reason(self, s: int, exact: bool) -> Reason:
         """Why the work on star s ended."""
-        if float(self.upper[s].max()) <= self.question.threshold:
-            return Reason.WITHIN
-        if self._exceeded(self.lower[s]):
-            return Reason.EXCEEDED
-        if exact:
-            return Reason.CLOSED
-        if self.answered(s):
-            return Reason.GAP
-        if self.clock.interrupted:
-            return Reason.INTERRUPTED
-        limited = self.clock.over or self.budget.stars is not None or bool(self.spent[s])
-        return Reason.BUDGET if limited else Reason.NUMERICAL
+        settled = self.question.settled(self.evidence.lower[s], self.evidence.upper[s])
+        spent = self.budget.stars is not None or bool(self.spent[s])
+        return reason(settled, exact, self.answered(s), self.clock, spent, Reason.NUMERICAL)
 
     def result(self) -> Discrepancy:
-        dtype = self.stars.dtype
-        upper, lower = round_up(self.upper, dtype), round_down(self.lower, dtype)
-        gap = EXACT_GAP[dtype] * (1 + torch.maximum(self.upper.abs(), self.upper.flip(1).abs()))
-        exact = self.enumerated | (self.upper - self.lower <= gap).flatten(1).all(1)
+        dtype, upper = self.stars.dtype, self.evidence.upper
+        gap = EXACT_GAP[dtype] * (1 + torch.maximum(upper.abs(), upper.flip(1).abs()))
+        exact = self.enumerated | (upper - self.evidence.lower <= gap).flatten(1).all(1)
         reasons = tuple(self._reason(s, ok) for s, ok in enumerate(exact.tolist()))
-        above, below = lower.unbind(1)
-        use_above = above >= below
-        mask = use_above.reshape(*use_above.shape, *[1] * len(self.stars.shape))
         layers, root, programs = (), "difference", 0
         if self.exact_stats is not None:
             layers, root = self.exact_stats.layers, self.exact_stats.root_bounds
             programs = self.exact_stats.output_programs
-        return Discrepancy(
-            lower=torch.maximum(above, below).clamp(min=0),
-            upper=upper.amax(1).clamp(min=0),
-            range_lower=-upper[:, 1],
-            range_upper=upper[:, 0],
-            witness=torch.where(mask, self.witness[:, 0], self.witness[:, 1]),
+        return self.evidence.discrepancy(
+            dtype,
             regions=self.count,
             status=tuple(Status.EXACT if ok else Status.BOUNDED for ok in exact.tolist()),
             stats=ReachStats(

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.errors import OptionError, ShapeError
+from torchreach.core.evidence import Evidence
 from torchreach.core.memory import default_budget
 from torchreach.core.options import Budget, Exact, Search
 from torchreach.core.results import Discrepancy, Progress, ProgressCallback, ReachStats, Semantics, Status
-from torchreach.core.roundoff import round_down, round_up
 from torchreach.core.tolerances import COMPUTE_DTYPE
 from torchreach.domains.rounding import InputGrid
 from torchreach.graph.quantizer import Quantizer
@@ -98,7 +98,9 @@ def deployed_discrepancy(
     run.check()
     if one_network(modules[0], modules[1], networks, stars):
         for star in run.stars:
-            star.upper, star.lower, star.complete = torch.zeros_like(star.upper), torch.zeros_like(star.upper), True
+            zero, star.complete = torch.zeros_like(star.evidence.upper), True
+            star.evidence.certify(zero)
+            star.evidence.attain(zero, star.evidence.witness)
     else:
         run.work()
     for star in run.stars:
@@ -164,7 +166,7 @@ class _Comparison:
             x = representable((low + high) / 2, low, high, networks.dtype)
             value = networks.attained(networks.first, networks.second, x, x)
             for star, own, at in zip(some, value, x, strict=True):
-                star.take(own, at.expand_as(star.witness))
+                star.evidence.attain(own, at.expand_as(star.evidence.witness))
 
     def _points(self, s: int) -> Tensor:
         """Inputs [B, N_in] of star s."""
@@ -213,7 +215,7 @@ class _Comparison:
 
     def _ends(self, name: str) -> Tensor:
         """[S, 2, N, ...] of all stars, row 0 of original - compressed."""
-        value = torch.stack([getattr(star, name) for star in self.stars])
+        value = torch.stack([getattr(star.evidence, name) for star in self.stars])
         return value.flip(1) if self.swapped else value
 
     def _report(self, *, last: bool = False) -> None:
@@ -228,17 +230,10 @@ class _Comparison:
         )
 
     def result(self) -> Discrepancy:
-        lower, upper, witness = (self._ends(name) for name in ("lower", "upper", "witness"))
-        dtype, shape = self.batch.dtype, self.batch.shape
-        upper = torch.maximum(upper, lower)
-        side = lower[:, 0] >= lower[:, 1]
-        chosen = torch.where(side[..., None], witness[:, 0], witness[:, 1])
-        return Discrepancy(
-            lower=round_down(lower.amax(1).clamp(min=0), dtype),
-            upper=round_up(upper.amax(1), dtype),
-            range_lower=round_down(-upper[:, 1], dtype),
-            range_upper=round_up(upper[:, 0], dtype),
-            witness=chosen.reshape(*chosen.shape[:2], *shape).to(dtype),
+        found = Evidence(self._ends("top"), self._ends("witness").unflatten(-1, self.batch.shape))
+        found.attain(self._ends("lower"), found.witness)
+        return found.discrepancy(
+            self.batch.dtype,
             regions=torch.tensor([star.cells for star in self.stars], device=self.batch.device),
             status=tuple(Status.EXACT if star.closed else Status.BOUNDED for star in self.stars),
             stats=ReachStats(

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.core.errors import UnsupportedLayerError
+from torchreach.core.evidence import Evidence, reason
 from torchreach.core.options import Budget
-from torchreach.core.results import Reason
 from torchreach.core.roundoff import round_down
+from torchreach.core.terms import Reason
 from torchreach.core.tolerances import COMPUTE_DTYPE
 from torchreach.domains.pair import Pair
 from torchreach.domains.relaxed_difference import RelaxedDifference, relaxation_bytes
@@ -60,11 +61,11 @@ EXACT_GAP, TINY = 1e-4, 1e-9
 
 
 class DeployedStar:
-    """What is certified and attained of y1 - y2 (row 0) and y2 - y1 (row 1) over one star so far.
+    """One star, and what is known of it so far.
 
-    upper, lower: [2, N_out]; witness: [2, N_out, N_in]. complete: whether all cells were enumerated. relaxed: whether a
-    relaxation was bounded. spent: whether a limit kept something from being done. branches, cells: how many were
-    bounded. fallback: what was not possible.
+    evidence: [2, N_out], at inputs [N_in]. complete: whether all cells were enumerated. relaxed: whether a relaxation
+    was bounded. spent: whether a limit kept something from being done. branches, cells: how many were bounded.
+    fallback: what was not possible.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class DeployedStar:
     ) -> None:
         """low, high: [N_in] box around the star. upper: [2, N_out] what is certified of it. places, and points
         [B, N_in]: the star and inputs of it, where it is not all of the box."""
-        self.networks, self.places, self.points, self.threshold = networks, places, points, question.threshold
+        self.networks, self.places, self.points = networks, places, points
         # What is certified is rounded up at the end.
         threshold = round_down(upper.new_tensor(question.threshold), networks.result)
         self.question = replace(question, threshold=float(threshold))
@@ -93,8 +94,7 @@ class DeployedStar:
         self.numbers = int(max(min(NUMBERS, memory / 8 / COPIES), 1))
         self.few = min(self.numbers, FEW)  # of what is looked at between two looks at the clock
         self.box = low, high
-        self.upper, self.lower = upper, torch.full_like(upper, -torch.inf)
-        self.witness = ((low + high) / 2).expand(*upper.shape, -1).clone()
+        self.evidence = Evidence(upper, ((low + high) / 2).expand(*upper.shape, -1))
         self.complete = self.spent = self.relaxed = self.looked_at = False
         self.cells = self.branches = 0
         self.fallback = ""
@@ -105,7 +105,7 @@ class DeployedStar:
     @property
     def answered(self) -> bool:
         """Whether the question is answered."""
-        return self._exceeded or bool((self._top() <= self.question.enough(self.lower)).all())
+        return self._exceeded or bool((self.evidence.top <= self.question.enough(self.evidence.lower)).all())
 
     @property
     def _limit(self) -> float:
@@ -113,36 +113,21 @@ class DeployedStar:
 
     @property
     def _exceeded(self) -> bool:
-        return (
-            self.threshold > -torch.inf and float(round_down(self.lower.max(), self.networks.result)) > self.threshold
-        )
-
-    def _top(self) -> Tensor:
-        return torch.maximum(self.upper, self.lower)
+        return self.question.exceeded(round_down(self.evidence.lower, self.networks.result))
 
     @property
     def closed(self) -> bool:
         """Whether the intervals around the largest |y1 - y2| of each output are as good as a number."""
-        upper, lower = self._top(), self.lower
+        upper, lower = self.evidence.top, self.evidence.lower
         gap = upper.amax(0) - lower.amax(0).clamp(min=0)
         return bool((gap <= EXACT_GAP * upper.abs().amax() + TINY).all())
 
     @property
     def reason(self) -> Reason:
         """Why the work ended."""
-        if self._exceeded:
-            return Reason.EXCEEDED
-        if float(self._top().max()) <= self.question.threshold:
-            return Reason.WITHIN
-        if self.closed:
-            return Reason.CLOSED
-        if self.answered:
-            return Reason.GAP
-        if self.clock.interrupted:
-            return Reason.INTERRUPTED
-        if self.spent or self.clock.over:
-            return Reason.BUDGET
-        return Reason.KERNEL_CODES if self.complete else Reason.ROUNDING
+        settled = self.question.settled(round_down(self.evidence.lower, self.networks.result), self.evidence.top)
+        rest = Reason.KERNEL_CODES if self.complete else Reason.ROUNDING
+        return reason(settled, self.closed, self.answered, self.clock, self.spent, rest)
 
     # -- work -------------------------------------------------------------------------------------------
 
@@ -238,7 +223,7 @@ class DeployedStar:
             numbers=self.numbers,
             dtype=self.networks.dtype,
         ):
-            self.upper = torch.minimum(self.upper, result.upper)
+            self.evidence.certify(result.upper)
             self._offer_states(result.lower, result.witness)
             self.cells = result.cells
             self.report()
@@ -250,7 +235,8 @@ class DeployedStar:
     def _relax_and_branch(self, grid: InputGrid | None, split: str) -> None:
         low, high = self._ends()
         for upper in self._relaxed(low, high, grid, search=split == "signs"):
-            self.upper, self.relaxed = torch.minimum(self.upper, upper), True
+            self.relaxed = True
+            self.evidence.certify(upper)
             self.report()
             if self.answered:
                 return
@@ -260,7 +246,7 @@ class DeployedStar:
     def _branch(self, grid: InputGrid | None) -> None:
         """Best first: the box is divided at thresholds of its inputs; parts with few cells are enumerated."""
         low, high = self._ends()
-        each = 8 * (2 * len(low) + self.upper.numel()) * 2
+        each = 8 * (2 * len(low) + self.evidence.upper.numel()) * 2
         start = self.branches
 
         def full(left: Parts) -> bool:
@@ -269,9 +255,9 @@ class DeployedStar:
             many = not self.clock.limited and self.branches - start >= BOXES
             return spent or many or self.clock.over or self._exceeded
 
-        left = Parts([(low, high, grid)], self.upper[None], torch.ones(1, dtype=torch.bool, device=low.device))
-        for state in best_first(left, self._looked_at, self.question, lambda: self.lower, full=full):
-            self.upper = torch.minimum(self.upper, state.upper)
+        left = Parts([(low, high, grid)], self.evidence.upper[None], torch.ones(1, dtype=torch.bool, device=low.device))
+        for state in best_first(left, self._looked_at, self.question, self.evidence, full=full):
+            self.evidence.certify(state.upper)
             self.complete |= state.open == 0 and not self.spent
             self.report()
 
@@ -379,7 +365,7 @@ class DeployedStar:
             self.at = ascend(self.places, value, n, starts, clock, steps=steps, seed=self.seed)[0]
             self._offer_at(self.at)
             return
-        order = self.upper.flatten().argsort(descending=True, stable=True)
+        order = self.evidence.upper.flatten().argsort(descending=True, stable=True)
         for x in climb(first, second, *self._ends(), order, steps=steps, seed=self.seed, clock=clock, numbers=self.few):
             self._offer(x)
             self.report()
@@ -392,7 +378,7 @@ class DeployedStar:
             return
         index, count = self.varied[2], self.few // (4 * self._widest)
         clock = self.clock.part(max(SECOND * self.clock.left, min(LEAST, self.clock.left / 2)))
-        ends, start = self._ends(), self.witness[..., index].flatten(0, 1)
+        ends, start = self._ends(), self.evidence.witness[..., index].flatten(0, 1)
         given: Callable[[Tensor], tuple[Tensor, Tensor]] = lambda x: (x, self._whole(x))  # noqa: E731
         if self.places is not None:
             start, given = self.at[1:], self._inputs
@@ -413,10 +399,10 @@ class DeployedStar:
 
         Where only a part of the box is the star, they say nothing.
         """
-        better = value > self.lower
+        better = value > self.evidence.lower
         if self.points is not None or not bool(better.any()):
             return
-        self.take(value, self._whole(x))
+        self.evidence.attain(value, self._whole(x))
         self._offer(x[better])
 
     def _inputs(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -440,11 +426,6 @@ class DeployedStar:
         for part in torch.arange(len(x), device=x.device).split(max(self.few // (4 * self._widest), 1)):
             inputs = self._whole(x[part]) if whole is None else whole[part]
             value, at = self.networks.attained(first, second, x[part], inputs).max(0)
-            self.take(value, inputs[at])
+            self.evidence.attain(value, inputs[at])
             if self.clock.over:
                 return
-
-    def take(self, value: Tensor, x: Tensor) -> None:
-        """Values [2, N_out] attained at inputs x [2, N_out, N_in]."""
-        self.witness = torch.where((value > self.lower)[..., None], x, self.witness)
-        self.lower = torch.maximum(self.lower, value)

@@ -225,8 +225,8 @@ class _Run:
         points = points.reshape(size, 2, outputs, *self.stars.shape)
         value, error = self._replayed(points)
         # A witness rounded to the caller's dtype may leave a constrained or mapped star: claim no more than holds.
-        met_lower = torch.maximum(value[:, 0] + error[:, 0], lower)
-        met_upper = torch.minimum(value[:, 1] - error[:, 1], upper)
+        met_lower = torch.maximum(value[:, 1] + error[:, 1], lower)
+        met_upper = torch.minimum(value[:, 0] - error[:, 0], upper)
         gap = torch.maximum(met_lower - lower, upper - met_upper)
         met = gap <= EXACT_GAP[dtype] * (1 + torch.maximum(lower.abs(), upper.abs()))
         exact = ~self.left & met.all(1)
@@ -235,8 +235,8 @@ class _Run:
             upper=round_up(upper, dtype),
             attained_lower=round_up(met_lower, dtype),
             attained_upper=round_down(met_upper, dtype),
-            argmin=points[:, 0],
-            argmax=points[:, 1],
+            argmin=points[:, 1],
+            argmax=points[:, 0],
             count=self.count,
             stars=self._stars(),
             status=tuple(Status.EXACT if ok else Status.BOUNDED for ok in exact.tolist()),
@@ -270,7 +270,7 @@ class _Run:
 
     def _certified(self, certified: Tensor) -> tuple[Tensor, Tensor]:
         low, high = self.root[-1]
-        return torch.maximum(-certified[0], low), torch.minimum(certified[1], high)
+        return torch.maximum(-certified[1], low), torch.minimum(certified[0], high)
 
     def _attain_somewhere(self) -> None:
         """Evaluate one point per input star, so that a budget spent at once still has a witness."""
@@ -278,7 +278,7 @@ class _Run:
         rows = self.stars.point(a[:, None]).flatten(0, 1)
         value, _ = replay(self.steps, rows)
         origin = torch.arange(len(self.stars), device=value.device)
-        for direction, signed in enumerate((-value, value)):
+        for direction, signed in enumerate((value, -value)):
             self.record.attain(direction, origin, signed, lambda s, _: a[s])
 
     def _progress(self) -> Progress:
@@ -288,8 +288,8 @@ class _Run:
             open=self.frontier.open,
             lower=low,
             upper=high,
-            attained_lower=-self.record.attained[0],
-            attained_upper=self.record.attained[1],
+            attained_lower=-self.record.attained[1],
+            attained_upper=self.record.attained[0],
             seconds=self.clock.elapsed,
         )
 

@@ -302,9 +302,7 @@ class Frontier:
                 if clock.over:
                     self.push([part])
                     continue
-                lower, upper = self._bound(part, clock)
-                record.certify(0, part.origin, -lower)
-                record.certify(1, part.origin, upper)
+                record.certify(part.origin, *self._bound(part, clock))
         if self.open:
             log.info("no time to bound %d open stars: the bounds of whole input stars stand", self.open)
             rest = torch.cat([c.origin.unique() for group in self.groups.values() for c in group.chunks]).unique()
@@ -317,8 +315,7 @@ class Frontier:
     def leave(self, record: RangeRecord, origin: Tensor) -> None:
         """Certify the root bounds of whole input stars [S], of which parts or all are left open."""
         low, high = self.root[-1]
-        record.certify(0, origin, -low[origin])
-        record.certify(1, origin, high[origin])
+        record.certify(origin, low[origin], high[origin])
 
     def _closing(self, layer: int) -> int:
         """How many stars at a layer are bounded at once; 0: none can be."""
