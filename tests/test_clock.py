@@ -158,14 +158,15 @@ def test_zonotopes_go_on_as_intervals_when_the_time_is_up(looks: int, monkeypatc
 def test_auto_lirpa_is_stopped_between_two_of_its_operations() -> None:
     pytest.importorskip("auto_LiRPA")
     lower = -torch.ones(1, 3, dtype=torch.float64)
-    preactivation_bounds(NETWORK, lower, -lower)
-    for looks in (0, 5, 50):
-        with pytest.raises(OutOfTime):
-            preactivation_bounds(NETWORK, lower, -lower, pressed(looks))
     network = steps(NETWORK, (3,), dtype=torch.float64, device=torch.device("cpu"))
     rows, slack = box_rows(lower, -lower)
-    assert root_bounds(NETWORK, network, rows, slack, "lirpa", 1e-9, 1, pressed(30))[1] == "zonotope"
-    assert root_bounds(NETWORK, network, rows, slack, "lirpa", 1e-9, 1, memory=100.0)[1] == "zonotope"
+    known = interval_bounds(network, rows, slack)
+    preactivation_bounds(network, rows, slack, known)
+    for looks in (0, 5, 50):
+        with pytest.raises(OutOfTime):
+            preactivation_bounds(network, rows, slack, known, pressed(looks))
+    assert root_bounds(network, rows, slack, "lirpa", 1e-9, 1, pressed(30))[1] == "zonotope"
+    assert root_bounds(network, rows, slack, "lirpa", 1e-9, 1, memory=100.0)[1] == "zonotope"
 
 
 def test_parts_of_a_clock() -> None:

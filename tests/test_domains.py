@@ -40,7 +40,6 @@ from torchreach.graph.layers import (
 from torchreach.graph.steps import Step
 from torchreach.graph.twin_blocks import blocks
 from torchreach.graph.twins import dense
-from torchreach.read.module import chain
 from torchreach.read.steps import steps
 
 DTYPES = [torch.float32, torch.float64]
@@ -247,9 +246,8 @@ def by_joint(pair: Pair) -> Ends:
 
 
 def by_lirpa(name: str, dtype: torch.dtype) -> Ends:
-    """Root bounds as engines take them: auto_LiRPA's where it knows the network, widened for its rounding."""
-    layers = chain(network(name, dtype), (2,)).double()
-    return root_bounds(layers, read(name, dtype)[0], *box_rows(*box()), "lirpa", 1e-6, 0)[0][-1]
+    """Root bounds as engines take them: auto_LiRPA's, widened for its rounding."""
+    return root_bounds(read(name, dtype)[0], *box_rows(*box()), "lirpa", 1e-6, 0)[0][-1]
 
 
 # What is bounded ("y" of the network, "z" of its twin, "d" their difference), and how.

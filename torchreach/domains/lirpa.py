@@ -1,18 +1,23 @@
-"""Pre-activation bounds of a whole input set from auto_LiRPA's CROWN, taken once, before any split.
+"""Pre-activation bounds of whole input stars from auto_LiRPA's CROWN, taken once, before any split.
 
 CROWN replaces each ReLU by two lines that enclose it and pulls a linear function of the output back to the
 input box (Zhang, Weng, Chen, Hsieh, Daniel: Efficient Neural Network Robustness Certification with General
-Activation Functions, NeurIPS 2018). Everything here is in float64. auto_LiRPA does not account for rounding:
-the bounds are sound up to that, and the caller widens them (`Tolerances.root_margin`).
+Activation Functions, NeurIPS 2018). The library has the ReLUs and the order of the work; an affine step is one
+operator of its graph, which goes back by the step's own transpose. So whatever has steps has bounds: sums, stacks,
+pools, maxima and skips among them, and two networks side by side.
 
-Axis letters: S input boxes.
+Everything here is in float64. auto_LiRPA does not account for rounding: the bounds are sound up to that, and the
+caller widens them (`Tolerances.root_margin`).
+
+Axis letters: S input stars, M their dimension, N features, R rows (one objective each).
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,177 +25,161 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime
-from torchreach.core.errors import ShapeError
 from torchreach.domains._lirpa_compat import converting, load_auto_lirpa
-from torchreach.graph.affine_graph import AffineGraph
-from torchreach.graph.layers import ElementwiseAffine, MaskedReLU, Rearrange, Reshape
-from torchreach.graph.weights import as_parameter, linear_layer, refresh_pruned
+from torchreach.domains.zonotope import Bounds
+from torchreach.graph.steps import Step
+from torchreach.graph.twins import twins
 
 _log = logging.getLogger(__name__)
 
-Bounds = list[tuple[Tensor, Tensor]]
 # Matrices [N, N] of the widest layers that CROWN holds at once.
 MATRICES = 6
 # Loading the library takes seconds that nothing can interrupt: with less time left it is not begun.
 LOAD_SECONDS = 4.0
+_OPERATOR = "torchreach::Map"
 
 
 class LirpaUnavailableError(RuntimeError):
     """auto_LiRPA is not installed, or cannot bound this network; use other bounds."""
 
 
-def preactivation_bounds(chain: nn.Sequential, lower: Tensor, upper: Tensor, clock: Clock = NO_LIMIT) -> Bounds:
-    """CROWN bounds of every ReLU's input, in order, and of the network's output last.
+def preactivation_bounds(
+    steps: tuple[Step, ...], rows: Tensor, slack: Tensor, known: Bounds, clock: Clock = NO_LIMIT
+) -> Bounds:
+    """CROWN bounds of what the ReLUs of every step receive, and of the network's output last.
 
     Args:
-        chain: flat Sequential of plain affine layers and `nn.ReLU` (see `torchreach.read.module.chain`).
-        lower, upper: [S, *shape] input boxes.
+        rows: [S, 1 + M, N_in] input stars over [-1, 1]^M; slack: [S, N_in]. CROWN takes the boxes around them.
+        known: bounds [S, N] of every step that hold; ReLUs whose sign they show are not bounded again.
 
     Returns:
-        [(lower, upper), ...], each [S, *features], float64, on the device of `lower`, without gradients,
-        never looser than interval bounds. Sound up to rounding.
+        [(lower, upper), ...], each [S, N], float64, without gradients; infinite for features without a ReLU. Those
+        with one are never looser than `known`. Sound up to rounding.
 
     Raises:
         LirpaUnavailableError: auto_LiRPA is missing or cannot bound this network. Fall back on other bounds.
-        ShapeError: the boxes do not fit. OutOfTime: between two operations of the library.
+        OutOfTime: between two operations of the library.
     """
-    return _bounds(_Recorded([chain], lower, upper), lower, upper, clock)
+    for step in steps:
+        if step.curves or step.quantizer is not None or step.noise is not None:
+            raise LirpaUnavailableError(f"{step.name}: only affine maps and ReLUs are handed to auto_LiRPA")
+    clock.check()
+    if clock.left < LOAD_SECONDS and "auto_LiRPA" not in sys.modules:
+        raise OutOfTime
+    try:
+        library = load_auto_lirpa()
+    except ImportError as error:
+        raise LirpaUnavailableError(str(error)) from error
+    try:
+        with torch.no_grad(), converting():
+            return _crown(library, _Traced(steps, clock), rows, slack, known, clock)
+    except (LirpaUnavailableError, OutOfTime):
+        raise
+    except Exception as error:  # the library raises whatever its operators happen to raise
+        _log.debug("auto_LiRPA failed", exc_info=True)
+        reason = (str(error).splitlines() or [""])[0]
+        raise LirpaUnavailableError(
+            f"auto_LiRPA cannot bound this network: {type(error).__name__}: {reason}"
+        ) from error
 
 
-def merged_bounds(
-    first: nn.Sequential, second: nn.Sequential, lower: Tensor, upper: Tensor, clock: Clock = NO_LIMIT
-) -> tuple[Bounds, Bounds]:
-    """CROWN bounds of two networks on one shared input, and of first(x) - second(x).
+@dataclass(frozen=True, eq=False)
+class _Map:
+    """x -> forth(x) + bias, [S, N_in] -> [S, N_out]; back: coefficients [R, S, N_out] on it -> [R, S, N_in]."""
 
-    The difference is bounded as one function of x, so that linear parts which both networks share cancel;
-    the relaxations of their ReLUs do not.
+    forth: Callable[[Tensor], Tensor]
+    back: Callable[[Tensor], Tensor]
+    bias: Tensor  # [N_out]
 
-    Returns:
-        Bounds of the ReLU inputs of `first`, then of `second`: each a list as in `preactivation_bounds`, but
-        both end with the bounds [S, N] of first(x) - second(x) in place of the networks' own outputs.
 
-    Raises: as `preactivation_bounds`.
+class _MapNode(torch.autograd.Function):
+    """A map as one node of the traced graph, known by its number."""
+
+    @staticmethod
+    def symbolic(graph: Any, x: Any, bias: Any, number: int) -> Any:
+        node = graph.op(_OPERATOR, x, bias, number_i=number)
+        node.setType(x.type().with_sizes([1, *bias.type().sizes()]))
+        return node
+
+    @staticmethod
+    def forward(_context: Any, x: Tensor, bias: Tensor, *_: Any) -> Tensor:
+        return bias.expand(len(x), -1).clone()  # of the shape alone: what happens in here would be traced too
+
+
+class _Traced(nn.Module):
+    """The steps as maps and plain ReLUs: where a ReLU takes some features only, they are taken out and put back.
+
+    maps: in the order of the graph. received: of each step, the number of the map whose result its ReLU receives,
+    of the output's the last; and of which features that is.
     """
-    both = _Recorded([first, second], lower, upper)
-    bounds = _bounds(both, lower, upper, clock)
-    split = both.activations[0]
-    return [*bounds[:split], bounds[-1]], bounds[split:]
 
-
-class _Recorded(nn.Module):
-    """One chain, or the difference of two, in float64; tells what the ReLUs received."""
-
-    def __init__(self, chains: list[nn.Sequential], lower: Tensor, upper: Tensor) -> None:
+    def __init__(self, steps: tuple[Step, ...], clock: Clock) -> None:
         super().__init__()
-        if lower.shape != upper.shape or lower.ndim < 2:
-            raise ShapeError(
-                f"lower and upper must both be [S, *shape], got {tuple(lower.shape)} and {tuple(upper.shape)}"
-            )
-        # Copies, made one by one: a network compared with itself must not share nodes of the traced graph.
-        self.chains = nn.ModuleList(_plain_chain(chain, lower) for chain in chains)
-        self.activations = [sum(isinstance(layer, nn.ReLU) for layer in chain) for chain in chains]
+        self.maps: list[_Map] = []
+        self.received: list[tuple[int, Tensor]] = []
+        self.steps = steps
+        for step in steps:
+            self.maps.append(_Map(step.linear, twins(step, step, clock=clock).transpose, step.bias))
+            every = torch.arange(step.features, device=step.bias.device)
+            on = every if step.relu is None else every[step.relu]
+            if len(on) < step.features:
+                self.maps += _cut(step, on)
+            self.received.append((len(self.maps) - (1 if len(on) == step.features else 3), on))
+        # As parameters, which the library takes its dtype from.
+        self.biases = nn.ParameterList(nn.Parameter(part.bias, requires_grad=False) for part in self.maps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.record(x, [])
+        number = 0
 
-    def record(self, x: Tensor, received: list[Tensor]) -> Tensor:
-        outputs = []
-        for chain in self.chains:
-            value = x
-            for layer in chain:  # type: ignore[union-attr]
-                if isinstance(layer, nn.ReLU):
-                    received.append(value)
-                value = layer(value)
-            outputs.append(value)
-        return outputs[0] if len(outputs) == 1 else outputs[0] - outputs[1]
+        def mapped(x: Tensor) -> Tensor:
+            nonlocal number
+            number += 1
+            return _MapNode.apply(x, self.biases[number - 1], number - 1)  # type: ignore[return-value]
 
-
-class _Scale(nn.Module):
-    """x * scale + shift; as parameters, which auto_LiRPA converts like weights."""
-
-    def __init__(self, scale: Tensor, shift: Tensor) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(scale.detach().clone(), requires_grad=False)
-        self.shift = nn.Parameter(shift.detach().clone(), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale + self.shift
+        for step in self.steps:
+            x = mapped(x)
+            if step.relu is not None:
+                x = x.relu() if bool(step.relu.all()) else mapped(mapped(x).relu()) + mapped(x)
+        return x
 
 
-class _FixedReshape(nn.Module):
-    """Reshape whose trace holds constants only."""
+def _cut(step: Step, on: Tensor) -> list[_Map]:
+    """Takes the features `on` out, puts them back into zeros, and keeps the others in their places."""
+    free = step.bias.new_ones(step.features).index_fill(0, on, 0.0)
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.shape = shape
+    def out(x: Tensor) -> Tensor:
+        return x[..., on]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x.reshape(-1, *self.shape)
+    def into(x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], step.features).index_copy(-1, on, x)
 
+    def others(x: Tensor) -> Tensor:
+        return x * free
 
-@torch.no_grad()
-def _plain_chain(chain: nn.Sequential, lower: Tensor) -> nn.Sequential:
-    value = lower[:1].detach().double()
-    layers: list[nn.Module] = []
-    for layer in chain:
-        layers.append(_plain(layer, axes=value.ndim - 2).to(value.device))
-        try:
-            value = layers[-1](value)
-        except RuntimeError as error:
-            shape, reason = tuple(lower.shape[1:]), str(error).splitlines()[0]
-            raise ShapeError(f"the network does not accept inputs of shape {shape}: {reason}") from None
-    return nn.Sequential(*layers)
+    zero = torch.zeros_like(step.bias)
+    return [_Map(out, into, zero[on]), _Map(into, out, zero), _Map(others, others, zero)]
 
 
-def _plain(layer: nn.Module, axes: int) -> nn.Module:
-    """A float64 copy of `layer` in operations that auto_LiRPA knows; `axes` follow its channel axis."""
-    if isinstance(layer, nn.ReLU):
-        return nn.ReLU()  # never in place: the value it receives is compared below
-    if isinstance(layer, MaskedReLU | AffineGraph | Rearrange | nn.ConvTranspose1d | nn.ConvTranspose2d):
-        raise LirpaUnavailableError(f"{type(layer).__name__} is not handed to auto_LiRPA")
-    if isinstance(layer, Reshape):
-        return _FixedReshape(layer.shape)
-    if isinstance(layer, nn.Unflatten) and layer.dim == 1:
-        return _FixedReshape(tuple(layer.unflattened_size))
-    refresh_pruned(layer)
-    if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
-        # The weights' values only: how pruning or a parametrization computes them is not to be traced.
-        return _with_weights(layer)
-    copied = copy.deepcopy(layer).double().eval()
-    if isinstance(copied, ElementwiseAffine):
-        # After the conversion: 1 / c of a division is then exact to float64.
-        return _Scale(copied.scale, copied.shift)
-    if isinstance(copied, nn.BatchNorm1d | nn.BatchNorm2d):
-        return _normalisation(copied, axes)
-    return copied
+def _operator(base: Any, maps: list[_Map]) -> Any:
+    """How auto_LiRPA makes its node of a map; base: its class of nodes."""
 
+    class BoundMap(base):
+        def __init__(self, attributes: Any, *rest: Any) -> None:
+            super().__init__(attributes, *rest)
+            self.number = attributes["number"]
+            self.map = maps[self.number]
 
-def _with_weights(layer: nn.Linear | nn.Conv1d | nn.Conv2d) -> nn.Module:
-    bias = None if layer.bias is None else layer.bias.detach().double()
-    weight = layer.weight.detach().double()
-    if isinstance(layer, nn.Linear):
-        return linear_layer(weight, bias)
-    kind: Any = nn.Conv1d if isinstance(layer, nn.Conv1d) else nn.Conv2d
-    plain = kind(
-        *(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding),
-        *(layer.dilation, layer.groups),
-        device="meta",
-    )
-    plain.weight = as_parameter(weight)
-    plain.bias = None if bias is None else as_parameter(bias)
-    return plain
+        def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+            return self.map.forth(x) + bias
 
+        def bound_backward(self, lower: Tensor | None, upper: Tensor | None, *_: Any) -> Any:
+            # The library's own unit vectors have the default dtype, and hold exactly what they mean.
+            sides = [None if part is None else part.to(self.map.bias.dtype) for part in (lower, upper)]
+            passed = [None if part is None else self.map.back(part) for part in sides]
+            constants = [0.0 if part is None else part @ self.map.bias for part in sides]
+            return [tuple(passed), (None, None)], *constants
 
-def _normalisation(layer: nn.BatchNorm1d | nn.BatchNorm2d, axes: int) -> _Scale:
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    scale = torch.rsqrt(layer.running_var + layer.eps)
-    if layer.weight is not None:
-        scale = scale * layer.weight
-    shift = -layer.running_mean * scale
-    if layer.bias is not None:
-        shift = shift + layer.bias
-    return _Scale(*(v.reshape(-1, *[1] * axes) for v in (scale, shift)))
+    return BoundMap
 
 
 class _Watched(TorchFunctionMode):
@@ -205,90 +194,43 @@ class _Watched(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _bounds(module: _Recorded, lower: Tensor, upper: Tensor, clock: Clock) -> Bounds:
-    lower, upper = lower.detach().double(), upper.detach().double()
-    module.eval().requires_grad_(False)
-    expected: list[Tensor] = []
-    # Points that differ in every coordinate tell the nodes of the graph apart.
-    share = torch.linspace(0.05, 0.95, lower[0].numel(), dtype=torch.float64, device=lower.device)
-    points = lower + (upper - lower) * share.reshape(lower.shape[1:])
-    with torch.no_grad():
-        expected.append(module.record(points, expected))
-    clock.check()
-    if clock.left < LOAD_SECONDS and "auto_LiRPA" not in sys.modules:
-        raise OutOfTime
-    try:
-        library = load_auto_lirpa()
-    except ImportError as error:
-        raise LirpaUnavailableError(str(error)) from error
-    try:
-        with torch.no_grad(), converting():
-            found = _crown(library, module, lower, upper, points, expected, clock)
-    except (LirpaUnavailableError, OutOfTime):
-        raise
-    except Exception as error:  # the library raises whatever its operators happen to raise
-        _log.debug("auto_LiRPA failed", exc_info=True)
-        reason = (str(error).splitlines() or [""])[0]
-        raise LirpaUnavailableError(
-            f"auto_LiRPA cannot bound this network: {type(error).__name__}: {reason}"
-        ) from error
-    return found
-
-
-def _crown(
-    library: Any,
-    module: _Recorded,
-    lower: Tensor,
-    upper: Tensor,
-    points: Tensor,
-    expected: list[Tensor],
-    clock: Clock,
-) -> Bounds:
-    box = library.PerturbationLpNorm(norm=float("inf"), x_L=lower, x_U=upper)
-    options = {"conv_mode": "matrix", "sparse_intermediate_bounds": False}
-    bounded = library.BoundedModule(module, points[:1], bound_opts=options, device=lower.device)
-    nodes = _nodes(bounded, points, expected[:-1])
-    x = library.BoundedTensor(points, box)
-    outputs = expected[-1][0].numel()
-    # The library's own identity has the default dtype.
-    identity = torch.eye(outputs, dtype=torch.float64, device=lower.device).expand(len(points), outputs, outputs)
+def _crown(library: Any, module: _Traced, rows: Tensor, slack: Tensor, known: Bounds, clock: Clock) -> Bounds:
+    spread = rows[:, 1:].abs().sum(1) + slack
+    box = library.PerturbationLpNorm(norm=float("inf"), x_L=rows[:, 0] - spread, x_U=rows[:, 0] + spread)
+    share = torch.linspace(-0.9, 0.9, rows.shape[1] - 1, dtype=rows.dtype, device=rows.device)
+    points = rows[:, 0] + (share[:, None] * rows[:, 1:]).sum(1)
+    bounded = library.BoundedModule(
+        module,
+        points[:1],
+        bound_opts={"sparse_intermediate_bounds": True},
+        device=rows.device,
+        custom_ops={_OPERATOR: _operator(sys.modules["auto_LiRPA.bound_ops"].Bound, module.maps)},
+    )
+    found = {node.number: node for node in bounded._modules.values() if hasattr(node, "number")}
+    nodes = [found[number] for number, _ in module.received]
+    parts = zip(nodes[:-1], module.received, known, strict=False)
+    reference = {node.name: (low[:, on], high[:, on]) for node, (_, on), (low, high) in parts}
     with _Watched(clock):
-        output = bounded.compute_bounds(x=(x,), C=identity, method="CROWN")
-        crown = [(node.lower, node.upper) for node in nodes] + [tuple(output)]
-        output = bounded.compute_bounds(x=(x,), method="IBP")
-    interval = [node.interval for node in nodes] + [tuple(output)]
-    return [_checked(*bounds) for bounds in zip(crown, interval, expected, strict=True)]
-
-
-def _nodes(bounded: Any, points: Tensor, expected: list[Tensor]) -> list[Any]:
-    """The graph's node before each ReLU, in the order in which the network reaches them.
-
-    The graph lists its nodes in the order of the trace, but may have merged equal ones. So each is recognised
-    by the values it takes on `points`.
-    """
-    from auto_LiRPA.bound_ops import BoundRelu
-
-    bounded(points)
-    inputs = [node.inputs[0] for node in bounded._modules.values() if isinstance(node, BoundRelu)]
-    result: list[Any] = []
-    for value in expected:
-        same = [
-            node
-            for node in inputs
-            if node.forward_value.shape == value.shape
-            and torch.allclose(node.forward_value, value, rtol=1e-9, atol=1e-12)
-        ]
-        unused = [node for node in same if all(node is not other for other in result)]
-        if not same:
-            raise LirpaUnavailableError("auto_LiRPA's graph lacks the input of a ReLU")
-        result.append((unused or same)[0])
+        output = bounded.compute_bounds(
+            x=(library.BoundedTensor(points, box),),
+            method="CROWN",
+            reference_bounds=reference,
+            aux_reference_bounds=reference,
+        )
+    ends = [*((node.lower, node.upper) for node in nodes[:-1]), output]
+    result, value = [], points
+    for (low, high), own, (_, on), step in zip(ends, known, module.received, module.steps, strict=True):
+        value = step.linear(value) + step.bias
+        free = torch.full_like(value, torch.inf)
+        low, high = torch.maximum(low, own[0][:, on]), torch.minimum(high, own[1][:, on])
+        low, high = _checked(low, high, value[:, on])
+        result.append(((-free).index_copy(1, on, low), free.index_copy(1, on, high)))
+        value = step.activate(value)
     return result
 
 
-def _checked(first: tuple[Tensor, ...], second: tuple[Tensor, ...], value: Tensor) -> tuple[Tensor, Tensor]:
-    """Intersection of two sound enclosures, refused if it is not finite or misses a value it must contain."""
-    low = torch.maximum(*(bounds[0].reshape(value.shape) for bounds in (first, second)))
-    high = torch.minimum(*(bounds[1].reshape(value.shape) for bounds in (first, second)))
+def _checked(low: Tensor, high: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The bounds, refused if they are not finite or miss a value they must contain."""
     low, high = torch.minimum(low, high), torch.maximum(low, high)  # rounding can cross two equal bounds
     slack = 1e-9 * (1 + value.abs())
     if not bool(((low - slack <= value) & (value <= high + slack)).all()):  # also false for NaN

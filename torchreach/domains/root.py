@@ -7,12 +7,11 @@ import math
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.core.roundoff import gamma
 from torchreach.domains.zonotope import Bounds, interval_bounds, zonotope_bounds
-from torchreach.graph.merged import MergedNetwork, MergedReLU
 from torchreach.graph.steps import Step
 
 log = logging.getLogger(__name__)
@@ -22,7 +21,6 @@ SHARE = 0.25
 
 
 def root_bounds(
-    module: nn.Sequential,
     steps: tuple[Step, ...],
     rows: Tensor,
     slack: Tensor,
@@ -35,10 +33,9 @@ def root_bounds(
     """Certified (lower, upper) [S, N] per step, the output last, and the name of what gave them.
 
     Args:
-        module: the network that the steps come from: a chain of layers, or a merged network.
         rows: [S, 1 + M, N_in] input stars over [-1, 1]^M; slack: [S, N_in].
         kind: one of `options.ROOT_BOUNDS`. "lirpa" intersects auto_LiRPA's bounds with zonotopes where
-            auto_LiRPA is installed and supports the network, "auto" does so where it is worth it.
+            auto_LiRPA is installed, "auto" does so where it is worth it.
         margin: share of their magnitude by which auto_LiRPA's bounds are widened for rounding.
         worth: number of neurons, beyond the first layer (where zonotopes are exact), that zonotopes must leave
             open for auto_LiRPA to be worth its time.
@@ -57,7 +54,7 @@ def root_bounds(
     own = _zonotopes(steps, rows, slack, _share(clock), memory)
     if kind == "zonotope" or (kind == "auto" and _open(own, steps) < worth):
         return own, "zonotope"
-    theirs = _lirpa(module, steps, rows, slack, margin, _share(clock), memory)
+    theirs = _lirpa(steps, rows, slack, own, margin, _share(clock), memory)
     if theirs is None:
         return own, "zonotope"
     tightest = [(torch.maximum(a, c), torch.minimum(b, d)) for (a, b), (c, d) in zip(own, theirs, strict=True)]
@@ -90,10 +87,10 @@ def _open(bounds: Bounds, steps: tuple[Step, ...]) -> int:
 
 
 def _lirpa(
-    module: nn.Sequential,
     steps: tuple[Step, ...],
     rows: Tensor,
     slack: Tensor,
+    own: Bounds,
     margin: float,
     clock: Clock,
     memory: float,
@@ -104,51 +101,22 @@ def _lirpa(
     if lirpa.MATRICES * rows.element_size() * len(rows) * hidden * max(hidden, rows.shape[2]) > memory:
         log.info("no memory for auto_LiRPA")
         return None
-    spread = rows[:, 1:].abs().sum(1) + slack
-    shape = steps[0].in_shape
-    lower = (rows[:, 0] - spread).reshape(-1, *shape)
-    upper = (rows[:, 0] + spread).reshape(-1, *shape)
     try:
-        if isinstance(module, MergedNetwork):
-            first, second = lirpa.merged_bounds(module.first, module.second, lower, upper, clock)
-            bounds = [*_side_by_side(module, first, second), first[-1]]
-        else:
-            bounds = lirpa.preactivation_bounds(module, lower, upper, clock)
+        bounds = lirpa.preactivation_bounds(steps, rows, slack, own, clock)
     except OutOfTime:
         log.info("no time for auto_LiRPA")
         return None
     except lirpa.LirpaUnavailableError as error:
         _say_once(f"neurons are bounded by zonotopes only, so exact reach splits less early: {error}")
         return None
-    flat = [(low.flatten(1), high.flatten(1)) for low, high in bounds]
     # auto_LiRPA's rounding is in proportion to the terms that cancel in a bound, not to the bound.
-    terms, size = 0, spread + rows[:, 0].abs()
+    terms, size = 0, rows.abs().sum(1) + slack
     result: Bounds = []
-    for (low, high), step in zip(flat, steps, strict=True):
+    for (low, high), step in zip(bounds, steps, strict=True):
         terms += step.terms + 8
         size = step.magnitude(size) + step.bias_magnitude
         extra = margin + 16 * gamma(terms) * size
         result.append((low - margin * low.abs() - extra, high + margin * high.abs() + extra))
-    return result
-
-
-def _side_by_side(module: MergedNetwork, first: Bounds, second: Bounds) -> Bounds:
-    """Bounds of the merged features: both halves where both still have a ReLU, else unbounded."""
-    result: Bounds = []
-    for layer in module:
-        if not isinstance(layer, MergedReLU):
-            continue
-        halves = []
-        sizes = (int(layer.split[0]), int(layer.split[1]))
-        index = len(result)
-        for bounds, size, active in zip((first, second), sizes, layer.active, strict=True):
-            if active:
-                halves.append(tuple(b.flatten(1) for b in bounds[index]))
-            else:
-                like = first[0][0]
-                free = like.new_full((like.shape[0], size), torch.inf)
-                halves.append((-free, free))
-        result.append((torch.cat([h[0] for h in halves], 1), torch.cat([h[1] for h in halves], 1)))
     return result
 
 

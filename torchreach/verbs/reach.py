@@ -25,7 +25,6 @@ from torchreach.engines.programs import ProgramEngine
 from torchreach.engines.record import RangeRecord
 from torchreach.engines.tally import Tally
 from torchreach.engines.vertices import VertexEngine
-from torchreach.graph.merged import MergedNetwork
 from torchreach.graph.reduced import reduce
 from torchreach.graph.steps import Step, steps_of
 from torchreach.read.load import as_network
@@ -161,7 +160,6 @@ class _Run:
         limited = clock.limited or budget.stars is not None
         worth = 1 if limited else LIRPA_WORTH[chosen]
         bounds, name = root_bounds(
-            module if isinstance(module, MergedNetwork) else layers,
             network,
             rows,
             slack,
