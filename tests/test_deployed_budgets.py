@@ -181,6 +181,23 @@ def test_little_memory_keeps_relaxations_away_and_says_so():
     assert_valid(found, partial(differences, original, small), stars)
 
 
+def test_memory_of_a_relaxation_has_no_matrices_of_convolutions():
+    g = torch.Generator().manual_seed(0)
+    network = nn.Sequential(
+        *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 2)),
+    )
+    data = torch.rand(64, 1, 8, 8, generator=g)
+    small = int8_network(copy.deepcopy(network), data)
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[3:5, 2:5] = True
+    network, stars = network.double(), tr.StarBatch.from_image(data[:1].double(), 0.1, mask)
+    # Matrices of 512 x 512 numbers for the convolutions in the middle would not fit in besides.
+    found = tr.discrepancy(network, small, stars, "search", budget=tr.Budget(seconds=1, memory=7.5e7))
+    assert found.stats.fallback == ""
+    assert_valid(found, partial(differences, network, small), stars)
+
+
 def test_progress_is_reported(monkeypatch):
     monkeypatch.setattr(deployed_star, "STATES", 1)
     original, small, x = case(3, inputs=10)

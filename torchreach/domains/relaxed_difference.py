@@ -24,6 +24,7 @@ from torchreach.domains.pair import Pair
 from torchreach.domains.rounding import InputGrid, relax, with_inputs
 from torchreach.domains.zonotope import box_rows, zonotope_bounds
 from torchreach.graph.steps import Step
+from torchreach.graph.twins import twin_numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,14 +111,27 @@ class RelaxedDifference:
 def relaxation_bytes(first: tuple[Step, ...], second: tuple[Step, ...], numbers: int) -> int:
     """About how much memory `RelaxedDifference.of` takes: matrices, zonotopes, and rows of backward passes.
 
-    numbers: in one intermediate tensor of the latter.
+    The first layers become matrices on the inputs and on the errors of their quantisers; the others as `twins` says.
+    numbers: in one intermediate tensor of the backward passes.
     """
-    sizes = [[*(prod(step.in_shape) for step in steps), steps[-1].features] for steps in (first, second)]
-    entries = [a * b for size in sizes for a, b in zip(size[:-1], size[1:], strict=True)]
-    widest, every = max(map(max, sizes)), max(map(sum, sizes))
-    matrices = 3 * sum(entries) + widest**2 + 2 * max(entries)
-    zonotopes = 3 * (every + sizes[0][0]) * widest
-    return 8 * (matrices + zonotopes + 24 * min(widest**2, widest + numbers))
+    networks, rounding = [], 0
+    for steps in (first, second):
+        grid = InputGrid.of(steps[0])
+        networks.append(steps if grid is None else steps[1:])
+        rounding += any(step.quantizer is not None for step in steps)
+    inputs, features = prod(first[0].in_shape), [[step.features for step in steps] for steps in networks]
+    heads = max(sizes[0] for sizes in features) * inputs * (3 * (1 + rounding) + 4 * rounding)
+    rest = list(zip(*(steps[1:] for steps in networks), strict=False))
+    matrices = sum(twin_numbers(s, t) for s, t in rest if (s.in_shape, s.features) == (t.in_shape, t.features))
+    # Every neuron may be a generator of the layers after it.
+    zonotopes = 0
+    for sizes in features:
+        generators, before = 1 + 2 * inputs, inputs
+        for size in sizes:
+            generators += size
+            zonotopes, before = max(zonotopes, 3 * generators * max(before, size)), size
+    widest = max(inputs, *map(max, features))
+    return 8 * (heads + matrices + zonotopes + 24 * min(widest**2, widest + numbers))
 
 
 def _clamped(upper: Tensor, low: Tensor, high: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:

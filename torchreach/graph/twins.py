@@ -22,7 +22,7 @@ from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.errors import UnsupportedLayerError
 from torchreach.graph.layers import PASS_THROUGH, RESHAPING, alike
 from torchreach.graph.steps import Step
-from torchreach.graph.twin_blocks import Side, blocks
+from torchreach.graph.twin_blocks import Blocks, Side, blocks
 
 # Entries up to which a matrix is cheaper than the layers it is made of.
 SMALL = 1 << 16
@@ -151,19 +151,39 @@ def twins(first: Step, second: Step, *, live: bool = False, clock: Clock = NO_LI
 
     Raises: UnsupportedLayerError: a live step of more than `LARGE` entries. OutOfTime: between two parts of a matrix.
     """
-    plain = is_matrix(first) and is_matrix(second)
-    entries = first.features * prod(first.in_shape)
     if live:
         check_entries(first, "difference bounds with gradients require affine layers")
-    own = None if live or plain or entries <= SMALL else blocks(first, second)
-    if own is None or (not own.matched and entries <= LARGE):
-        with torch.set_grad_enabled(live and torch.is_grad_enabled()):
-            W = dense(first, clock)
-            V = W if first is second else dense(second, clock)
-        # Equal layers are composed alike: then W - V is zero, and right.
-        rounded = None if plain or alike(first.block, second.block) else (first, second)
-        return Matrices(W, V, W - V, rounded)
-    return own
+    own = None if live else _without_matrices(first, second)
+    if own is not None:
+        return own
+    with torch.set_grad_enabled(live and torch.is_grad_enabled()):
+        W = dense(first, clock)
+        V = W if first is second else dense(second, clock)
+    # Equal layers are composed alike: then W - V is zero, and right.
+    rounded = None if _plain(first, second) or alike(first.block, second.block) else (first, second)
+    return Matrices(W, V, W - V, rounded)
+
+
+def twin_numbers(first: Step, second: Step) -> int:
+    """How many numbers `twins` of the two steps take, while they are made too."""
+    own = _without_matrices(first, second)
+    if own is not None:  # differences of the layers' weights
+        return sum(weight.numel() for weight in first.block.parameters())
+    n_in = prod(first.in_shape)
+    return 3 * first.features * n_in + (0 if _plain(first, second) else n_in**2 + 2 * first.features * n_in)
+
+
+def _without_matrices(first: Step, second: Step) -> Blocks | None:
+    """The two steps as their layers, None where matrices are cheaper."""
+    entries = first.features * prod(first.in_shape)
+    if _plain(first, second) or entries <= SMALL:
+        return None
+    own = blocks(first, second)
+    return own if own.matched or entries > LARGE else None
+
+
+def _plain(first: Step, second: Step) -> bool:
+    return is_matrix(first) and is_matrix(second)
 
 
 def check_entries(step: Step, what: str) -> None:
