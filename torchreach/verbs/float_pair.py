@@ -197,7 +197,7 @@ class _Run:
         """Both methods in turn, until all stars are done or the budget is spent."""
         clock, everything = self.clock, torch.ones_like(self.enumerated)
         # A threshold, or a wide gap, may be met long before the regions are enumerated.
-        fine = self.question.tolerance <= FINE * float(self.lower.max())
+        fine = self.question.tolerance <= FINE * float(self.evidence.lower.max())
         exactly = self.question == Question("signed") or (fine and self.question.threshold == -torch.inf)
         fast = exactly and self.open(self.enumerable) and not clock.over
         first = self._few_regions() if fast else []
