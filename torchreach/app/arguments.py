@@ -196,6 +196,21 @@ class EquivalentSetup:
 
 
 @dataclass(frozen=True)
+class AttributeSetup:
+    """What `torchreach attribute` asks: how many random inputs, and which difference the kept layers are to give."""
+
+    samples: int
+    seed: int
+    keep_float: float | None
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise OptionError(f"--samples must be at least 1, got {self.samples}")
+        if self.keep_float is not None and not 0 <= self.keep_float < float("inf"):
+            raise OptionError(f"--keep-float must be a number >= 0, got {self.keep_float:g}")
+
+
+@dataclass(frozen=True)
 class RepairSetup:
     """Options of the repair loop, as `torchreach.repair` takes them.
 

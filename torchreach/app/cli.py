@@ -1,4 +1,4 @@
-"""Command line: `torchreach demo`, `torchreach compare A B`, `torchreach equivalent A B`, `torchreach repair A B`.
+"""Command line: `torchreach demo`, and `compare`, `equivalent`, `attribute`, `repair` of two networks A B.
 
 Exit status 0: within tolerance (or the target is met, or none was asked for); 1: not; 2: bad input, with one
 line on stderr; 130: Ctrl-C came before an answer. Nothing here imports torch before the work begins, so that help
@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 import torchreach
 from torchreach.app.cli_options import (
     ANSWER,
+    ENGINE,
     REPAIR,
     Alpha,
     Arithmetic,
@@ -44,7 +45,7 @@ from torchreach.app.cli_options import (
     TargetMax,
     Vnnlib,
 )
-from torchreach.core.errors import TorchreachError
+from torchreach.core.errors import OptionError, TorchreachError
 
 # typer carries its own copy of click since 0.2x; before that it used the package.
 _ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -228,6 +229,73 @@ def equivalent(
     from torchreach.app import commands
 
     raise typer.Exit(commands.equivalent(setup, (original, compressed), sets, asked))
+
+
+@app.command(epilog="Exit status: 0 done, or within --keep-float, 1 not within it, 2 bad input, 130 interrupted.")
+def attribute(
+    ctx: typer.Context,
+    original: Original,
+    compressed: Compressed,
+    box: Box = None,
+    vnnlib: Vnnlib = None,
+    center: Center = None,
+    eps: Eps = None,
+    mask: Mask = None,
+    clip: Clip = None,
+    shape: Shape = None,
+    keep_float: Annotated[
+        float | None,
+        typer.Option(
+            help="Also find layers to leave as in A so that |y1 - y2| is certified to be at most this, in units of the "
+            "output.",
+            rich_help_panel=ANSWER,
+        ),
+    ] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --keep-float: file for the mixed network, .onnx or .pt2. Default: it is not kept.",
+            metavar="FILE",
+            rich_help_panel=ANSWER,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for report.json and a picture, made if missing. Default: write no files.",
+            metavar="DIR",
+            rich_help_panel=ANSWER,
+        ),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(help="Random inputs of each star, to compare with.", rich_help_panel=ENGINE)
+    ] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the random inputs.", rich_help_panel=ENGINE)] = 0,
+    seconds: Seconds = None,
+    stars: Stars = None,
+    memory: Memory = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float64",
+) -> None:
+    """Which layers make the difference of A and B? Per layer: certified, attained, and on random inputs.
+
+    A and B have the same layers, of which only the numbers differ. Without --seconds, each layer is bounded once.
+
+    Example: torchreach attribute net.onnx small.onnx --box "0,1; 0,1" --keep-float 0.1 --save mixed.onnx
+    """
+    from torchreach.app.arguments import NETWORKS, AttributeSetup, SetOptions, Setup, check_networks, check_target
+
+    check_networks(original, compressed)
+    sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
+    asked = AttributeSetup(samples, seed, keep_float)
+    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj)
+    if save is not None:
+        if keep_float is None:
+            raise OptionError("--save belongs to --keep-float: without it there is no mixed network")
+        check_target(save, NETWORKS)
+    from torchreach.app import commands
+
+    raise typer.Exit(commands.attribute(setup, (original, compressed), sets, asked, save))
 
 
 @app.command(epilog="Exit status: 0 target met, 1 not met, 2 bad input, 130 interrupted.")

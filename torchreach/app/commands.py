@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchreach.app import console as show
 from torchreach.app.arguments import (
     METHODS,
+    AttributeSetup,
     CompareSetup,
     DemoSetup,
     EquivalentSetup,
@@ -25,6 +26,7 @@ from torchreach.app.arguments import (
     is_state_dict,
 )
 from torchreach.app.inputs import InputSet, read_input_set
+from torchreach.app.report.attribution import attribution_files, kept_sentence
 from torchreach.app.report.content import NetworkInfo, Report
 from torchreach.app.report.equivalence import answer, equivalence_json, sentence, worst
 from torchreach.app.report.provenance import file_hashes
@@ -33,12 +35,14 @@ from torchreach.app.verdict import State, compare_verdict, repair_verdict
 from torchreach.core.clock import first_interrupt
 from torchreach.core.errors import OptionError
 from torchreach.core.files import whole, write_files
-from torchreach.core.options import Search
+from torchreach.core.options import Budget, Search
 from torchreach.core.results import Answer, Discrepancy, Equivalence, RepairResult
 from torchreach.core.terms import Semantics
 from torchreach.read.dialects.state_dict import load_int8
 from torchreach.read.load import input_shape, load
 from torchreach.read.save import onnx_bytes, save
+from torchreach.verbs.attribution import attribute as attribution
+from torchreach.verbs.attribution import keep_float
 from torchreach.verbs.discrepancy import discrepancy
 from torchreach.verbs.equivalence import equivalent as equivalence
 from torchreach.verbs.int8_pair import rounds
@@ -130,6 +134,56 @@ def equivalent(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: 
         show.print_line(setup.out, f"report: {setup.output / 'report.json'}")
     show.print_sentence(setup.out, sentence(found), whole is Answer.EQUIVALENT, whole is Answer.UNKNOWN)
     return _status(setup, whole is Answer.EQUIVALENT, bool(pressed) and whole is Answer.UNKNOWN)
+
+
+def attribute(
+    setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: AttributeSetup, saved: Path | None
+) -> int:
+    """Runs `torchreach attribute`; the exit status."""
+    device = _device(setup)
+    original, compressed = load(paths[0]).to(device), _compressed(paths).to(device)
+    inputs, kept = _inputs(setup, sets, paths, original, device), None
+    show.print_line(setup.out, f"input set: {inputs.text}")
+    limits = None if setup.budget == Budget() else setup.budget
+    if limits is not None and limits.seconds is not None and asked.keep_float is not None:
+        limits = replace(limits, seconds=limits.seconds / 2)
+    with first_interrupt() as pressed, show.live(setup.err, "attribute") as live:
+        found = attribution(
+            original,
+            compressed,
+            inputs.stars,
+            budget=limits,
+            samples=asked.samples,
+            seed=asked.seed,
+            progress=live.count,
+        )
+        if asked.keep_float is not None:
+            kept = keep_float(
+                original,
+                compressed,
+                inputs.stars,
+                asked.keep_float,
+                order=found.order,
+                budget=limits,
+                progress=live.count,
+            )
+    show.print_attribution(setup.out, found)
+    if kept is not None and saved is not None:
+        _save(kept.network, saved, inputs.stars.shape)
+        show.print_line(setup.out, f"mixed network: {saved}")
+    if setup.output is not None:
+        networks = {
+            role: NetworkInfo.of(str(path), load(network), sha256=file_hashes(path))
+            for role, path, network in zip(("original", "compressed"), paths, (original, compressed), strict=True)
+        }
+        settings, seconds = setup.settings(**asdict(asked)), time.monotonic() - setup.began
+        files = attribution_files(found, kept, inputs, networks, setup.command_line, settings, seconds)
+        write_files(setup.output, files)
+        show.print_line(setup.out, f"report: {setup.output / 'report.json'}")
+    if kept is not None:
+        show.print_sentence(setup.out, kept_sentence(kept), kept.satisfied, not kept.satisfied)
+    ok = kept is None or kept.satisfied
+    return _status(setup, ok, bool(pressed))
 
 
 def repair(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, options: RepairSetup, saved: Path | None) -> int:

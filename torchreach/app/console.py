@@ -15,8 +15,8 @@ from rich.text import Text
 from torch import Tensor
 
 from torchreach.app.verdict import Verdict, open_reasons, star_status, uncovered, work, worst_first
-from torchreach.core.outward import at_most, counted, span
-from torchreach.core.results import Discrepancy, Equivalence, Progress, RepairStep
+from torchreach.core.outward import at_least, at_most, counted, span
+from torchreach.core.results import Attribution, Discrepancy, Equivalence, Progress, RepairStep
 from torchreach.core.terms import Kernels, Status
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ class Live:
     def stars(self, progress: Progress) -> None:
         """Progress of one enumeration."""
         self.write(f"{self.what}: {progress_line(progress)}")
+
+    def count(self, done: int, most: int) -> None:
+        """Progress by numbers alone."""
+        self.write(f"{self.what}: comparison {done} of at most {most}")
 
     def step(self, step: RepairStep) -> None:
         """Progress of a repair: its last evaluation."""
@@ -175,6 +179,18 @@ def print_equivalence(console: Console, found: Equivalence, labels: tuple[str, .
         table.add_row(Text(label), found.answer[s].value, interval, own)
     if len(labels) > MOST_ROWS:
         table.caption = f"the first {MOST_ROWS} of {len(labels)} stars; --output writes all"
+    console.print(table)
+
+
+def print_attribution(console: Console, found: Attribution) -> None:
+    """A row per layer: the difference it makes alone, certified beside sampled, and that of all layers up to it."""
+    columns = ("layer", "alone: certified", "attained", "sampled max", "mean", "SQNR dB", "up to here: certified")
+    table = _table(*columns, title="max |y1 - y2| over all input stars and outputs")
+    for k, name in enumerate(found.layers):
+        alone, upper = found.alone[k], float(found.cumulative[k].upper.max())
+        ends = at_most(float(alone.upper.max())), at_least(float(alone.lower.max()))
+        most, mean = at_least(float(found.sampled_max[k])), f"{float(found.sampled_mean[k]):.3g}"
+        table.add_row(Text(name), *ends, most, mean, f"{float(found.sqnr[k]):.1f}", at_most(upper))
     console.print(table)
 
 

@@ -221,6 +221,12 @@ class Attribution:
     sqnr: Tensor
 
     @property
+    def order(self) -> list[str]:
+        """The layers, those that make the largest certified difference alone first."""
+        largest = [float(one.upper.max()) for one in self.alone]
+        return [self.layers[k] for k in sorted(range(len(largest)), key=lambda k: -largest[k])]
+
+    @property
     def bound(self) -> Tensor:
         """[S, N] certified upper bound of |y1 - y2|: the sum of the steps, or the last of `cumulative` where less."""
         return torch.minimum(torch.stack([step.upper for step in self.steps]).sum(0), self.cumulative[-1].upper)

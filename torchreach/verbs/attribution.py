@@ -135,8 +135,7 @@ def keep_float(
     with running((budget or Budget()).seconds) as clock:
         if order is None and names:
             part = budget if budget is None or budget.seconds is None else replace(budget, seconds=clock.left / 3)
-            largest = [float(found.upper.max()) for found in attribute(original, compressed, stars, budget=part).alone]
-            order = [names[k] for k in sorted(range(len(names)), key=lambda k: -largest[k])]
+            order = attribute(original, compressed, stars, budget=part).order
         order = [*(order or ()), *(name for name in names if name not in (order or ()))]
 
         def certified(kept: Sequence[str]) -> Discrepancy:

@@ -3,6 +3,7 @@
 Ranges: per output, the original's score y1 at the star's centre, written below, and the certified range of the
 deviation y2 - y1 over the star, on its own scale: a good compression would be too thin to see beside the scores.
 History: certified discrepancy and accuracy over the repair.
+Attribution: the difference that each layer makes alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torchreach.app.report.content import Report
 from torchreach.app.verdict import worst_first
 from torchreach.core.outward import at_most
-from torchreach.core.results import Discrepancy
+from torchreach.core.results import Attribution, Discrepancy
 
 ORIGINAL, BEFORE, AFTER, LIMIT, INK = "#222222", "#d9822b", "#2a7f62", "#c0392b", "#444444"
 MOST_PANELS = 10
@@ -139,6 +140,26 @@ def history_picture(report: Report) -> bytes:
         axes.legend(frameon=False, fontsize=8, loc="lower right")
         _plain(axes)
         _whole_ticks(axes)
+    return _png(figure)
+
+
+def attribution_picture(found: Attribution) -> bytes:
+    """PNG: per layer, what is certified, attained and sampled of the difference it makes alone, over all stars."""
+    figure = _figure(max(5.0, 1.6 + 0.45 * len(found.layers)), 3.8)
+    axes = figure.add_subplot(1, 1, 1)
+    place = range(len(found.layers))
+    upper = [float(one.upper.max()) for one in found.alone]
+    axes.bar(place, upper, 0.6, color=BEFORE, label=f"{found.alone[0].claim} bound")
+    attained = [float(one.lower.max()) for one in found.alone]
+    axes.plot(place, attained, color=AFTER, ls="", marker="_", ms=16, mew=2, label="attained by a witness")
+    sampled = found.sampled_max.tolist()
+    axes.plot(place, sampled, color=ORIGINAL, ls="", marker="o", ms=4, label="largest on random inputs")
+    axes.set_xticks(place, found.layers, rotation=0 if len(found.layers) <= 8 else 90)
+    axes.set_xlabel("layer that is compressed, all others as in the original")
+    axes.set_ylabel("max |y1 − y2|")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8)
+    _plain(axes)
     return _png(figure)
 
 
