@@ -184,7 +184,7 @@ def test_no_sample_and_no_attack_leaves_the_bounds(sizes: list[int], dtype: torc
         lower, upper = lower.double(), upper.double()
         hidden, value = quick(pair, lower, upper)
         x = samples(lower, upper, 5000, seed)
-        attacked = [ascend(pair, lower[i : i + 1], upper[i : i + 1], starts=6, steps=25).witness for i in range(3)]
+        attacked = [ascend(pair, lower[i : i + 1], upper[i : i + 1], starts=6, steps=25).met.witness for i in range(3)]
         x = torch.cat((x, torch.stack(attacked, 2).flatten(0, 1)))
         for k, (z, z2) in enumerate(layers_at(pair, x)):
             slack = 1e-13 * (1 + z.abs().amax() + z2.abs().amax())

@@ -219,7 +219,7 @@ def test_nothing_leaves_the_interval_of_a_search_that_ended_early(method: str | 
         except ShapeError:
             continue
         for s, (low, high) in enumerate(zip(stars.lower.double(), stars.upper.double(), strict=True)):
-            attack = ascend(pair, low[None], high[None], starts=4, seed=seed).lower
+            attack = ascend(pair, low[None], high[None], starts=4, seed=seed).met.lower
             assert (attack[0] <= found.range_upper[s]).all()
             assert (-attack[1] >= found.range_lower[s]).all()
 

@@ -88,7 +88,7 @@ def outside(both: Both, low: Tensor, high: Tensor, upper: Tensor, count: int, se
     for i in range(len(low)):
         share = torch.rand(count, 4, generator=g, dtype=torch.float64).to(low.device)
         x = low[i] + (high[i] - low[i]) * share
-        attacked = ascend(both, low[i : i + 1], high[i : i + 1], starts=3, steps=15, seed=seed).witness
+        attacked = ascend(both, low[i : i + 1], high[i : i + 1], starts=3, steps=15, seed=seed).met.witness
         y, error = both.evaluate(torch.cat((x, attacked.flatten(0, 1))))
         for value, bound in ((y - error, upper[i, 0]), (-y - error, upper[i, 1])):
             worst = max(worst, float((value - bound).max()))

@@ -117,7 +117,7 @@ def test_no_sample_and_no_attack_exceeds_a_search_that_ended_early(search, dtype
         states = search(pair, lower[0], upper[0], starts=2, batch=16)
         state = latest(states, branches=60)
         lower, upper = lower.double(), upper.double()
-        other = ascend(pair, lower, upper, seed=seed + 1).lower
+        other = ascend(pair, lower, upper, seed=seed + 1).met.lower
         y, error = pair.evaluate(samples(lower, upper, 20_000, seed)[:, 0])
         assert (other <= state.upper).all()
         assert ((y - error).amax(0) <= state.upper[0]).all()
