@@ -184,8 +184,8 @@ def print_equivalence(console: Console, found: Equivalence, labels: tuple[str, .
 
 def print_attribution(console: Console, found: Attribution) -> None:
     """A row per layer: the difference it makes alone, certified beside sampled, and that of all layers up to it."""
-    columns = ("layer", "alone: certified", "attained", "sampled max", "mean", "SQNR dB", "up to here: certified")
-    table = _table(*columns, title="max |y1 - y2| over all input stars and outputs")
+    columns = ("layer", found.alone[0].claim, "attained", "sampled", "mean", "SQNR dB", "with those before")
+    table = _table(*columns, title="max |y1 - y2|, one layer compressed")
     for k, name in enumerate(found.layers):
         alone, upper = found.alone[k], float(found.cumulative[k].upper.max())
         ends = at_most(float(alone.upper.max())), at_least(float(alone.lower.max()))

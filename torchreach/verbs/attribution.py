@@ -84,10 +84,10 @@ def attribute(
     found: list[Discrepancy] = []
     with running((budget or Budget()).seconds) as clock:
         for first, second in pairs:
-            share = budget or ONE_PASS
+            share, method = (ONE_PASS, "search") if budget is None else (budget, "auto")
             if clock.limited:
                 share = replace(share, seconds=max(clock.left / (len(pairs) - len(found)), 1e-3))
-            found.append(discrepancy(hybrids.of_layers(first), hybrids.of_layers(second), stars, budget=share))
+            found.append(discrepancy(hybrids.of_layers(first), hybrids.of_layers(second), stars, method, budget=share))
             if progress is not None:
                 progress(len(found), len(pairs))
     alone, more = found[:count], found[count:]
@@ -212,6 +212,7 @@ class _Hybrids:
     def sampled(self, stars: StarBatch, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and largest |y1 - h| [L] on random inputs, h with one layer compressed; and the SQNR in dB."""
         x = stars.sample(count, seed).flatten(0, 1)
+        x = x.to(next((value.dtype for value in self.original.parameters()), x.dtype))
         y = self.original.eval()(x).double()
         off = [y - self.of_layers([name])(x).double() for name in self.names]
         power = y.square().sum()
