@@ -315,7 +315,7 @@ def check_networks(original: Path, compressed: Path) -> None:
     """Raises FileFormatError where A or B is missing, or of a kind that is not read."""
     if is_state_dict(original):
         raise FileFormatError(
-            f"{original}: A must be an .onnx or .pt2 file; a state dict has no structure, so only B can be one"
+            f"{original}: A must be an .onnx, .tflite or .pt2 file; a state dict has no structure, so only B can be one"
         )
     for path in (original, compressed):
         check_exists(path)

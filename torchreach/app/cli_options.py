@@ -9,12 +9,12 @@ import typer
 
 SET, ANSWER, ENGINE, REPAIR = "Input set (exactly one)", "Answer", "How to compute", "Repair"
 
-Original = Annotated[Path, typer.Argument(metavar="A", help="The original network: an .onnx or .pt2 file.")]
+Original = Annotated[Path, typer.Argument(metavar="A", help="The original network: an .onnx, .tflite or .pt2 file.")]
 Compressed = Annotated[
     Path,
     typer.Argument(
         metavar="B",
-        help="The compressed network: an .onnx or .pt2 file, or a .pth state dict of an eager-mode int8 network; A "
+        help="The compressed network: an .onnx, .tflite or .pt2 file, or a .pth state dict of an eager-mode int8 network; A "
         "must then be a .pt2 file with layers of the same names.",
     ),
 ]

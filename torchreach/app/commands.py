@@ -227,7 +227,7 @@ def _save(network: nn.Module, path: Path, shape: tuple[int, ...]) -> None:
 
 
 def _inputs(
-    setup: Setup, sets: SetOptions, paths: tuple[Path, Path], original: nn.Sequential, device: torch.device
+    setup: Setup, sets: SetOptions, paths: tuple[Path, Path], original: nn.Module, device: torch.device
 ) -> InputSet:
     """The input set, in the shape that the files say an input has."""
 

@@ -47,7 +47,7 @@ class InputSet:
 
 def read_input_set(
     options: SetOptions,
-    network: nn.Sequential,
+    network: nn.Module,
     dtype: torch.dtype,
     file_shape: Callable[[], tuple[int, ...] | None] = lambda: None,
 ) -> InputSet:
@@ -77,9 +77,9 @@ def read_input_set(
     return InputSet("box", text, _boxes(lower, upper, dtype), ("box",))
 
 
-def input_size(network: nn.Sequential) -> int | None:
+def input_size(network: nn.Module) -> int | None:
     """Number of inputs of a flat network that starts with a linear layer, else None."""
-    for layer in network:
+    for layer in network if isinstance(network, nn.Sequential) else ():
         if isinstance(layer, nn.Linear):
             return layer.in_features
         if not isinstance(layer, nn.Flatten):

@@ -75,6 +75,15 @@ class Kernels(_Worded):
         "kernels that add products in pairs and saturate each pair to int16, as AVX2 without VNNI does",
     )
     ANY = "exact sums and saturating pairs", "kernels of both kinds: exact integer sums, and pairs saturated to int16"
+    FIXED_POINT = (
+        "fixed-point multipliers",
+        "LiteRT's reference kernels, bit for bit: exact integer sums, scaled to codes by fixed-point multipliers (in "
+        "fully connected layers by float64)",
+    )
+    SINGLE_FLOAT = (
+        "float32 multipliers",
+        "onnxruntime's CPU kernels with exact integer sums, scaled to codes in float32, bit for bit",
+    )
 
 
 class Reason(_Worded):

@@ -7,6 +7,7 @@ evaluate z = W x + b exactly, so a code is known only where z keeps away from th
     float32 arithmetic    2 (n + 16) u (|W| |x| + |b|)       n terms per sum      (Higham, ch. 3)
     both                  256 u scale                        some kernels (onednn's, and fbgemm's for the input) add the
                                                              zero point in float32 before they round
+    a rule of the sums    0                                  LiteRT's and onnxruntime's, see `graph.requantise`
 
 with u = 2^-24; nearer than that both codes are possible, and both are followed. Where pairs of products saturate in
 int16, `Step.sums` says what that takes off the sums (`graph.kernels`): exactly where the codes are known, else a
@@ -50,6 +51,8 @@ GROWTH = 4
 
 def kernel_error(step: Step, z: Tensor, x: Tensor) -> Tensor:
     """Bound [B, N_out] on |computed - real| of the step's affine block: |real| <= z [B, N_out], |inputs| <= x."""
+    if step.quantizer is not None and step.quantizer.rule is not None:
+        return torch.zeros_like(z)
     offset = 0.0 if step.quantizer is None else SINGLE * step.quantizer.largest_sum
     if _is_identity(step):
         return 4 * SINGLE * z + offset
@@ -190,7 +193,7 @@ def _excess(
     """Range (middle, radius) of Q(computed z) - z over z in [low, high] with the smallest and largest of `codes`."""
     low, high = low - kernel, high + kernel
     first, last = quantizer.code_range(low, high) if codes is None else codes
-    half = torch.where(last > first, quantizer.scale / 2, 0.0)
+    half = torch.where(last > first, quantizer.half_step(torch.maximum(low.abs(), high.abs())), 0.0)
     most = torch.maximum(quantizer.value(first) - low, half) + kernel
     least = torch.minimum(quantizer.value(last) - high, -half) - kernel
     middle, radius = ball(least, most)
@@ -320,7 +323,7 @@ def _relaxed_step(
     last: a quantiser here rounds the outputs; its clamp is left to `Relaxed`.
     Returns also the range of the activations.
     """
-    kernel = kernel_error(step, torch.maximum(low.abs(), high.abs()), size[None])[0]
+    kernel = kernel_error(step, torch.maximum(low.abs(), high.abs())[None], size[None])[0]
     noise = step.with_noise(kernel)
     largest = torch.maximum(low.abs(), high.abs()) + kernel
     if step.quantizer is None:

@@ -8,6 +8,8 @@ rounding, so near a threshold either code may come out: `code_range` of an inter
 of the same grid is known better: it is a multiple of 1 / k, and kernels round exact ties to the even code. (Where the
 zero point is odd some round before they add it and some after; there both codes stay possible.)
 A ReLU next to a quantiser is the same quantiser with lowest >= zero_point: `with_relu`.
+Of networks whose runtime is known to the bit, `rule` says which code each integer sum gets (`graph.requantise`); then
+x is taken for the sum that it is nearest to, and codes are exact.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from torch import Tensor, nn
 
 from torchreach.core.errors import InvalidNetworkError, UnsupportedLayerError
 from torchreach.graph.kernels import IntegerLayer
+from torchreach.graph.requantise import Requantise, away
 
-# How the sums before a quantiser are taken: in integers, scaled in a few float32 operations; or in float32 throughout.
-ARITHMETICS = ("integer", "float32")
+# How the sums before a quantiser are taken: in integers, scaled in a few float32 operations; in float32 throughout; or,
+# of LiteRT, in integers scaled by a rule, where numbers are divided by the scale in float32, and ties go either way.
+ARITHMETICS = ("integer", "float32", "fixed point")
 
 # Schemes of torch's quantised tensors with one scale and zero point.
 PER_TENSOR = (torch.per_tensor_affine, torch.per_tensor_symmetric)
@@ -38,6 +42,7 @@ class Quantizer(nn.Module):
     arithmetic: of the kernel whose result is quantised, one of `ARITHMETICS`.
     layer: the int8 layer whose sums are quantised, where it is one.
     mean_of: k where x is a mean of k values of this very grid; 0 where it is not.
+    rule: which code each integer sum gets, where that is known.
 
     Raises: InvalidNetworkError: a scale that is zero, negative or not finite; a zero point outside of
         [lowest, highest]. UnsupportedLayerError: several scales (per channel), which only weights may have; lowest >
@@ -58,6 +63,7 @@ class Quantizer(nn.Module):
         name: str = "",
         layer: IntegerLayer | None = None,
         mean_of: int = 0,
+        rule: Requantise | None = None,
     ) -> None:
         super().__init__()
         scale = torch.as_tensor(scale, dtype=torch.float64).detach()
@@ -86,22 +92,35 @@ class Quantizer(nn.Module):
         self.lowest, self.highest = int(lowest), int(highest)
         self.arithmetic, self.name = arithmetic, name
         self.layer, self.mean_of = layer, mean_of
+        self.rule = rule
 
     def forward(self, x: Tensor) -> Tensor:
         return self.value(self.codes(x)).to(x.dtype)
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes of x [B, *shape], as float64 integers, in real arithmetic (up to float64's)."""
+        if self.rule is not None:
+            return self.of_sums(x.double() / self.rule.unit)
         steps = (x.to(self.scale.dtype) / self.scale).round()
         return (steps + self.zero_point).clamp(self.lowest, self.highest)
+
+    def of_sums(self, sums: Tensor) -> Tensor:
+        """Codes [B, *shape] of integer sums by `rule`, as numbers of the sums' dtype, which are rounded first."""
+        assert self.rule is not None
+        whole = sums.round().to(torch.int64) if sums.is_floating_point() else sums
+        return (self.rule(whole) + self.zero_point).clamp(self.lowest, self.highest).to(sums.dtype)
 
     def kernel_codes(self, x: Tensor) -> Tensor:
         """Codes [4, ...] of float32 numbers x as kernels compute them: ties depend on when the zero point is added.
 
         fbgemm adds it before rounding, in one operation with the product (vectors) or after it (scalars); graphs round
-        first; ONNX divides instead of multiplying by the reciprocal.
+        first; ONNX divides instead of multiplying by the reciprocal. LiteRT divides too and rounds ties away from zero;
+        where a file begins with codes, whoever makes them may round ties to even.
         """
         x, scale, zero = x.float(), self.scale.float(), self.zero_point.float()
+        if self.arithmetic == "fixed point":
+            ways = ((x / scale).round() + zero, away(x / scale) + zero)
+            return torch.stack(ways).to(self.scale.dtype).clamp(self.lowest, self.highest)
         inverse = 1 / scale
         fused = (x.double() * inverse.double() + zero.double()).float()
         ways = (fused.round(), (x * inverse + zero).round(), (x * inverse).round() + zero, (x / scale).round() + zero)
@@ -124,7 +143,11 @@ class Quantizer(nn.Module):
                 f"the scale {float(self.scale):.6g} of {self.name or 'a quantiser'!r} must be large enough that "
                 f"numbers are less than 2^31 steps, beyond which int8 kernels overflow; got up to {largest:.3g} steps"
             )
-        if self.mean_of:
+        if self.rule is not None:
+            # Sums are whole numbers: those in the interval, but for what float64 rounds off.
+            sums = torch.ceil(lower / self.rule.unit - 1e-3), torch.floor(upper / self.rule.unit + 1e-3)
+            low, high = (self.rule(end.to(torch.int64)).to(lower) + self.zero_point for end in sums)
+        elif self.mean_of:
             low, high = self._mean_codes(torch.ceil, lower), self._mean_codes(torch.floor, upper)
         else:
             low = torch.ceil(lower / self.scale - 0.5) + self.zero_point
@@ -150,6 +173,11 @@ class Quantizer(nn.Module):
         sums = (middle * self.mean_of).float()
         return int(self.zero_point) % 2 == 0 and bool((sums * (1 / torch.tensor(float(self.mean_of))) == middle).all())
 
+    def half_step(self, size: Tensor) -> Tensor:
+        """Bound on |value of the code - x| where codes do not saturate, for |x| <= size [..., N]."""
+        half = (self.scale / 2).expand_as(size)
+        return half if self.rule is None else half + self.rule.off(size, self.scale)
+
     @property
     def largest_sum(self) -> Tensor:
         """Largest |x / scale + zero_point| that does not saturate, in units of x."""
@@ -172,10 +200,14 @@ class Quantizer(nn.Module):
 
     def of_means(self, count: int) -> Quantizer:
         """The quantiser of means of `count` values of this grid (0: of a number that varies), on the same grid."""
-        return self._with(layer=None, mean_of=count)
+        return self._with(layer=None, mean_of=count, rule=None)
+
+    def flat(self, shape: tuple[int, ...]) -> Quantizer:
+        """The quantiser of flattened values [B, N] of `shape`."""
+        return self if self.rule is None else self._with(rule=self.rule.flat(shape))
 
     def _with(self, **changes: Any) -> Quantizer:
-        names = ("scale", "zero_point", "lowest", "highest", "arithmetic", "name", "layer", "mean_of")
+        names = ("scale", "zero_point", "lowest", "highest", "arithmetic", "name", "layer", "mean_of", "rule")
         return Quantizer(**{name: getattr(self, name) for name in names} | changes)
 
     def same_grid(self, other: Quantizer) -> bool:

@@ -151,7 +151,9 @@ def steps_of(
             except RuntimeError as error:
                 raise ShapeError(f"the network does not accept inputs of shape {tuple(input_shape)}: {error}") from None
             relu, curves = None, ()
-            quantizer = copy.deepcopy(activation).to(device) if isinstance(activation, Quantizer) else None
+            quantizer = None
+            if isinstance(activation, Quantizer):
+                quantizer = copy.deepcopy(activation).flat(tuple(value.shape)).to(device)
             if isinstance(activation, (Activations, *SMOOTH)):
                 kinds = Activations.of(activation, value.numel())
                 relu = kinds.relu.to(device)

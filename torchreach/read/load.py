@@ -1,4 +1,8 @@
-"""Networks from ONNX files, `torch.export` programs (.pt2) and modules, all as the same flat chain."""
+"""Networks from ONNX and TFLite files, `torch.export` programs (.pt2) and modules, as flat chains.
+
+Quantised files whose runtime is known to the bit are read as `graph.deployed.DeployedNetwork` instead, which executes
+their integers as that runtime does.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +25,15 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     input_shape: Shape | None = None,
-) -> nn.Sequential:
+) -> nn.Module:
     """Network as a flat `nn.Sequential` of supported layers, in evaluation mode semantics (see `chain`).
 
+    A quantised `.tflite` file gives a module that computes what LiteRT's reference kernels compute, bit for bit, on
+    real inputs and outputs (its `codes` maps integer codes). Inputs and outputs keep the file's own order of axes.
+
     Args:
-        source: path of an `.onnx` file, of a `.pt2` file written by `torch.export.save`, an exported program, or a
-            module (whose parameters the result shares, unless `dtype` asks for a converted copy).
+        source: path of an `.onnx` or `.tflite` file, of a `.pt2` file written by `torch.export.save`, an exported
+            program, or a module (whose parameters the result shares, unless `dtype` asks for a converted copy).
         dtype: floating dtype of the result; None keeps the one in the file.
         input_shape: of a module: shape of one input, no batch axis, where a layer's meaning depends on it. Files and
             programs have their own.
@@ -52,6 +59,10 @@ def load(
         from torchreach.read.onnx import read_onnx
 
         network = read_onnx(path)
+    elif kind == ".tflite":
+        from torchreach.read.tflite import read_tflite
+
+        network = read_tflite(path)
     elif kind == ".pt2":
         network = _read_exported(path)
     elif kind in (".pth", ".pt"):
@@ -61,13 +72,14 @@ def load(
         )
     else:
         raise FileFormatError(
-            f"{path}: a network file must end in .onnx or .pt2 (torch.export.save), got {path.suffix or 'no ending'!r}"
+            f"{path}: a network file must end in .onnx, .tflite or .pt2 (torch.export.save), got "
+            f"{path.suffix or 'no ending'!r}"
         )
     return network if dtype is None else network.to(dtype)
 
 
 def as_network(source: nn.Module | str | Path | torch.export.ExportedProgram) -> nn.Module:
-    """What analyses take for a network: a module as it is, an exported program or a file (.pt2, .onnx) as a module.
+    """What analyses take for a network: a module as it is, an exported program or a file of `load` as a module.
 
     Raises: OptionError for anything else; as `load`.
     """
@@ -109,12 +121,16 @@ def _input_shape(program: torch.export.ExportedProgram) -> Shape | None:
 
 
 def input_shape(path: Path) -> Shape | None:
-    """Shape of one input, no batch axis, as an .onnx or .pt2 file says it; None where it does not.
+    """Shape of one input, no batch axis, as an .onnx, .tflite or .pt2 file says it; None where it does not.
 
     Raises: as `load`.
     """
     if path.suffix.lower() == ".pt2":
         return read_program(path)[1]
+    if path.suffix.lower() == ".tflite":
+        from torchreach.read import tflite
+
+        return tflite.read_input_shape(path)
     from torchreach.read.onnx import read_input_shape
 
     return read_input_shape(path)

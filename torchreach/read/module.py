@@ -20,11 +20,13 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from torchreach.core.errors import OptionError, ShapeError
+from torchreach.graph.deployed import DeployedNetwork
 from torchreach.graph.lowering import Graph
 from torchreach.graph.quantizer import Quantizer
 from torchreach.graph.weights import WeightOnly, evaluation_mode, standalone_copy
 from torchreach.read.builder import ChainBuilder, Shape, check_finite, is_leaf
 from torchreach.read.calls import altered, is_wrapper, keeps, unwrapped
+from torchreach.read.dialects.codes import add_deployed_network
 from torchreach.read.dialects.eager_int8 import add_int8_module
 from torchreach.read.dialects.qat import add_fake_quantized, is_observed, is_quantization_part, observers
 from torchreach.read.fx import GraphReader
@@ -200,6 +202,9 @@ def _add(builder: ChainBuilder, module: nn.Module, name: str) -> None:
     kind = type(module)
     if not is_observed(module) and (reason := altered(module)):
         builder.refuse(name, kind.__name__, reason)
+    if isinstance(module, DeployedNetwork):
+        add_deployed_network(builder, module, name)
+        return
     if kind.__module__.startswith("torch.ao.nn.") and add_int8_module(builder, module, name):
         return
     if add_fake_quantized(builder, module, name, _add):

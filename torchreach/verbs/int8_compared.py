@@ -17,6 +17,7 @@ from torchreach.core.tolerances import COMPUTE_DTYPE
 from torchreach.domains.pair import identical
 from torchreach.domains.rounding import outputs
 from torchreach.domains.zonotope import interval_bounds, zonotope_bounds
+from torchreach.graph.layers import alike
 from torchreach.graph.steps import Step
 from torchreach.search.rounded_witness import straight_through
 from torchreach.sets.star import StarBatch
@@ -140,7 +141,8 @@ def one_network(original: nn.Module, compressed: nn.Module, networks: Compared, 
 def _same_rounding(s: Step, t: Step) -> bool:
     if s.quantizer is not None and t.quantizer is not None:
         ends = [(q.lowest, q.highest, q.arithmetic) for q in (s.quantizer, t.quantizer)]
-        return s.quantizer.same_grid(t.quantizer) and ends[0] == ends[1]
+        same = s.quantizer.same_grid(t.quantizer) and ends[0] == ends[1]
+        return same and alike(s.quantizer.rule, t.quantizer.rule)
     if s.relu is not None and t.relu is not None:
         return torch.equal(s.relu, t.relu) and s.quantizer is t.quantizer
     return s.relu is t.relu and s.quantizer is t.quantizer

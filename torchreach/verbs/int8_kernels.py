@@ -6,7 +6,8 @@
     "any"          the union of all of these
 
 Each is one way or several to execute the network, the same in all of its layers (`IntegerSums.pairings`). Where no pair
-of products can leave int16 for any input of the set, all are one.
+of products can leave int16 for any input of the set, all are one. Files of LiteRT have one way, whatever is asked for:
+that of its reference kernels (`graph.requantise`).
 """
 
 from __future__ import annotations
@@ -135,7 +136,9 @@ def coverage(*networks: Executed) -> tuple[Kernels, tuple[str, ...]]:
     Warns: UncoveredKernelsWarning of layers that add up on this machine in no way that is known.
     """
     if not any(step.sums is not None for network in networks for step in network.steps):
-        return Kernels.NONE, ()
+        rounded = [step.quantizer for network in networks for step in network.steps if step.quantizer is not None]
+        exact = [quantizer.rule.kernels for quantizer in rounded if quantizer.rule is not None]
+        return (exact[-1] if exact else Kernels.NONE), ()
     if not any(network.saturable for network in networks):
         return Kernels.ANY, ()
     choice = networks[0].choice

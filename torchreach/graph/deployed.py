@@ -1,0 +1,346 @@
+"""A deployed network as its runtime executes it: operations on integer codes, exact on every device.
+
+    entry      x -> codes on the input's grid
+    operation  codes -> codes: integer sums, and a rule (`graph.requantise`) that makes codes of them
+    forward    what the last codes stand for, float32
+
+Integers are added up in float64, which is exact below 2^53, so that convolutions run on CPU and CUDA alike. An
+operation also says which real-valued layers it rounds the result of (`layers`), which is how verbs bound it; one that
+has none yet says so (`unbounded`), and can only be executed.
+
+Axis letters: B points, N features.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchreach.core.errors import OptionError, ShapeError
+from torchreach.graph.layers import ElementwiseAffine, Rearrange, Reshape
+from torchreach.graph.quantizer import Quantizer
+from torchreach.graph.requantise import (
+    Mean,
+    divided,
+    exponential,
+    high_product,
+    multiplied,
+    reciprocal,
+    softmax_table,
+)
+
+Shape = tuple[int, ...]
+Sides = tuple[int, int, int, int]  # left, right, top, bottom
+
+
+class Operation(nn.Module):
+    """Base: codes [B, *shape] int64 -> codes. grid: of the result, with the rule and the ends of its codes."""
+
+    unbounded = ""
+
+    def __init__(self, name: str, kind: str, grid: Quantizer) -> None:
+        super().__init__()
+        self.name, self.kind, self.grid = name, kind, grid
+
+    def layers(self) -> list[nn.Module]:
+        """The real-valued layers, and the quantiser that rounds their result."""
+        raise NotImplementedError
+
+
+class Sums(Operation):
+    """A linear layer or convolution: rule(W (q - z) + b), all of them integers.
+
+    layer: with W and b in float64. scale, zero_point: of the codes q. weight_scale: [N_out] or []. sides: zeros around
+    the input. last: whether channels are the last axis, as LiteRT has them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        grid: Quantizer,
+        layer: nn.Linear | nn.Conv2d,
+        source: Quantizer,
+        weight_scale: Tensor,
+        *,
+        sides: Sides = (0, 0, 0, 0),
+        last: bool = False,
+    ) -> None:
+        super().__init__(name, kind, grid)
+        self.layer = layer.requires_grad_(requires_grad=False)
+        self.source = source
+        self.register_buffer("weight_scale", weight_scale.double())
+        self.around = window(sides, last=last and isinstance(layer, nn.Conv2d))
+
+    def forward(self, codes: Tensor) -> Tensor:
+        x = (codes - self.source.zero_point).double()
+        return self.grid.of_sums(self._through(self.layer, x).round().to(torch.int64))
+
+    def _through(self, layer: nn.Module, x: Tensor) -> Tensor:
+        for part in (*self.around[0], layer, *self.around[1]):
+            x = part(x)
+        return x
+
+    def layers(self) -> list[nn.Module]:
+        real = copy.deepcopy(self.layer)
+        along = (-1, *[1] * (real.weight.ndim - 1))
+        scale: Any = self.weight_scale
+        with torch.no_grad():
+            real.weight.mul_(scale.reshape(along) if scale.ndim else scale)
+            if real.bias is not None:
+                real.bias.mul_(scale * self.source.scale)
+        return [*self.around[0], real, *self.around[1], self.grid]
+
+
+class AveragePool(Operation):
+    """Means of windows of codes, on the grid of these codes. count: numbers in each window, [H, W, 1] or [H, W]."""
+
+    def __init__(self, name: str, kind: str, grid: Quantizer, pool: nn.AvgPool2d, sides: Sides, *, last: bool) -> None:
+        super().__init__(name, kind, grid)
+        self.pool, self.around = pool, window(sides, last=last)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        x = (codes - self.grid.zero_point).double()
+        for part in (*self.around[0], self.pool, *self.around[1]):
+            x = part(x)
+        return self.grid.of_sums(x.round().to(torch.int64))
+
+    def layers(self) -> list[nn.Module]:
+        assert isinstance(self.grid.rule, Mean)
+        share = 1 / self.grid.rule.count.double()
+        return [*self.around[0], self.pool, *self.around[1], ElementwiseAffine(share, torch.zeros(())), self.grid]
+
+
+class MaxPool(Operation):
+    """Maxima of windows of codes."""
+
+    unbounded = "maxima of rounded values are not bounded yet"
+
+    def __init__(
+        self, name: str, kind: str, grid: Quantizer, kernel: Shape, stride: Shape, sides: Sides, *, last: bool
+    ) -> None:
+        super().__init__(name, kind, grid)
+        self.kernel, self.stride, self.sides, self.last = kernel, stride, sides, last
+
+    def forward(self, codes: Tensor) -> Tensor:
+        x = codes.movedim(-1, 1) if self.last else codes
+        x = F.pad(x.double(), self.sides, value=float("-inf"))
+        x = F.max_pool2d(x, self.kernel, self.stride).to(torch.int64)
+        return (x.movedim(1, -1) if self.last else x).clamp(self.grid.lowest, self.grid.highest)
+
+
+class MeanOver(Operation):
+    """The mean over axes (the batch counted), by a rule of the sum."""
+
+    def __init__(
+        self, name: str, kind: str, grid: Quantizer, source: Quantizer, axes: Shape, keep: bool, count: int
+    ) -> None:
+        super().__init__(name, kind, grid)
+        self.source, self.axes, self.keep, self.count = source, axes, keep, count
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.grid.of_sums((codes - self.source.zero_point).sum(self.axes, keepdim=self.keep))
+
+    def layers(self) -> list[nn.Module]:
+        return [Rearrange("mean", self.axes, self.keep, terms=self.count), self.grid]
+
+
+class Rescaled(Operation):
+    """The same values on another grid, or clamped."""
+
+    def __init__(self, name: str, kind: str, grid: Quantizer, source: Quantizer) -> None:
+        super().__init__(name, kind, grid)
+        self.source = source
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.grid.of_sums(codes - self.source.zero_point)
+
+    def layers(self) -> list[nn.Module]:
+        return [self.grid]
+
+
+class Reshaped(Operation):
+    """Each value in another shape."""
+
+    def __init__(self, name: str, kind: str, grid: Quantizer, shape: Shape) -> None:
+        super().__init__(name, kind, grid)
+        self.layer = Reshape(shape)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.layer(codes)
+
+    def layers(self) -> list[nn.Module]:
+        return [self.layer]
+
+
+class Padded(Operation):
+    """Zeros around each value; sizes as `torch.nn.functional.pad` counts them."""
+
+    def __init__(self, name: str, kind: str, grid: Quantizer, sizes: Shape) -> None:
+        super().__init__(name, kind, grid)
+        self.layer = Rearrange("pad", *sizes)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.layer(codes - self.grid.zero_point) + self.grid.zero_point
+
+    def layers(self) -> list[nn.Module]:
+        return [self.layer]
+
+
+class Joined(Operation):
+    """Values of one grid side by side."""
+
+    unbounded = "a rounded value that is used beside others is not bounded yet"
+
+    def __init__(self, name: str, kind: str, grid: Quantizer, axis: int) -> None:
+        super().__init__(name, kind, grid)
+        self.axis = axis
+
+    def forward(self, *codes: Tensor) -> Tensor:
+        return torch.cat(codes, self.axis)
+
+
+class Added(Operation):
+    """LiteRT's sum of two values: both scaled to 20 more bits, added, and scaled to codes.
+
+    sign: -1 for a difference.
+    """
+
+    unbounded = "sums of two rounded values are not bounded yet"
+    BITS = 20
+
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        grid: Quantizer,
+        sources: tuple[Quantizer, Quantizer],
+        factors: tuple[Tensor, Tensor, Tensor],
+        sign: int,
+    ) -> None:
+        """factors: (multiplier, shift) int64 [2] of both values, and of their sum."""
+        super().__init__(name, kind, grid)
+        self.first, self.second, self.sign = *sources, sign
+        for key, value in zip(("one", "two", "total"), factors, strict=True):
+            self.register_buffer(key, value)
+
+    def forward(self, *codes: Tensor) -> Tensor:
+        first, second = (
+            multiplied((q - source.zero_point) << self.BITS, *getattr(self, key))
+            for q, source, key in zip(codes, (self.first, self.second), ("one", "two"), strict=True)
+        )
+        total = multiplied(first + self.sign * second, *self.get_buffer("total"))
+        return (total + self.grid.zero_point).clamp(self.grid.lowest, self.grid.highest)
+
+
+class Multiplied(Operation):
+    """A product of two values: rule((q - z) (p - y))."""
+
+    unbounded = "products of rounded values are not bounded yet"
+
+    def __init__(self, name: str, kind: str, grid: Quantizer, sources: tuple[Quantizer, Quantizer]) -> None:
+        super().__init__(name, kind, grid)
+        self.first, self.second = sources
+
+    def forward(self, *codes: Tensor) -> Tensor:
+        first, second = (q - s.zero_point for q, s in zip(codes, (self.first, self.second), strict=True))
+        return self.grid.of_sums(first * second)
+
+
+class Softmax(Operation):
+    """LiteRT's reference softmax over the last axis, in fixed-point arithmetic; scale: of the codes that it reads."""
+
+    unbounded = "the softmax of codes is not bounded: compare the scores before it, network.scores()"
+
+    def __init__(self, name: str, kind: str, grid: Quantizer, scale: float, beta: float) -> None:
+        super().__init__(name, kind, grid)
+        self.multiplier, self.shift, self.least = softmax_table(scale, beta)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        off = codes - codes.amax(-1, keepdim=True)
+        counts = off >= self.least
+        terms = exponential(high_product(torch.where(counts, off, 0) << self.shift, self.multiplier))
+        total = torch.where(counts, divided(terms, 12), 0).sum(-1, keepdim=True)
+        head = 31 - torch.floor(torch.log2(total.double())).to(torch.int64)  # leading zeros of 32 bits
+        over = reciprocal((total << head) - 2**31)
+        result = divided(high_product(over, terms), (12 - head + 23).expand_as(terms)) + self.grid.lowest
+        return torch.where(counts, result, self.grid.lowest).clamp(self.grid.lowest, self.grid.highest)
+
+
+class Constant(Operation):
+    """Codes that the file holds, as an operand of sums and products."""
+
+    unbounded = "constants beside rounded values are not bounded yet"
+    value: Tensor
+
+    def __init__(self, name: str, grid: Quantizer, value: Tensor) -> None:
+        super().__init__(name, "constant", grid)
+        self.register_buffer("value", value.to(torch.int64))
+
+    def forward(self) -> Tensor:
+        return self.value
+
+
+class DeployedNetwork(nn.Module):
+    """A network of integer codes, exactly as its runtime executes it. Made by `torchreach.load`.
+
+    forward: inputs [B, *shape] in float32 (others are rounded to it) -> outputs [B, *] in float32; axes as in the file.
+    codes: integer codes of the input -> those of the output. entry: the grid of the input; grid: of the output.
+    runtime: whose kernels these are.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        entry: Quantizer,
+        operations: Sequence[Operation],
+        inputs: Sequence[tuple[int, ...]],
+        runtime: str,
+    ) -> None:
+        """inputs: of each operation, which values it reads: 0 is the network's input, k the result of operation k."""
+        super().__init__()
+        self.shape, self.entry, self.runtime = tuple(shape), entry, runtime
+        self.operations = nn.ModuleList(operations)
+        self.inputs = tuple(tuple(places) for places in inputs)
+
+    @property
+    def grid(self) -> Quantizer:
+        last = self.operations[-1] if len(self.operations) else None
+        return last.grid if isinstance(last, Operation) else self.entry
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.grid.value(self.codes(self.quantise(x))).float()
+
+    def quantise(self, x: Tensor) -> Tensor:
+        """Codes of inputs [B, *shape], int64, as the runtime makes them."""
+        if tuple(x.shape[1:]) != self.shape:
+            raise ShapeError(f"the network takes inputs [B, {', '.join(map(str, self.shape))}], got {tuple(x.shape)}")
+        return self.entry.kernel_codes(x)[-1].to(torch.int64)
+
+    @torch.no_grad()
+    def codes(self, codes: Tensor) -> Tensor:
+        """Output codes [B, *] of input codes [B, *shape], both integers; int64."""
+        values = [codes.to(torch.int64)]
+        for operation, places in zip(self.operations, self.inputs, strict=True):
+            values.append(operation(*(values[i] for i in places)))
+        return values[-1]
+
+    def scores(self) -> DeployedNetwork:
+        """The network without the softmax that it ends in."""
+        if not len(self.operations) or not isinstance(self.operations[-1], Softmax):
+            raise OptionError("scores() requires a network whose last operation is a softmax")
+        parts = [part for part in self.operations[:-1] if isinstance(part, Operation)]
+        return DeployedNetwork(self.shape, self.entry, parts, self.inputs[:-1], self.runtime)
+
+
+def window(sides: Sides, *, last: bool) -> tuple[list[nn.Module], list[nn.Module]]:
+    """What comes before and after a layer of pictures with channels first: zeros around it, and the order of axes."""
+    before: list[nn.Module] = [Rearrange("permute", 0, 3, 1, 2)] if last else []
+    if any(sides):
+        before.append(Rearrange("pad", *sides))
+    return before, [Rearrange("permute", 0, 2, 3, 1)] if last else []
