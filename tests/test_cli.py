@@ -233,7 +233,7 @@ def _bad(files):
     return {
         "missing network": ((f / "none.onnx", f / "b.onnx", *box), "no such file: "),
         "corrupt onnx": ((f / "corrupt.onnx", f / "b.onnx", *box), "is not a readable ONNX file"),
-        "unknown kind": ((f / "x.npy", f / "b.onnx", *box), "must end in .onnx or .pt2"),
+        "unknown kind": ((f / "x.npy", f / "b.onnx", *box), "must end in .onnx, .tflite or .pt2"),
         "unknown option": ((*a_b, *box, "--tolerence", "1"), "No such option: --tolerence"),
         "missing argument": ((f / "a.onnx",), "Missing argument 'B'"),
         "not a number": ((*a_b, *box, "--tolerance", "x"), "Invalid value for '--tolerance'"),

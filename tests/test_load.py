@@ -294,7 +294,7 @@ def test_dtype_converts_a_copy():
         ("net.onnx", b"this is not a network", "is not a readable ONNX file"),
         ("empty.onnx", b"", "is not a readable ONNX file"),
         ("net.pt2", b"PK\x03\x04 broken", r"is not a readable .pt2 program"),
-        ("net.bin", b"", r"must end in .onnx or .pt2 \(torch.export.save\), got '.bin'"),
+        ("net.bin", b"", r"must end in .onnx, .tflite or .pt2 \(torch.export.save\), got '.bin'"),
         ("net.pth", b"", r"a state dict has no structure; .* torchreach.load_int8\(path, float_network\)"),
     ],
 )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from torchreach.core.errors import FileFormatError, InvalidSetError, OptionError
-from torchreach.core.files import NETWORKS, check_folder, check_target
+from torchreach.core.files import NETWORKS, READABLE, check_folder, check_target
 from torchreach.core.options import Budget, Exact, Search
 
 if TYPE_CHECKING:
@@ -319,9 +319,9 @@ def check_networks(original: Path, compressed: Path) -> None:
         )
     for path in (original, compressed):
         check_exists(path)
-        if path.suffix.lower() not in NETWORKS and not is_state_dict(path):
+        if path.suffix.lower() not in READABLE and not is_state_dict(path):
             raise FileFormatError(
-                f"{path}: a network file must end in .onnx or .pt2 (torch.export.save), "
+                f"{path}: a network file must end in .onnx, .tflite or .pt2 (torch.export.save), "
                 f"got {path.suffix or 'no ending'!r}"
             )
 

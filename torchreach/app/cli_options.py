@@ -14,8 +14,8 @@ Compressed = Annotated[
     Path,
     typer.Argument(
         metavar="B",
-        help="The compressed network: an .onnx, .tflite or .pt2 file, or a .pth state dict of an eager-mode int8 network; A "
-        "must then be a .pt2 file with layers of the same names.",
+        help="The compressed network: an .onnx, .tflite or .pt2 file, or a .pth state dict of an eager-mode int8 "
+        "network; A must then be a .pt2 file with layers of the same names.",
     ),
 ]
 Box = Annotated[

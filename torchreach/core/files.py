@@ -12,6 +12,7 @@ from pathlib import Path
 from torchreach.core.errors import OptionError
 
 NETWORKS = (".onnx", ".pt2")
+READABLE = (*NETWORKS, ".tflite")
 
 
 def check_folder(folder: Path) -> None:

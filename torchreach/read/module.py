@@ -144,8 +144,8 @@ def check_module(network: object) -> None:
     if isinstance(network, torch.jit.ScriptFunction) or callable(network):
         cure = "; put the function into the forward method of a module, whose parameters can then be seen"
     raise OptionError(
-        "a network must be a torch.nn.Module, a file (.onnx, or .pt2 of torch.export.save) or an exported program, got "
-        f"{type(network).__name__}{cure}"
+        "a network must be a torch.nn.Module, a file (.onnx, .tflite, or .pt2 of torch.export.save) or an exported "
+        f"program, got {type(network).__name__}{cure}"
     )
 
 

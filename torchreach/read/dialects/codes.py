@@ -5,6 +5,7 @@ Chains alone: where codes are added, joined or compared, the network can be exec
 
 from __future__ import annotations
 
+from torchreach.core.errors import ShapeError
 from torchreach.graph.deployed import DeployedNetwork, Operation
 from torchreach.read.builder import ChainBuilder
 
@@ -12,8 +13,13 @@ from torchreach.read.builder import ChainBuilder
 def add_deployed_network(builder: ChainBuilder, network: DeployedNetwork, name: str) -> None:
     """Adds the layers of a network that is a chain.
 
-    Raises: UnsupportedLayerError, naming the operation that has no bounds yet.
+    Raises: UnsupportedLayerError, naming the operation that has no bounds yet; ShapeError: inputs of another shape.
     """
+    if builder.shape not in (None, network.shape):
+        raise ShapeError(
+            f"the network takes inputs of shape {network.shape}, as its file has them, got {builder.shape}; the first "
+            "axis of a box counts stars"
+        )
     builder.deployed = True
     builder.append(network.entry, f"{name}.input" if name else "input")
     for i, (operation, places) in enumerate(zip(network.operations, network.inputs, strict=True)):
