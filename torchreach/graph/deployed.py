@@ -39,9 +39,13 @@ Sides = tuple[int, int, int, int]  # left, right, top, bottom
 
 
 class Operation(nn.Module):
-    """Base: codes [B, *shape] int64 -> codes. grid: of the result, with the rule and the ends of its codes."""
+    """Base: codes [B, *shape] int64 -> codes. grid: of the result, with the rule and the ends of its codes.
+
+    activation: "", "relu" or another function that the ends of the codes stand for.
+    """
 
     unbounded = ""
+    activation = ""
 
     def __init__(self, name: str, kind: str, grid: Quantizer) -> None:
         super().__init__()

@@ -31,6 +31,7 @@ from torchreach.read.tflite_windows import (
 )
 
 RUNTIME = "LiteRT, reference kernels"
+_RELUS = ("RELU", "RELU6", "RELU_N1_TO_1")
 _LIMITS = {"": (None, None), "relu": (0.0, None), "relu6": (0.0, 6.0), "relu_n1_to_1": (-1.0, 1.0)}
 
 
@@ -72,6 +73,7 @@ class _Codes:
         if node.kind != "QUANTIZE" and kinds != {"INT8"}:
             node.refuse(f"its values must be int8 codes, got {', '.join(sorted(kinds))}")
         operation = handler(self, node)
+        operation.activation = node.kind.lower() if node.kind in _RELUS else activation(node)
         reads = tuple(i for i in node.inputs if i in self.places)
         if isinstance(operation, ops.Added | ops.Multiplied):
             reads = tuple(node.inputs[:2])

@@ -5,6 +5,8 @@ Chains alone: where codes are added, joined or compared, the network can be exec
 
 from __future__ import annotations
 
+from torch import nn
+
 from torchreach.core.errors import ShapeError
 from torchreach.graph.deployed import DeployedNetwork, Operation
 from torchreach.read.builder import ChainBuilder
@@ -29,4 +31,6 @@ def add_deployed_network(builder: ChainBuilder, network: DeployedNetwork, name: 
         if reason:
             builder.refuse(operation.name, operation.kind, f"{reason}; the network can be read and executed")
         for layer in operation.layers():
+            if layer is operation.grid and operation.activation in ("relu", "relu6"):  # said for twins without rounding
+                builder.append(nn.ReLU(), operation.name)
             builder.append(layer, operation.name)
