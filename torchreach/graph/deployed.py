@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchreach.core.errors import OptionError, ShapeError
+from torchreach.graph.kernels import IntegerSums, Pairing, Unfolded
 from torchreach.graph.layers import ElementwiseAffine, Rearrange, Reshape
 from torchreach.graph.quantizer import Quantizer
 from torchreach.graph.requantise import (
@@ -60,7 +61,8 @@ class Sums(Operation):
     """A linear layer or convolution: rule(W (q - z) + b), all of them integers.
 
     layer: with W and b in float64. scale, zero_point: of the codes q. weight_scale: [N_out] or []. sides: zeros around
-    the input. last: whether channels are the last axis, as LiteRT has them.
+    the input. last: whether channels are the last axis, as LiteRT has them. The grid's `layer` says where pairs of
+    products may saturate, and its `pairing` in which way they do.
     """
 
     def __init__(
@@ -83,12 +85,19 @@ class Sums(Operation):
 
     def forward(self, codes: Tensor) -> Tensor:
         x = (codes - self.source.zero_point).double()
-        return self.grid.of_sums(self._through(self.layer, x).round().to(torch.int64))
-
-    def _through(self, layer: nn.Module, x: Tensor) -> Tensor:
-        for part in (*self.around[0], layer, *self.around[1]):
+        for part in (*self.around[0], self.layer, *self.around[1]):
             x = part(x)
-        return x
+        sums, lost = x.round(), self._lost(codes)
+        return self.grid.of_sums((sums if lost is None else sums + lost.reshape(sums.shape)).to(torch.int64))
+
+    def _lost(self, codes: Tensor) -> Tensor | None:
+        """What saturating pairs take off the sums."""
+        integers = self.grid.layer
+        if integers is None or integers.pairing in (None, Pairing.EXACT):
+            return None
+        at = Unfolded.of(integers, tuple(codes.shape[1:]), self.around[0], codes.device)
+        unsigned = codes - self.source.zero_point + integers.zero_point  # as the kernel reads signed codes
+        return IntegerSums(at).lost(integers.pairing, unsigned.flatten(1).double())
 
     def layers(self) -> list[nn.Module]:
         real = copy.deepcopy(self.layer)
@@ -168,12 +177,12 @@ class Rescaled(Operation):
         return [self.grid]
 
 
-class Reshaped(Operation):
-    """Each value in another shape."""
+class Rearranged(Operation):
+    """The same codes in another shape or order."""
 
-    def __init__(self, name: str, kind: str, grid: Quantizer, shape: Shape) -> None:
+    def __init__(self, name: str, kind: str, grid: Quantizer, layer: Reshape | Rearrange) -> None:
         super().__init__(name, kind, grid)
-        self.layer = Reshape(shape)
+        self.layer = layer
 
     def forward(self, codes: Tensor) -> Tensor:
         return self.layer(codes)
@@ -240,6 +249,47 @@ class Added(Operation):
         )
         total = multiplied(first + self.sign * second, *self.get_buffer("total"))
         return (total + self.grid.zero_point).clamp(self.grid.lowest, self.grid.highest)
+
+
+class AddedSingle(Operation):
+    """onnxruntime's sum of two values: q f + p g + c rounded to even, all in float32, f and g the quotients of scales."""
+
+    unbounded = "sums of two rounded values are not bounded yet"
+    factors: Tensor
+
+    def __init__(self, name: str, kind: str, grid: Quantizer, sources: tuple[Quantizer, Quantizer]) -> None:
+        super().__init__(name, kind, grid)
+        scale = grid.scale.float()
+        first, second = (source.scale.float() / scale for source in sources)
+        zeros = [source.zero_point.float() for source in (*sources, grid)]
+        self.register_buffer("factors", torch.stack((first, second, zeros[2] - (first * zeros[0] + second * zeros[1]))))
+
+    def forward(self, *codes: Tensor) -> Tensor:
+        first, second, rest = self.factors.unbind()
+        total = (codes[0].float() * first + rest) + codes[1].float() * second
+        return total.round().clamp(self.grid.lowest, self.grid.highest).to(torch.int64)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AddedSingle:
+        """Moves between devices; the factors stay in float32."""
+        kept = self.factors
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.factors = kept.to(self.factors.device)
+        return self
+
+
+class MeanSingle(Operation):
+    """onnxruntime's average pooling: the mean of the values in float32, divided by the scale, rounded to even."""
+
+    unbounded = "means that are rounded in float32 are not bounded yet"
+
+    def __init__(self, name: str, kind: str, grid: Quantizer, source: Quantizer, pool: nn.AvgPool2d) -> None:
+        super().__init__(name, kind, grid)
+        self.source, self.pool = source, pool
+
+    def forward(self, codes: Tensor) -> Tensor:
+        x = (codes - self.source.zero_point).float() * self.source.scale.float()
+        code = (self.pool(x) / self.grid.scale.float()).round() + self.grid.zero_point
+        return code.clamp(self.grid.lowest, self.grid.highest).to(torch.int64)
 
 
 class Multiplied(Operation):

@@ -61,7 +61,8 @@ class IntegerLayer:
 
     weight: [N_out, *rest] int64 codes, zero points `weight_zero` [N_out] not taken off. weight_scale: [N_out] float64.
     scale, zero_point, highest: of the codes 0..highest that it is given. geometry: its stride, padding, dilation and
-    groups, where it is a convolution. packed: torch's own packed parameters, which know the engine.
+    groups, where it is a convolution. packed: torch's own packed parameters, which know the engine. pairing: how another
+    runtime adds up, where that is known.
     """
 
     name: str
@@ -74,6 +75,7 @@ class IntegerLayer:
     highest: int
     geometry: Any = None
     packed: Any = None
+    pairing: Pairing | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IntegerLayer:
         return self  # nothing in it changes, and a copy of `packed` would be packed anew
@@ -289,6 +291,11 @@ class IntegerSums:
         positions = at.index.shape[1]
         return scale.repeat(positions) if layer.geometry is None else scale.repeat_interleave(positions)
 
+    def lost(self, pairing: Pairing, codes: Tensor) -> Tensor | None:
+        """What saturation adds to the sums [B, N_out] at codes [B, N_in], in units of the sum; None: nothing."""
+        found = self._loss(pairing, codes, codes)
+        return None if found is None else found[0]
+
     def saturates(self, low: Tensor, high: Tensor) -> bool:
         """Whether any pair of any engine can leave int16 for some inputs in [low, high] [M]."""
         first, last = self.codes(low[None], high[None])
@@ -350,6 +357,8 @@ def identified(at: Unfolded) -> tuple[Pairing, ...]:
     found = {pairing: at.saturable[pairing] for pairing in (Pairing.EXACT, *ENGINES)}
     if not any(map(len, found.values())):
         return (Pairing.EXACT,)
+    if at.layer.pairing is not None:
+        return (at.layer.pairing,)
     if at.layer.packed is None:
         return ()
     numbers = {pairing: at.numbered(rows) for pairing, rows in found.items()}

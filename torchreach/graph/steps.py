@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.errors import ShapeError, UnsupportedLayerError
 from torchreach.graph.kernels import IntegerSums, Unfolded
-from torchreach.graph.layers import RESHAPING, SOFTMAX, MaskedReLU, fan_in, linear, magnitude, with_bias_magnitude
+from torchreach.graph.layers import (
+    RESHAPING,
+    SOFTMAX,
+    MaskedReLU,
+    Rearrange,
+    fan_in,
+    linear,
+    magnitude,
+    with_bias_magnitude,
+)
 from torchreach.graph.quantizer import Quantizer
 from torchreach.graph.smooth import SMOOTH, Activations, Smooth
 
@@ -202,7 +211,7 @@ def _sums(
 ) -> IntegerSums | None:
     if quantizer.layer is None:
         return None
-    assert all(isinstance(part, RESHAPING) for part in block[:-1])
+    assert all(isinstance(part, (*RESHAPING, Rearrange)) for part in block[:-1])
     return IntegerSums(Unfolded.of(quantizer.layer, shape, block[:-1], device))
 
 

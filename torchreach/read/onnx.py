@@ -22,19 +22,20 @@ from torchreach.core.errors import FileFormatError, InvalidNetworkError, Unsuppo
 from torchreach.graph.arithmetic import Arithmetic
 from torchreach.graph.layers import Reshape
 from torchreach.read.builder import ChainBuilder, check_finite
+from torchreach.read.onnx_codes import is_quantised, read_codes
+from torchreach.read.onnx_fold import FOLDED, folded
 from torchreach.read.onnx_layers import OnnxNode, OnnxValue
 from torchreach.read.onnx_operations import DIGITS, OnnxOperations, kind_name
 
-_FOLDED = {
-    *("Constant", "ConstantOfShape", "Shape", "Identity", "Cast", "Concat", "Gather", "Slice", "Expand"),
-    *("Squeeze", "Unsqueeze", "Reshape", "Flatten", "Transpose"),
-    *("Add", "Sub", "Mul", "Div", "Neg", "MatMul", "Sqrt", "Reciprocal"),
-}
 
+def read_onnx(path: Path) -> nn.Module:
+    """The network in `path`; every weight as stored. Raises as `load`.
 
-def read_onnx(path: Path) -> nn.Sequential:
-    """The network in `path`; every weight as stored. Raises as `load`."""
+    A quantised one is a `DeployedNetwork`, see `read.onnx_codes`.
+    """
     model = _read(path)
+    if is_quantised(model):
+        return read_codes(model, path)
     reader = _Reader(model, path)
     for node in model.graph.node:
         reader.add(node)
@@ -147,24 +148,14 @@ class _Reader(OnnxOperations):
         return network
 
     def _fold(self, node: onnx.NodeProto, name: str) -> None:
-        """A node of constants alone: its value, by onnx's own reference implementation."""
-        if node.op_type not in _FOLDED:
+        """A node of constants alone."""
+        if node.op_type not in FOLDED:
             self.builder.refuse(name, node.op_type, "torchreach does not evaluate it on constants")
-        from onnx.reference import ReferenceEvaluator
-
         try:
-            feeds = {n: self.constants[n] for n in node.input if n}
-            outputs: Any = ReferenceEvaluator(self._alone(node)).run(None, feeds)
+            outputs = folded(node, self.constants, self.opsets)
         except Exception as error:
             raise FileFormatError(f"{self.path}: node {name!r} is damaged: {_first_line(error)}") from None
         self.constants.update(zip(node.output, outputs, strict=False))
-
-    def _alone(self, node: onnx.NodeProto) -> onnx.ModelProto:
-        """`node` as a model of the file's opset, which says where its arguments stand (as inputs or attributes)."""
-        inputs, outputs = ([onnx.ValueInfoProto(name=n) for n in names if n] for names in (node.input, node.output))
-        graph = onnx.helper.make_graph([node], "node", inputs, outputs)
-        opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in self.opsets.items()]
-        return onnx.helper.make_model(graph, opset_imports=opsets)
 
 
 def _with_shape(layers: list[nn.Module], features: tuple[int, ...]) -> list[nn.Module]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from torchreach.core.errors import FileFormatError
 from torchreach.graph import deployed as ops
+from torchreach.graph.layers import Reshape
 from torchreach.graph.quantizer import Quantizer
 from torchreach.graph.requantise import LARGEST, DoubleFloat, FixedPoint, Mean, Requantise, away, fixed_point
 from torchreach.read.tflite_file import CODES, TfliteFile, TfliteNode
@@ -198,7 +199,7 @@ class _Codes:
         before, after = (self.file.tensors[i].shape for i in (node.inputs[0], node.outputs[0]))
         if not after or before[0] != after[0]:
             node.refuse(f"it must keep the batch axis, got {before} to {after}")
-        return ops.Reshaped(node.name, node.kind, self._source(node), after[1:])
+        return ops.Rearranged(node.name, node.kind, self._source(node), Reshape(after[1:]))
 
     def _pad(self, node: TfliteNode) -> ops.Operation:
         self._same_grid(node)
