@@ -18,6 +18,7 @@ from tests.data import require_data
 from tests.networks import DEVICES, executed_steps, random_network
 from torchreach.domains import rounding
 from torchreach.graph.quantizer import Quantizer
+from torchreach.graph.steps import steps_of
 from torchreach.search import cells
 from torchreach.verbs import int8_star as deployed
 
@@ -582,3 +583,22 @@ def test_the_original_of_a_deployed_network_may_be_read_as_executed(dtype):
         asked = tr.discrepancy(original, small, stars, arithmetic="executed", tolerance=tolerance)
         assert asked.reasons == (reason,)
         assert (asked.max_upper <= tolerance) == (reason == "within")
+
+
+def test_what_kernels_round_off_is_each_neurons_own():
+    """Relaxing a layer whose neurons change places changes the places of its noise, and nothing else."""
+
+    def noise(order: list[int]) -> Tensor:
+        layer = nn.Linear(1, 2).double()
+        with torch.no_grad():
+            layer.weight.copy_(torch.tensor([[1e-3], [1.0]])[order])
+            layer.bias.copy_(torch.tensor([0.0, 1e4])[order])
+        first, second = Quantizer(0.1, 0, -128, 127), Quantizer(100.0, 0, -128, 127)
+        network = nn.Sequential(first, layer, second, nn.Linear(2, 1).double())
+        steps = steps_of(network, (1,), dtype=torch.float64, device=torch.device("cpu"), quantized=True)
+        box = torch.zeros(1, dtype=torch.float64), torch.full((1,), 5.0, dtype=torch.float64)
+        found = rounding.relax(steps, *box, rounding.InputGrid.of(steps[0])).steps[0].noise
+        assert found is not None
+        return found
+
+    assert torch.allclose(noise([0, 1]), noise([1, 0]).flip(0), rtol=0, atol=1e-12)

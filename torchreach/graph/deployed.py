@@ -96,8 +96,9 @@ class Sums(Operation):
         if integers is None or integers.pairing in (None, Pairing.EXACT):
             return None
         at = Unfolded.of(integers, tuple(codes.shape[1:]), self.around[0], codes.device)
-        unsigned = codes - self.source.zero_point + integers.zero_point  # as the kernel reads signed codes
-        return IntegerSums(at).lost(integers.pairing, unsigned.flatten(1).double())
+        sums, x = IntegerSums(at, ((integers.pairing,),)), self.source.value(codes).flatten(1)
+        lost = sums.loss(0, x, x)
+        return None if lost is None else (lost[0] / sums.unit).round()
 
     def layers(self) -> list[nn.Module]:
         real = copy.deepcopy(self.layer)
@@ -252,7 +253,7 @@ class Added(Operation):
 
 
 class AddedSingle(Operation):
-    """onnxruntime's sum of two values: q f + p g + c rounded to even, all in float32, f and g the quotients of scales."""
+    """onnxruntime's sum of two values: q f + p g + c rounded to even, in float32, f and g quotients of scales."""
 
     unbounded = "sums of two rounded values are not bounded yet"
     factors: Tensor

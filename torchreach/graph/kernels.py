@@ -61,8 +61,8 @@ class IntegerLayer:
 
     weight: [N_out, *rest] int64 codes, zero points `weight_zero` [N_out] not taken off. weight_scale: [N_out] float64.
     scale, zero_point, highest: of the codes 0..highest that it is given. geometry: its stride, padding, dilation and
-    groups, where it is a convolution. packed: torch's own packed parameters, which know the engine. pairing: how another
-    runtime adds up, where that is known.
+    groups, where it is a convolution. packed: torch's own packed parameters, which know the engine. pairing: that of
+    another runtime.
     """
 
     name: str
@@ -290,11 +290,6 @@ class IntegerSums:
         scale = layer.scale * layer.weight_scale.to(at.weight)
         positions = at.index.shape[1]
         return scale.repeat(positions) if layer.geometry is None else scale.repeat_interleave(positions)
-
-    def lost(self, pairing: Pairing, codes: Tensor) -> Tensor | None:
-        """What saturation adds to the sums [B, N_out] at codes [B, N_in], in units of the sum; None: nothing."""
-        found = self._loss(pairing, codes, codes)
-        return None if found is None else found[0]
 
     def saturates(self, low: Tensor, high: Tensor) -> bool:
         """Whether any pair of any engine can leave int16 for some inputs in [low, high] [M]."""
