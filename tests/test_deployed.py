@@ -591,8 +591,8 @@ def test_what_kernels_round_off_is_each_neurons_own():
     def noise(order: list[int]) -> Tensor:
         layer = nn.Linear(1, 2).double()
         with torch.no_grad():
-            layer.weight.copy_(torch.tensor([[1e-3], [1.0]])[order])
-            layer.bias.copy_(torch.tensor([0.0, 1e4])[order])
+            layer.weight.copy_(torch.tensor([[1e-3], [1e3]])[order])
+            layer.bias.copy_(torch.tensor([0.0, 1e3])[order])
         first, second = Quantizer(0.1, 0, -128, 127), Quantizer(100.0, 0, -128, 127)
         network = nn.Sequential(first, layer, second, nn.Linear(2, 1).double())
         steps = steps_of(network, (1,), dtype=torch.float64, device=torch.device("cpu"), quantized=True)
