@@ -187,6 +187,26 @@ def test_dynamic_scales_are_refused_by_that_name(tmp_path):
         tr.load(target)
 
 
+def test_a_result_that_is_not_quantised_is_not_read_as_codes(tmp_path):
+    stored = [numpy_helper.from_array(v, n) for n, v in (("s", np.float32(0.1)), ("z", np.uint8(3)))]
+    stored += [numpy_helper.from_array(np.ones((4, 4), np.int8), "w"), numpy_helper.from_array(np.int8(0), "v")]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], "first"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], "second"),
+        helper.make_node("DequantizeLinear", ["w", "s", "v"], ["e"], "third"),
+        helper.make_node("MatMul", ["d", "e"], ["m"], "fourth"),
+        helper.make_node("Add", ["m", "d"], ["a"], "fifth"),
+        helper.make_node("QuantizeLinear", ["a", "s", "z"], ["y"], "sixth"),
+    ]
+    ends = [
+        helper.make_tensor_value_info(n, k, ("n", 4)) for n, k in (("x", TensorProto.FLOAT), ("y", TensorProto.UINT8))
+    ]
+    model = helper.make_model(helper.make_graph(nodes, "open", ends[:1], ends[1:], stored))
+    onnx.save(model, tmp_path / "open.onnx")
+    with pytest.raises(UnsupportedLayerError, match=r"node 4 \('fifth', Add\).*outside of"):
+        tr.load(tmp_path / "open.onnx")
+
+
 def test_operators_without_a_rule_are_refused_by_name_place_and_file(tmp_path):
     scale, zero = numpy_helper.from_array(np.float32(0.1), "s"), numpy_helper.from_array(np.uint8(3), "z")
     nodes = [

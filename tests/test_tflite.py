@@ -146,6 +146,20 @@ def test_what_is_not_bounded_yet_says_so(name):
         tr.discrepancy(network, network, stars)
 
 
+def test_integers_stay_what_they_are_whatever_dtype_is_asked_for():
+    network = tr.load(file("ad01_int8"))
+    x = torch.from_numpy(codes(np.random.default_rng(0), 3, network.shape).astype(np.int64))
+    assert torch.equal(tr.load(file("ad01_int8"), dtype=torch.float32).half().codes(x), network.codes(x))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", INT8)
+def test_codes_are_the_same_on_cuda(name):
+    network = tr.load(file(name))
+    x = torch.from_numpy(codes(np.random.default_rng(0), 20, network.shape).astype(np.int64))
+    assert torch.equal(tr.load(file(name)).cuda().codes(x.cuda()).cpu(), network.codes(x))
+
+
 def test_scores_are_the_network_without_its_softmax():
     network = tr.load(file("kws_ref_model"))
     x = torch.from_numpy(codes(np.random.default_rng(0), 3, network.shape).astype(np.int64))

@@ -14,8 +14,8 @@ Axis letters: B points, N features.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -253,7 +253,7 @@ class Added(Operation):
 
 
 class AddedSingle(Operation):
-    """onnxruntime's sum of two values: q f + p g + c rounded to even, in float32, f and g quotients of scales."""
+    """onnxruntime's sum of two values: p g + (q f + c) rounded to even, in fused float32; f, g quotients of scales."""
 
     unbounded = "sums of two rounded values are not bounded yet"
     factors: Tensor
@@ -266,16 +266,11 @@ class AddedSingle(Operation):
         self.register_buffer("factors", torch.stack((first, second, zeros[2] - (first * zeros[0] + second * zeros[1]))))
 
     def forward(self, *codes: Tensor) -> Tensor:
-        first, second, rest = self.factors.unbind()
-        total = (codes[0].float() * first + rest) + codes[1].float() * second
+        first, second, rest = self.factors.double().unbind()
+        # Fused: the product is exact, its sum is rounded once.
+        total = (codes[0] * first + rest).float()
+        total = (codes[1] * second + total.double()).float()
         return total.round().clamp(self.grid.lowest, self.grid.highest).to(torch.int64)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> AddedSingle:
-        """Moves between devices; the factors stay in float32."""
-        kept = self.factors
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.factors = kept.to(self.factors.device)
-        return self
 
 
 class MeanSingle(Operation):
@@ -384,6 +379,10 @@ class DeployedNetwork(nn.Module):
         for operation, places in zip(self.operations, self.inputs, strict=True):
             values.append(operation(*(values[i] for i in places)))
         return values[-1]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeployedNetwork:
+        """Moves between devices; integers stay what they are whatever dtype is asked for."""
+        return cast(Any, super())._apply(lambda value: value.to(fn(value).device), recurse)
 
     def scores(self) -> DeployedNetwork:
         """The network without the softmax that it ends in."""

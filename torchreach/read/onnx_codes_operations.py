@@ -124,7 +124,7 @@ class CodesOperations(CodesWalk):
             parts = [part.reshape(shape) if several and convolution else part for part in (unit, single)]
             integers = self._integers(name, kind, stored, source, layer if convolution else None, weight)
             rounded = grid._with(rule=SingleFloat(*parts), layer=integers)
-            relu = grid.lowest == int(grid.zero_point)
+            relu = grid.lowest == int(grid.zero_point)  # to which `quantize_static` leaves a ReLU
             operation = ops.Sums(name, kind, rounded, layer, source, scale, sides=sides or (0, 0, 0, 0))
             return self._put(operation, (value.place,), relu)
 

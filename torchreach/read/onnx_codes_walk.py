@@ -140,7 +140,7 @@ class CodesWalk:
         value = self.values.get(self.node.input[at])
         if not isinstance(value, Value):
             self.refuse(f"its input {at} must depend on the network's input")
-        if value.grid is None or (real is not None and value.real is not real):
+        if value.makes is not None or value.grid is None or (real is not None and value.real is not real):
             self.refuse("it is a floating-point operator outside of a dequantised and quantised stretch")
         return value
 
@@ -173,8 +173,7 @@ class CodesWalk:
         value = self.values[self.node.input[0]]
         assert isinstance(value, Value)
         if value.makes is not None:
-            rule = replace(value, grid=grid)
-            return value.makes(grid._with(lowest=max(grid.lowest, int(grid.zero_point))) if rule.relu else grid)
+            return value.makes(grid.with_relu() if value.relu else grid)
         if value.grid is None:  # the network's input, rearranged perhaps
             if self.entry is not None and not self.entry.same_grid(grid):
                 self.refuse("the network's input must be quantised on one grid")
