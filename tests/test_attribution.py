@@ -144,6 +144,20 @@ def test_layers_are_kept_in_the_order_that_is_asked_for() -> None:
     assert all(done <= most for done, most in seen)
 
 
+def test_the_picture_has_a_bar_for_each_layer() -> None:
+    from torchreach.app.report.pictures import attribution_picture
+
+    original = network()
+    found = tr.attribute(original, tr.quantize_weights(original, bits=4), unit_box(), samples=10)
+    assert attribution_picture(found).startswith(b"\x89PNG")
+
+
+def test_samples_are_taken_in_the_dtype_of_the_network() -> None:
+    original = network().float()
+    found = tr.attribute(original, tr.quantize_weights(original, bits=4), unit_box(), samples=10)
+    assert found.sampled_max.max() <= found.bound.max()
+
+
 def test_a_budget_is_shared_by_all_comparisons() -> None:
     original = network()
     compressed = tr.quantize_weights(original, bits=4)

@@ -27,8 +27,8 @@ BOX = "-1,1;-1,1;0,0.5"
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """Drawing them is most of the time of a run this small; the tests of reports and of the demonstration draw them."""
-    for name in ("ranges_picture", "history_picture"):
-        monkeypatch.setattr(f"torchreach.app.report.pictures.{name}", lambda _: b"not drawn")
+    for name in ("pictures.ranges_picture", "pictures.history_picture", "attribution.attribution_picture"):
+        monkeypatch.setattr(f"torchreach.app.report.{name}", lambda _: b"not drawn")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def compare(files, *args, b="b.onnx"):
 
 def test_help_names_every_command_and_option():
     text = run("--help").output
-    for command in ("demo", "compare", "equivalent", "repair"):
+    for command in ("demo", "compare", "equivalent", "attribute", "repair"):
         assert command in text
     for option in (
         "--box",
@@ -336,6 +336,47 @@ def _negated(path):
         for parameter in network[-1].parameters():
             parameter.neg_()
     return network
+
+
+def attribute(files, *args, b="b.onnx"):
+    return run("attribute", files / "a.onnx", files / b, *args)
+
+
+def test_attribute_says_what_each_layer_makes_and_which_to_keep(files, tmp_path):
+    plain = attribute(files, "--box", BOX)
+    assert plain.exit_code == 0
+    rows = [line.split() for line in plain.stdout.splitlines()]
+    assert [row[0] for row in rows if row and row[0] in ("0", "2")] == ["0", "2"]
+    saved, folder = tmp_path / "mixed.onnx", tmp_path / "out"
+    kept = attribute(files, "--box", BOX, "--keep-float", 0.0, "--save", saved, "--output", folder)
+    assert kept.exit_code == 0
+    last = kept.stdout.splitlines()[-1]
+    assert last == "within 0: |y1 - y2| <= 0 certified with 2 layers of the original kept: 0, 2"
+    x = torch.tensor([[0.1, -0.4, 0.3]])
+    assert torch.equal(tr.load(saved)(x), tr.load(files / "a.onnx")(x))
+    report = json.loads((folder / "report.json").read_text())
+    assert report["kept"]["layers"] == [layer["name"] for layer in report["layers"]] == ["0", "2"]
+    assert report["layers"][0]["alone"]["upper"][0] >= report["layers"][0]["sampled_max"] > 0
+    assert (folder / "attribution.png").exists()
+    some = attribute(files, "--box", BOX, "--keep-float", 10.0)
+    assert "with 0 layers of the original kept: none" in some.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--keep-float", "-1"], "--keep-float must be a number >= 0, got -1"),
+        (["--samples", "0"], "--samples must be at least 1, got 0"),
+        (["--save", "mixed.onnx"], "--save belongs to --keep-float"),
+        (["--keep-float", "1", "--save", "mixed.txt"], "must end in"),
+    ],
+)
+def test_attribute_refuses_what_it_cannot_do(files, args, message):
+    result = attribute(files, "--box", BOX, *args)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    same = attribute(files, "--box", BOX, b="a.onnx")
+    assert (same.exit_code, "no difference to attribute" in same.stderr) == (2, True)
 
 
 def test_unknown_is_not_equivalent(files, monkeypatch):

@@ -382,7 +382,11 @@ class DeployedNetwork(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeployedNetwork:
         """Moves between devices; integers stay what they are whatever dtype is asked for."""
-        return cast(Any, super())._apply(lambda value: value.to(fn(value).device), recurse)
+
+        def moved(value: Tensor) -> Tensor:
+            return value.to(fn(value).device)
+
+        return cast(Any, super())._apply(moved, recurse)
 
     def scores(self) -> DeployedNetwork:
         """The network without the softmax that it ends in."""
