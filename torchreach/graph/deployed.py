@@ -267,7 +267,7 @@ class AddedSingle(Operation):
 
     def forward(self, *codes: Tensor) -> Tensor:
         first, second, rest = self.factors.double().unbind()
-        # Fused: the product is exact, its sum is rounded once.
+        # Fused, as most of its code paths are: the product is exact, its sum rounded once. Ties may go either way.
         total = (codes[0] * first + rest).float()
         total = (codes[1] * second + total.double()).float()
         return total.round().clamp(self.grid.lowest, self.grid.highest).to(torch.int64)
