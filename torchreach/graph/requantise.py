@@ -25,10 +25,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from torchreach.core.roundoff import SINGLE
 from torchreach.core.terms import Kernels
 
 LARGEST = 2**31 - 1  # of the integers that kernels add up in
-SINGLE = 2.0**-24
 
 
 class Requantise(nn.Module):

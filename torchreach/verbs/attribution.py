@@ -137,9 +137,13 @@ def keep_float(
             part = budget if budget is None or budget.seconds is None else replace(budget, seconds=clock.left / 3)
             order = attribute(original, compressed, stars, budget=part).order
         order = [*(order or ()), *(name for name in names if name not in (order or ()))]
+        not_enough: set[frozenset[str]] = set()
 
-        def certified(kept: Sequence[str]) -> Discrepancy:
+        def certified(kept: Sequence[str]) -> Discrepancy | None:
+            """The certificate with these layers kept, where it meets the tolerance."""
             nonlocal done
+            if frozenset(kept) in not_enough:
+                return None
             limits = budget or Budget()
             if clock.limited:
                 limits = replace(limits, seconds=max(clock.left / max(most - done, 1), 1e-3))
@@ -147,26 +151,29 @@ def keep_float(
             result = discrepancy(original, mixed, stars, tolerance=tolerance, budget=limits)
             done += 1
             if progress is not None:
-                progress(done, most)
-            return result
+                progress(done, max(done, most))
+            if result.within(tolerance):
+                return result
+            not_enough.add(frozenset(kept))
+            return None
 
-        few, many = -1, len(names)  # layers of `order` that are known not to be enough, and to be
-        best = None
+        few, many, best = -1, len(names), None  # layers of `order` that are not enough, and that may be
         while many - few > 1:
             middle = 0 if few < 0 else (few + many) // 2
             found = certified(order[:middle])
-            if found.within(tolerance):
-                many, best = middle, found
-            else:
-                few = middle
+            few, many, best = (middle, many, best) if found is None else (few, middle, found)
         kept = order[:many]
-        for name in [] if best is None else reversed(kept[:-1]):  # without the last one it was tried
-            fewer = [other for other in kept if other != name]
-            found = certified(fewer)
-            if found.within(tolerance):
-                kept, best = fewer, found
-        best = best or certified(kept)
+        spared = bool(kept)
+        while spared:  # a layer less may make another one needless
+            spared = False
+            for name in reversed(kept):
+                fewer = [other for other in kept if other != name]
+                found = certified(fewer)
+                if found is not None:
+                    kept, best, spared = fewer, found, True
+                    break
     mixed = hybrids.of_layers([name for name in names if name not in kept])
+    best = best or discrepancy(original, mixed, stars, tolerance=tolerance)  # all of them: the original itself
     return KeptFloat(mixed, tuple(name for name in names if name in kept), tolerance, best)
 
 
