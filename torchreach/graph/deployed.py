@@ -253,7 +253,7 @@ class Added(Operation):
 
 
 class AddedSingle(Operation):
-    """onnxruntime's sum of two values: p g + (q f + c) rounded to even, in fused float32; f, g quotients of scales."""
+    """onnxruntime's sum of two values: q f + (p g + c) rounded to even, in fused float32; f, g quotients of scales."""
 
     unbounded = "sums of two rounded values are not bounded yet"
     factors: Tensor
@@ -263,13 +263,15 @@ class AddedSingle(Operation):
         scale = grid.scale.float()
         first, second = (source.scale.float() / scale for source in sources)
         zeros = [source.zero_point.float() for source in (*sources, grid)]
-        self.register_buffer("factors", torch.stack((first, second, zeros[2] - (first * zeros[0] + second * zeros[1]))))
+        # As compiled: the first product of the constant is not rounded before the second is added.
+        shift = first.double() * zeros[0].double() + (second * zeros[1]).double()
+        self.register_buffer("factors", torch.stack((first, second, zeros[2] - shift.float())))
 
     def forward(self, *codes: Tensor) -> Tensor:
         first, second, rest = self.factors.double().unbind()
-        # Fused, as most of its code paths are: the product is exact, its sum rounded once. Ties may go either way.
-        total = (codes[0] * first + rest).float()
-        total = (codes[1] * second + total.double()).float()
+        # The second value first, and fused: the product is exact, its sum rounded once.
+        total = (codes[1] * second + rest).float()
+        total = (codes[0] * first + total.double()).float()
         return total.round().clamp(self.grid.lowest, self.grid.highest).to(torch.int64)
 
 
