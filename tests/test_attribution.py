@@ -158,6 +158,16 @@ def test_samples_are_taken_in_the_dtype_of_the_network() -> None:
     assert found.sampled_max.max() <= found.bound.max()
 
 
+def test_networks_of_probabilities_and_half_networks_are_attributed_as_they_are_compared() -> None:
+    original = nn.Sequential(*network(), nn.Softmax(1))
+    found = tr.attribute(original, tr.quantize_weights(original, bits=4), unit_box(), samples=100)
+    assert (found.sampled_max <= torch.stack([one.upper.max() for one in found.alone])).all()
+    assert found.bound.max() <= 1
+    half = network().half()
+    found = tr.attribute(half, tr.quantize_weights(half, bits=4), unit_box(), samples=100)
+    assert found.alone[0].semantics is tr.Semantics.FLOAT16
+
+
 def test_a_budget_is_shared_by_all_comparisons() -> None:
     original = network()
     compressed = tr.quantize_weights(original, bits=4)

@@ -368,7 +368,7 @@ def test_attribute_says_what_each_layer_makes_and_which_to_keep(files, tmp_path)
         (["--keep-float", "-1"], "--keep-float must be a number >= 0, got -1"),
         (["--samples", "0"], "--samples must be at least 1, got 0"),
         (["--save", "mixed.onnx"], "--save belongs to --keep-float"),
-        (["--keep-float", "1", "--save", "mixed.txt"], "must end in"),
+        (["--keep-float", "1", "--save", "mixed.txt"], "a network is saved as .onnx or .pt2, got '.txt'"),
     ],
 )
 def test_attribute_refuses_what_it_cannot_do(files, args, message):

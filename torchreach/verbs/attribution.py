@@ -29,9 +29,12 @@ from torchreach.read.load import as_network
 from torchreach.read.module import chain, reading_once
 from torchreach.sets.star import StarBatch
 from torchreach.verbs.discrepancy import discrepancy, one_dtype
+from torchreach.verbs.executed import formats
+from torchreach.verbs.float_pair import bounded_once
 from torchreach.verbs.int8_pair import rounds
+from torchreach.verbs.softmax import both_scores
 
-# Of a comparison without a budget: bounds before any split, and what a first ascent attains.
+# Without a budget, of comparisons that are no single pass: the first bounds of a search, and what an ascent attains.
 ONE_PASS = Budget(stars=1)
 
 
@@ -82,12 +85,17 @@ def attribute(
     pairs += [(names[:k], names[: k + 1]) for k in range(1, count)]
     pairs += [((), names[: k + 1]) for k in range(1, count)]
     found: list[Discrepancy] = []
+    plain = hybrids.plain
     with running((budget or Budget()).seconds) as clock:
         for first, second in pairs:
-            share, method = (ONE_PASS, "search") if budget is None else (budget, "auto")
-            if clock.limited:
-                share = replace(share, seconds=max(clock.left / (len(pairs) - len(found)), 1e-3))
-            found.append(discrepancy(hybrids.of_layers(first), hybrids.of_layers(second), stars, method, budget=share))
+            both = hybrids.of_layers(first), hybrids.of_layers(second)
+            if budget is None and plain:
+                found.append(bounded_once(*both, stars, clock))
+            else:
+                share, method = (ONE_PASS, "search") if budget is None else (budget, "auto")
+                if clock.limited:
+                    share = replace(share, seconds=max(clock.left / (len(pairs) - len(found)), 1e-3))
+                found.append(discrepancy(*both, stars, method, budget=share))
             if progress is not None:
                 progress(len(found), len(pairs))
     alone, more = found[:count], found[count:]
@@ -180,8 +188,10 @@ def keep_float(
 class _Hybrids:
     """Networks between two with the same layers. names: of the layers whose numbers differ, in order."""
 
-    def __init__(self, original: nn.Module, compressed: nn.Module, names: tuple[str, ...]) -> None:
-        self.original, self.compressed, self.names = original, compressed, names
+    def __init__(
+        self, original: nn.Module, compressed: nn.Module, names: tuple[str, ...], shape: tuple[int, ...]
+    ) -> None:
+        self.original, self.compressed, self.names, self.shape = original, compressed, names, shape
 
     @staticmethod
     def of(original: nn.Module, compressed: nn.Module, stars: StarBatch) -> _Hybrids:
@@ -201,9 +211,14 @@ class _Hybrids:
                 "layers are told apart in networks with the same layers; these have "
                 f"{', '.join(units[0]) or 'none'} and {', '.join(units[1]) or 'none'}"
             )
-        return _Hybrids(
-            original, compressed, tuple(name for name in units[0] if not alike(units[0][name], units[1][name]))
-        )
+        names = tuple(name for name in units[0] if not alike(units[0][name], units[1][name]))
+        return _Hybrids(original, compressed, names, stars.shape)
+
+    @property
+    def plain(self) -> bool:
+        """Whether they are compared as real-valued functions, and not in probabilities."""
+        head = both_scores(self.original, self.compressed, self.shape)[2]
+        return head is None and formats(self.original, self.compressed, None) == (None, None)
 
     def of_layers(self, names: Iterable[str]) -> nn.Module:
         """The original with these layers of the compressed network."""

@@ -97,6 +97,14 @@ def compare(
     return run.result()
 
 
+@torch.no_grad()
+def bounded_once(original: nn.Module, compressed: nn.Module, stars: StarBatch, clock: Clock) -> Discrepancy:
+    """The interval of one pass, before anything is split or searched, and of a first look. Raises: as `compare`."""
+    run = _Run(original, compressed, stars, Question("signed"), Budget(), Tolerances(), None, clock, smooth=True)
+    run.bound()
+    return run.result()
+
+
 class _Watch:
     """What every look at the clock sees: Ctrl-C, or that a run is to end; and it reports progress, from one thread."""
 
@@ -310,6 +318,11 @@ class _Run:
             or self.question.exceeded(state.lower)
             or (state.upper <= self.question.enough(torch.maximum(self.evidence.lower[s], state.lower))).all()
         )
+
+    def bound(self) -> None:
+        """Takes the bounds that a search begins with."""
+        self._root(self.open(self.searchable), self.ticking)
+        self.spent |= ~self.enumerated
 
     def _root(self, open_: list[int], clock: Clock) -> None:
         """Difference bounds of all open stars, so that each has a good interval before one of them is searched."""
