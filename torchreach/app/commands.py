@@ -56,7 +56,6 @@ def compare(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: Com
     original = load(paths[0]).to(device)
     runs = _compressed(paths)  # on the int8 kernels, where it has some: witnesses replay there
     compressed = load(runs).to(device)
-    networks = {"original": original, "compressed": compressed}
     inputs = _inputs(setup, sets, paths, original, device)
     with first_interrupt() as pressed, show.live(setup.err, "compare") as live:
         found = discrepancy(
@@ -74,10 +73,7 @@ def compare(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: Com
     report = Report(
         "compare",
         setup.command_line,
-        {
-            role: NetworkInfo.of(str(path), networks[role], sha256=file_hashes(path))
-            for role, path in zip(networks, paths, strict=True)
-        },
+        _described(paths, (original, compressed)),
         inputs,
         compare_verdict(found, asked.tolerance),
         found,
@@ -123,10 +119,7 @@ def equivalent(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: 
         values = evaluate(original, x, found)[0], evaluate(runs, x, found)[0]
         show.print_values(setup.out, f"witness, an input of {inputs.labels[worst(found)]}", x[0], values)
     if setup.output is not None:
-        networks = {
-            role: NetworkInfo.of(str(path), load(network), sha256=file_hashes(path))
-            for role, path, network in zip(("original", "compressed"), paths, (original, runs), strict=True)
-        }
+        networks = _described(paths, (original, runs))
         settings = setup.settings(**asdict(asked))
         seconds = time.monotonic() - setup.began
         text = equivalence_json(found, inputs, networks, setup.command_line, settings, seconds)
@@ -172,10 +165,7 @@ def attribute(
         _save(kept.network, saved, inputs.stars.shape)
         show.print_line(setup.out, f"mixed network: {saved}")
     if setup.output is not None:
-        networks = {
-            role: NetworkInfo.of(str(path), load(network), sha256=file_hashes(path))
-            for role, path, network in zip(("original", "compressed"), paths, (original, compressed), strict=True)
-        }
+        networks = _described(paths, (original, compressed))
         settings, seconds = setup.settings(**asdict(asked)), time.monotonic() - setup.began
         files = attribution_files(found, kept, inputs, networks, setup.command_line, settings, seconds)
         write_files(setup.output, files)
@@ -215,6 +205,14 @@ def repair(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, options: Re
 def _compressed(paths: tuple[Path, Path]) -> nn.Module:
     """The second network; a state dict has the structure of the first."""
     return load_int8(paths[1], paths[0]) if is_state_dict(paths[1]) else load(paths[1])
+
+
+def _described(paths: tuple[Path, Path], networks: tuple[nn.Module, nn.Module]) -> dict[str, NetworkInfo]:
+    """What a report says of the two networks, by role."""
+    return {
+        role: NetworkInfo.of(str(path), load(network), sha256=file_hashes(path))
+        for role, path, network in zip(("original", "compressed"), paths, networks, strict=True)
+    }
 
 
 def _save(network: nn.Module, path: Path, shape: tuple[int, ...]) -> None:

@@ -155,8 +155,7 @@ def keep_float(
             limits = budget or Budget()
             if clock.limited:
                 limits = replace(limits, seconds=max(clock.left / max(most - done, 1), 1e-3))
-            mixed = hybrids.of_layers([name for name in names if name not in kept])
-            result = discrepancy(original, mixed, stars, tolerance=tolerance, budget=limits)
+            result = discrepancy(original, hybrids.keeping(kept), stars, tolerance=tolerance, budget=limits)
             done += 1
             if progress is not None:
                 progress(done, max(done, most))
@@ -180,7 +179,7 @@ def keep_float(
                 if found is not None:
                     kept, best, spared = fewer, found, True
                     break
-    mixed = hybrids.of_layers([name for name in names if name not in kept])
+    mixed = hybrids.keeping(kept)
     best = best or discrepancy(original, mixed, stars, tolerance=tolerance)  # all of them: the original itself
     return KeptFloat(mixed, tuple(name for name in names if name in kept), tolerance, best)
 
@@ -229,6 +228,10 @@ class _Hybrids:
             place, _, own = name.rpartition(".")
             setattr(result.get_submodule(place), own, copy.deepcopy(self.compressed.get_submodule(name)))
         return result.eval()
+
+    def keeping(self, names: Sequence[str]) -> nn.Module:
+        """The compressed network with these layers of the original."""
+        return self.of_layers(name for name in self.names if name not in names)
 
     @torch.no_grad()
     def sampled(self, stars: StarBatch, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from torchreach.app.inputs import InputSet
-from torchreach.app.report.content import NetworkInfo, versions
+from torchreach.app.report.content import NetworkInfo, heading
 from torchreach.app.report.pictures import attribution_picture
-from torchreach.app.report.provenance import Machine, bounds, stars_hash
 from torchreach.app.report.report import json_bytes
 from torchreach.core.outward import at_most, counted
 from torchreach.core.results import Attribution, Discrepancy, KeptFloat
@@ -37,17 +35,10 @@ def attribution_files(
     seconds: float,
 ) -> dict[str, bytes]:
     """report.json and attribution.png."""
-    stars = inputs.stars
     content = {
         "schema": SCHEMA,
-        "command": "attribute",
-        "command_line": command_line,
-        "versions": versions(),
-        "machine": asdict(Machine.here(stars.device)),
+        **heading("attribute", command_line, settings, networks, inputs),
         "semantics": found.cumulative[-1].semantics,
-        "settings": dict(settings),
-        "networks": {role: asdict(network) for role, network in networks.items()},
-        "input_set": {"text": inputs.text, "sha256": stars_hash(stars), "bounds": bounds(stars)},
         "layers": [
             {
                 "name": name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import torchreach
 from torchreach.app.inputs import InputSet
-from torchreach.app.report.provenance import Machine
+from torchreach.app.report.provenance import Machine, bounds, stars_hash
 from torchreach.app.verdict import Verdict
 from torchreach.core.results import Discrepancy, RepairResult
 
@@ -92,6 +92,22 @@ class Report:
 def versions() -> dict[str, str]:
     """Of everything that computes."""
     return {"torchreach": torchreach.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def heading(
+    command: str, command_line: str, settings: Mapping[str, Any], networks: Mapping[str, NetworkInfo], inputs: InputSet
+) -> dict[str, Any]:
+    """What a report without pages begins with: what was run, where, on which networks and which set."""
+    stars = inputs.stars
+    return {
+        "command": command,
+        "command_line": command_line,
+        "versions": versions(),
+        "machine": asdict(Machine.here(stars.device)),
+        "settings": dict(settings),
+        "networks": {role: asdict(network) for role, network in networks.items()},
+        "input_set": {"text": inputs.text, "sha256": stars_hash(stars), "bounds": bounds(stars)},
+    }
 
 
 def _layer_name(layer: nn.Module) -> str:

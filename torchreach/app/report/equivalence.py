@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from torchreach.app.inputs import InputSet
-from torchreach.app.report.content import NetworkInfo, versions
-from torchreach.app.report.provenance import Machine, bounds, stars_hash
+from torchreach.app.report.content import NetworkInfo, heading
 from torchreach.app.report.report import json_bytes
 from torchreach.core.outward import at_least, at_most, counted
 from torchreach.core.results import Answer, Equivalence
@@ -67,18 +65,11 @@ def equivalence_json(
     seconds: float,
 ) -> bytes:
     """The contents of report.json."""
-    stars = inputs.stars
     return json_bytes({
         "schema": SCHEMA,
-        "command": "equivalent",
-        "command_line": command_line,
-        "versions": versions(),
-        "machine": asdict(Machine.here(stars.device)),
+        **heading("equivalent", command_line, settings, networks, inputs),
         "semantics": found.semantics,
         "kernels": {"name": found.kernels, "uncovered": list(found.uncovered)},
-        "settings": dict(settings),
-        "networks": {role: asdict(network) for role, network in networks.items()},
-        "input_set": {"text": inputs.text, "sha256": stars_hash(stars), "bounds": bounds(stars)},
         "answer": answer(found).value,
         "text": sentence(found),
         "stars": [
