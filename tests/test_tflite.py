@@ -138,11 +138,10 @@ def test_ad01_is_certified_as_it_is_executed():
     assert bool((found.lower <= found.upper).all())
 
 
-@pytest.mark.parametrize("name", ["kws_ref_model", "pretrainedResnet_quant"])
-def test_what_is_not_bounded_yet_says_so(name):
-    network = tr.load(file(name))
+def test_a_softmax_of_codes_says_what_to_compare_instead():
+    network = tr.load(file("kws_ref_model"))
     stars = tr.StarBatch.from_box(torch.zeros(1, *network.shape), torch.ones(1, *network.shape))
-    with pytest.raises(UnsupportedLayerError, match=r"not bounded.*can be read and executed|scores"):
+    with pytest.raises(UnsupportedLayerError, match=r"not bounded.*scores.*can be read and executed"):
         tr.discrepancy(network, network, stars)
 
 
@@ -315,7 +314,7 @@ def test_many_random_quantised_graphs_are_executed_code_for_code(tmp_path):
 
 
 class Chain(Random):
-    """Layers that verbs can bound, one after the other; ReLU6 aside, which has no twin without clamping."""
+    """Layers one after the other, without ReLU6."""
 
     def activation(self) -> int:
         return int(self.rng.choice([NONE, RELU]))
@@ -343,7 +342,7 @@ def test_random_chains_stay_within_what_is_certified(seed, inputs, tmp_path):
     radius = radius.reshape(centre.shape)
     twin = tr.weight_only(network, network.shape).float()
     stars = tr.StarBatch.from_box((centre - radius)[None], (centre + radius)[None])
-    found = tr.discrepancy(twin, network, stars, budget=tr.Budget(seconds=2))
+    found = tr.discrepancy(twin, network, stars, budget=tr.Budget(seconds=None if inputs == 1 else 2))
     x = centre + radius * torch.empty(3000, *network.shape).uniform_(-1, 1, generator=generator)
     with torch.no_grad():
         off = (twin.double()(x.double()) - network(x)).abs().amax(0)

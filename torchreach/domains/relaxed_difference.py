@@ -42,7 +42,7 @@ class RelaxedDifference:
     root: tuple[Hexagon, ...]
     bottom: Tensor  # [2, N_out] ranges of both outputs before the clamps
     top: Tensor
-    lowest: Tensor  # [2, 1] the clamps
+    lowest: Tensor  # [2, N_out] the clamps
     highest: Tensor
     upper: Tensor
     saturable: tuple[tuple[str, ...], tuple[str, ...]]
@@ -73,9 +73,9 @@ class RelaxedDifference:
         steps1 = with_inputs(steps1, len(size) + own, relaxed2.extra, torch.cat((size, ones[:own])))
         steps2 = with_inputs(relaxed2.steps, len(size), own, torch.cat((size, ones[own:])))
         low, high = torch.cat((low, -ones)), torch.cat((high, ones))
-        infinite = low.new_tensor(torch.inf)
+        infinite = torch.full_like(relaxed2.lowest, torch.inf)
         ends = [(-infinite, infinite) if r is None else (r.lowest, r.highest) for r in (relaxed1, relaxed2)]
-        lowest, highest = (torch.stack(part)[:, None] for part in zip(*ends, strict=True))
+        lowest, highest = (torch.stack(part) for part in zip(*ends, strict=True))
         clock.check()
         try:
             pair = Pair.of(steps1, steps2)
@@ -137,15 +137,15 @@ def relaxation_bytes(first: tuple[Step, ...], second: tuple[Step, ...], numbers:
 def _clamped(upper: Tensor, low: Tensor, high: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
     """Bounds [2, N_out] on y1 - y2 and y2 - y1 after the clamps, from those before them.
 
-    low, high: [2, N_out] ranges of both outputs before the clamps to [lowest, highest], [2, 1] each. With c the clamp,
-    c1(a) - c2(b) <= max(a - b, lowest1 - b, c1(a) - highest2), the last two only where the clamps can act; and it is
-    at most what the ranges of c1(a) and c2(b) say.
+    low, high: [2, N_out] ranges of both outputs before the clamps to [lowest, highest], of these sizes too. With c the
+    clamp, c1(a) - c2(b) <= max(a - b, lowest1 - b, c1(a) - highest2), the last two only where the clamps can act; and
+    it is at most what the ranges of c1(a) and c2(b) say.
     """
     last, first = torch.minimum(high, highest), torch.maximum(low, lowest)
     last, first = torch.maximum(last, lowest), torch.minimum(first, highest)
     raised = torch.where(low < lowest, lowest - low.flip(0), -torch.inf)
     cut = torch.where(high.flip(0) > highest.flip(0), last - highest.flip(0), -torch.inf)
     # The ends of a clamp are products in float32 too.
-    rounded = torch.cat((lowest, highest), 1).abs()
-    loss = (4 * SINGLE * torch.where(rounded.isfinite(), rounded, 0.0)).sum()
+    rounded = torch.cat((lowest, highest)).abs()
+    loss = (4 * SINGLE * torch.where(rounded.isfinite(), rounded, 0.0)).sum(0)
     return torch.minimum(torch.maximum(upper, torch.maximum(raised, cut)), last - first.flip(0)) + loss

@@ -51,7 +51,7 @@ GROWTH = 4
 
 def kernel_error(step: Step, z: Tensor, x: Tensor) -> Tensor:
     """Bound [B, N_out] on |computed - real| of the step's affine block: |real| <= z [B, N_out], |inputs| <= x."""
-    if step.quantizer is not None and step.quantizer.rule is not None:
+    if step.quantizer is not None and step.quantizer.exact:
         return torch.zeros_like(z)
     offset = 0.0 if step.quantizer is None else SINGLE * step.quantizer.largest_sum
     if _is_identity(step):
@@ -102,7 +102,10 @@ def _outputs(steps: tuple[Step, ...], values: Tensor, radius: Tensor | None, way
         spread = spread + kernel_error(step, z.abs() + spread, size)
         low, high = z - spread, z + spread
         if step.quantizer is not None:
-            parent, low, high = _apart(*step.quantizer.code_range(low, high), 64 + GROWTH * len(values))
+            codes = step.quantizer.executed_range(
+                step.quantizer.code_range(low, high), middle - radius, middle + radius
+            )
+            parent, low, high = _apart(*codes, 64 + GROWTH * len(values))
             index = index[parent]
             low, high = step.quantizer.value(low), step.quantizer.value(high)
         elif step.relu is not None:
@@ -197,7 +200,9 @@ def _excess(
     most = torch.maximum(quantizer.value(first) - low, half) + kernel
     least = torch.minimum(quantizer.value(last) - high, -half) - kernel
     middle, radius = ball(least, most)
-    return middle, radius + allowance(high.abs() + low.abs())
+    radius = radius + allowance(high.abs() + low.abs())
+    passing = torch.as_tensor(quantizer.passing, device=low.device)
+    return torch.where(passing, 0.0, middle), torch.where(passing, 0.0, radius)
 
 
 @dataclass(frozen=True)
@@ -211,7 +216,7 @@ class Relaxed:
 
     steps: tuple[Step, ...]
     extra: int
-    lowest: Tensor  # []
+    lowest: Tensor  # [N_out]
     highest: Tensor
     saturable: tuple[str, ...]
 
@@ -246,11 +251,10 @@ def relax(
         result.append(step)
         if last:
             quantizer = steps[-2].quantizer if rest else None
-            lowest, highest = (slack.new_tensor(end) for end in (-torch.inf, torch.inf))
+            lowest, highest = (torch.full_like(low[0], end) for end in (-torch.inf, torch.inf))
             if quantizer is not None:
-                lowest, highest = (
-                    quantizer.value(slack.new_tensor(end)) for end in (quantizer.lowest, quantizer.highest)
-                )
+                ends = (quantizer.lowest, quantizer.highest)
+                lowest, highest = (quantizer.value(torch.as_tensor(end).to(low[0])).expand_as(low[0]) for end in ends)
             return Relaxed(tuple(result), extra, lowest, highest, tuple(saturable))
         rows, slack = _mapped(step, rows, slack, clock)
         if step.relu is not None and bool(step.relu.any()):
@@ -334,10 +338,11 @@ def _relaxed_step(
         shift, radius = _excess(step.quantizer, low, high, kernel, codes)
         noise, relu = noise - kernel + radius + 4 * SINGLE * (largest + shift.abs() + radius), None
     else:
-        fused = step.quantizer.lowest == int(step.quantizer.zero_point)
-        ends = (low.clamp(min=0), high.clamp(min=0)) if fused else (low, high)
+        relu = (step.quantizer.zero_point == step.quantizer.lowest).expand_as(low)
+        relu = relu & ~torch.as_tensor(step.quantizer.carried, device=low.device)
+        ends = torch.where(relu, low.clamp(min=0), low), torch.where(relu, high.clamp(min=0), high)
         shift, radius = _excess(step.quantizer, *ends, kernel)
-        noise, relu = noise - kernel + radius, torch.full_like(low, fused, dtype=torch.bool)
+        noise = noise - kernel + radius
     codes = step.quantizer.code_range(low - kernel, high + kernel)
     ends = (step.quantizer.value(codes[0]), step.quantizer.value(codes[1]))
     layer = step.block[0] if len(step.block) == 1 else None
@@ -369,7 +374,8 @@ def restricted(steps: tuple[Step, ...], x: Tensor, free: Tensor, size: Tensor) -
     bias = first.linear(fixed[None])[0] + first.bias
     matrix = first.linear(units).T.contiguous()
     head = _linear_step(first, matrix, bias, _composed(first, size), _terms(first, size))
-    return (replace(head, sums=first.sums and first.sums.restricted(x, free)), *steps[1:])
+    sums, quantizer = (part and part.restricted(x, free) for part in (first.sums, first.quantizer))
+    return (replace(head, sums=sums, quantizer=quantizer), *steps[1:])
 
 
 def varying(

@@ -22,10 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchreach.core.errors import OptionError, ShapeError
+from torchreach.core.roundoff import SINGLE, gamma
+from torchreach.core.terms import Kernels
 from torchreach.graph.kernels import IntegerSums, Pairing, Unfolded
-from torchreach.graph.layers import ElementwiseAffine, Rearrange, Reshape
+from torchreach.graph.layers import ElementwiseAffine, Rearrange, Reshape, fan_in
 from torchreach.graph.quantizer import Quantizer
 from torchreach.graph.requantise import (
+    Apart,
     Mean,
     divided,
     exponential,
@@ -43,18 +46,24 @@ class Operation(nn.Module):
     """Base: codes [B, *shape] int64 -> codes. grid: of the result, with the rule and the ends of its codes.
 
     activation: "", "relu" or another function that the ends of the codes stand for.
+    rounds: whether codes of the result are other ones than those of the operands.
+    sources: grids of the operands, where codes are no function of one real number, and follow from the operands' alone.
+    rising: of each operand, whether the codes grow with it, or fall.
     """
 
     unbounded = ""
+    rounds = True
     activation = ""
+    sources: tuple[Quantizer, ...] = ()
+    rising: tuple[bool, ...] = ()
 
     def __init__(self, name: str, kind: str, grid: Quantizer) -> None:
         super().__init__()
         self.name, self.kind, self.grid = name, kind, grid
 
     def layers(self) -> list[nn.Module]:
-        """The real-valued layers, and the quantiser that rounds their result."""
-        raise NotImplementedError
+        """The real-valued layers behind its operands, or behind their sum."""
+        return []
 
 
 class Sums(Operation):
@@ -108,7 +117,7 @@ class Sums(Operation):
             real.weight.mul_(scale.reshape(along) if scale.ndim else scale)
             if real.bias is not None:
                 real.bias.mul_(scale * self.source.scale)
-        return [*self.around[0], real, *self.around[1], self.grid]
+        return [*self.around[0], real, *self.around[1]]
 
 
 class AveragePool(Operation):
@@ -127,13 +136,11 @@ class AveragePool(Operation):
     def layers(self) -> list[nn.Module]:
         assert isinstance(self.grid.rule, Mean)
         share = 1 / self.grid.rule.count.double()
-        return [*self.around[0], self.pool, *self.around[1], ElementwiseAffine(share, torch.zeros(())), self.grid]
+        return [*self.around[0], self.pool, *self.around[1], ElementwiseAffine(share, torch.zeros(()))]
 
 
 class MaxPool(Operation):
     """Maxima of windows of codes."""
-
-    unbounded = "maxima of rounded values are not bounded yet"
 
     def __init__(
         self, name: str, kind: str, grid: Quantizer, kernel: Shape, stride: Shape, sides: Sides, *, last: bool
@@ -161,7 +168,7 @@ class MeanOver(Operation):
         return self.grid.of_sums((codes - self.source.zero_point).sum(self.axes, keepdim=self.keep))
 
     def layers(self) -> list[nn.Module]:
-        return [Rearrange("mean", self.axes, self.keep, terms=self.count), self.grid]
+        return [Rearrange("mean", self.axes, self.keep, terms=self.count)]
 
 
 class Rescaled(Operation):
@@ -174,12 +181,11 @@ class Rescaled(Operation):
     def forward(self, codes: Tensor) -> Tensor:
         return self.grid.of_sums(codes - self.source.zero_point)
 
-    def layers(self) -> list[nn.Module]:
-        return [self.grid]
-
 
 class Rearranged(Operation):
     """The same codes in another shape or order."""
+
+    rounds = False
 
     def __init__(self, name: str, kind: str, grid: Quantizer, layer: Reshape | Rearrange) -> None:
         super().__init__(name, kind, grid)
@@ -195,6 +201,8 @@ class Rearranged(Operation):
 class Padded(Operation):
     """Zeros around each value; sizes as `torch.nn.functional.pad` counts them."""
 
+    rounds = False
+
     def __init__(self, name: str, kind: str, grid: Quantizer, sizes: Shape) -> None:
         super().__init__(name, kind, grid)
         self.layer = Rearrange("pad", *sizes)
@@ -209,7 +217,7 @@ class Padded(Operation):
 class Joined(Operation):
     """Values of one grid side by side."""
 
-    unbounded = "a rounded value that is used beside others is not bounded yet"
+    rounds = False
 
     def __init__(self, name: str, kind: str, grid: Quantizer, axis: int) -> None:
         super().__init__(name, kind, grid)
@@ -225,7 +233,6 @@ class Added(Operation):
     sign: -1 for a difference.
     """
 
-    unbounded = "sums of two rounded values are not bounded yet"
     BITS = 20
 
     def __init__(
@@ -238,15 +245,19 @@ class Added(Operation):
         sign: int,
     ) -> None:
         """factors: (multiplier, shift) int64 [2] of both values, and of their sum."""
-        super().__init__(name, kind, grid)
-        self.first, self.second, self.sign = *sources, sign
+        # A unit of the sum is `share` codes. Each term is off by at most 1.2 units: two roundings, and 2^-31 of a
+        # number below 2^28 for its multiplier's; their sum, below 2^30, by 2^-31 of it, and by what its first rounding
+        # takes, half of at most two units.
+        share = torch.ldexp(factors[2][0].double(), factors[2][1] - 31)
+        super().__init__(name, kind, grid.changed(rule=Apart(grid.scale, 4 * share, Kernels.FIXED_POINT)))
+        self.sources, self.rising, self.sign = sources, (True, sign > 0), sign
         for key, value in zip(("one", "two", "total"), factors, strict=True):
             self.register_buffer(key, value)
 
     def forward(self, *codes: Tensor) -> Tensor:
         first, second = (
             multiplied((q - source.zero_point) << self.BITS, *getattr(self, key))
-            for q, source, key in zip(codes, (self.first, self.second), ("one", "two"), strict=True)
+            for q, source, key in zip(codes, self.sources, ("one", "two"), strict=True)
         )
         total = multiplied(first + self.sign * second, *self.get_buffer("total"))
         return (total + self.grid.zero_point).clamp(self.grid.lowest, self.grid.highest)
@@ -255,13 +266,17 @@ class Added(Operation):
 class AddedSingle(Operation):
     """onnxruntime's sum of two values: q f + (p g + c) rounded to even, in fused float32; f, g quotients of scales."""
 
-    unbounded = "sums of two rounded values are not bounded yet"
+    rising = (True, True)
     factors: Tensor
 
     def __init__(self, name: str, kind: str, grid: Quantizer, sources: tuple[Quantizer, Quantizer]) -> None:
-        super().__init__(name, kind, grid)
         scale = grid.scale.float()
         first, second = (source.scale.float() / scale for source in sources)
+        # Ten roundings of numbers that are no larger than all terms together.
+        largest = _largest(*sources, grid)
+        error = 16 * SINGLE * largest * (2 * (first + second).double() + 1)
+        super().__init__(name, kind, grid.changed(rule=Apart(grid.scale, error, Kernels.SINGLE_FLOAT)))
+        self.sources = sources
         zeros = [source.zero_point.float() for source in (*sources, grid)]
         # As compiled: the first product of the constant is not rounded before the second is added.
         shift = first.double() * zeros[0].double() + (second * zeros[1]).double()
@@ -278,29 +293,35 @@ class AddedSingle(Operation):
 class MeanSingle(Operation):
     """onnxruntime's average pooling: the mean of the values in float32, divided by the scale, rounded to even."""
 
-    unbounded = "means that are rounded in float32 are not bounded yet"
+    rising = (True,)
 
     def __init__(self, name: str, kind: str, grid: Quantizer, source: Quantizer, pool: nn.AvgPool2d) -> None:
-        super().__init__(name, kind, grid)
-        self.source, self.pool = source, pool
+        # As many roundings as numbers, and a few.
+        error = 4 * gamma(fan_in(pool) + 8, SINGLE) * _largest(source, grid) * (source.scale / grid.scale)
+        super().__init__(name, kind, grid.changed(rule=Apart(grid.scale, error, Kernels.SINGLE_FLOAT)))
+        self.sources, self.pool = (source,), pool
 
     def forward(self, codes: Tensor) -> Tensor:
-        x = (codes - self.source.zero_point).float() * self.source.scale.float()
+        source = self.sources[0]
+        x = (codes - source.zero_point).float() * source.scale.float()
         code = (self.pool(x) / self.grid.scale.float()).round() + self.grid.zero_point
         return code.clamp(self.grid.lowest, self.grid.highest).to(torch.int64)
+
+    def layers(self) -> list[nn.Module]:
+        return [self.pool]
 
 
 class Multiplied(Operation):
     """A product of two values: rule((q - z) (p - y))."""
 
-    unbounded = "products of rounded values are not bounded yet"
+    unbounded = "products of two rounded values are not bounded yet"
 
     def __init__(self, name: str, kind: str, grid: Quantizer, sources: tuple[Quantizer, Quantizer]) -> None:
         super().__init__(name, kind, grid)
-        self.first, self.second = sources
+        self.factors = sources
 
     def forward(self, *codes: Tensor) -> Tensor:
-        first, second = (q - s.zero_point for q, s in zip(codes, (self.first, self.second), strict=True))
+        first, second = (q - s.zero_point for q, s in zip(codes, self.factors, strict=True))
         return self.grid.of_sums(first * second)
 
 
@@ -327,7 +348,6 @@ class Softmax(Operation):
 class Constant(Operation):
     """Codes that the file holds, as an operand of sums and products."""
 
-    unbounded = "constants beside rounded values are not bounded yet"
     value: Tensor
 
     def __init__(self, name: str, grid: Quantizer, value: Tensor) -> None:
@@ -396,6 +416,11 @@ class DeployedNetwork(nn.Module):
             raise OptionError("scores() requires a network whose last operation is a softmax")
         parts = [part for part in self.operations[:-1] if isinstance(part, Operation)]
         return DeployedNetwork(self.shape, self.entry, parts, self.inputs[:-1], self.runtime)
+
+
+def _largest(*grids: Quantizer) -> int:
+    """Above the magnitude of all codes and zero points."""
+    return 1 + max(abs(end) for grid in grids for end in (grid.lowest, grid.highest))
 
 
 def window(sides: Sides, *, last: bool) -> tuple[list[nn.Module], list[nn.Module]]:

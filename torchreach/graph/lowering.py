@@ -11,6 +11,8 @@ bound that knows affine layers and ReLUs on some of the features then knows the 
     level(v) = 0 for the input; of an affine operation, the largest level of its inputs; of a piecewise linear one,
     one more: ReLU layer number l computes everything of level l
 
+A network of integer codes is lowered likewise, with roundings in place of ReLUs (`graph.roundings`).
+
 Property: lower(graph)(x) == graph(x), up to rounding. A ReLU of the chain stands for one breakpoint of one feature.
 """
 
@@ -24,7 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from torchreach.graph.affine_graph import AffineGraph, Term
+from torchreach.graph.deployed import Operation
 from torchreach.graph.layers import ElementwiseAffine, MaskedReLU
+from torchreach.graph.quantizer import Quantizer
+from torchreach.graph.roundings import Operands, Part, Roundings
 from torchreach.graph.smooth import Activations, Smooth
 
 Shape = tuple[int, ...]
@@ -71,23 +76,39 @@ HARDSIGMOID = PiecewiseLinear(((1.0, 1 / 6, 0.5), (-1.0, 1 / 6, -0.5)))
 
 
 @dataclass(frozen=True, eq=False)
-class Node:
-    """One value of a network: op "input", "layer", "add", "sub", "cat", "pointwise" or "maximum" of earlier values.
+class Rounding:
+    """A value on a grid. on_grid: whether it is there already, and only clamped.
 
+    operation: what gives its codes from those of the operands, where they are no function of the value; constants:
+    of each operand, its codes where they are fixed.
+    """
+
+    grid: Quantizer
+    on_grid: bool = False
+    operation: Operation | None = None
+    constants: tuple[Tensor | None, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """One value of a network: op "input", "layer", "add", "sub", "cat", "pointwise", "maximum" or "round" of earlier
+    values.
+
+    inputs: of a "round", the value that it rounds and then the operands of its operation.
     shape: of one value, without batch axis; None where it is unknown, which a chain may leave open.
-    value: the affine layer, the axis of a "cat" (batch counted), or the function of a "pointwise".
+    value: the affine layer, the axis of a "cat" (batch counted), or the function of a "pointwise" or "round".
     """
 
     op: str
     inputs: tuple[int, ...]
     shape: Shape | None
     name: str
-    value: nn.Module | PiecewiseLinear | Smooth | int | None = None
+    value: nn.Module | PiecewiseLinear | Smooth | Rounding | int | None = None
 
     @property
     def bends(self) -> bool:
-        """Whether it takes ReLUs."""
-        return self.op in ("pointwise", "maximum")
+        """Whether it takes ReLUs, or a rounding."""
+        return self.op in ("pointwise", "maximum", "round")
 
     @property
     def stays(self) -> bool:
@@ -122,6 +143,8 @@ class Graph:
                 function = node.value.value if isinstance(node.value, Smooth) else node.value
                 assert callable(function)
                 result.append(function(inputs[0]))
+            elif isinstance(node.value, Rounding):
+                result.append(node.value.grid(inputs[0]))
             elif node.op == "cat":
                 assert isinstance(node.value, int)
                 result.append(torch.cat(inputs, node.value))
@@ -156,7 +179,10 @@ def _is_relu(node: Node) -> bool:
 
 
 def lower(graph: Graph) -> nn.Sequential:
-    """The graph as a chain of affine layers, `AffineGraph`s, `nn.ReLU` and `MaskedReLU`; layers are shared."""
+    """The graph as a chain of affine layers, `AffineGraph`s, `nn.ReLU` and `MaskedReLU`; layers are shared.
+
+    A graph with roundings has `Quantizer` and `Roundings` instead of the last two.
+    """
     if graph.is_chain():
         return nn.Sequential(
             *(nn.ReLU() if node.op == "pointwise" else node.value for node in graph.nodes[1:])  # type: ignore[misc]
@@ -171,6 +197,7 @@ _Part = tuple[int, int | None]
 class _Lowering:
     def __init__(self, graph: Graph) -> None:
         self.nodes, self.levels = graph.nodes, graph.levels()
+        self.rounded = any(node.op == "round" for node in self.nodes)
         self.depth = self.levels[-1]
         self.layers: list[nn.Module] = []
         self.state: list[_Part] = [(0, None)]
@@ -211,13 +238,18 @@ class _Lowering:
         node = self.nodes[reader]
         if node.op == "maximum":
             return node.inputs[0] == i
-        if isinstance(node.value, Smooth):
+        if isinstance(node.value, Smooth | Rounding):
             return False
         assert isinstance(node.value, PiecewiseLinear)
         return isinstance(node.value.slope, Tensor) or node.value.slope != 0
 
     def _step(self, parts: list[_Part]) -> None:
-        """An affine layer that computes the parts, and ReLUs on those that have any."""
+        """An affine layer that computes the parts, and ReLUs, or roundings, on those that have any."""
+        if self.rounded:
+            rounding = self._roundings(parts)  # what its operands are made of is the state before it
+            self._affine(parts)
+            self.layers.append(rounding)
+            return
         self._affine(parts)
         functions = [self.nodes[i].value if k is not None else None for i, k in parts]
         curves = {f.name: f for f in functions if isinstance(f, Smooth)}
@@ -229,6 +261,42 @@ class _Lowering:
         else:
             masks = [self._mask([getattr(f, "name", "") == name for f in functions]) for name in curves]
             self.layers.append(Activations(self._mask(bent), list(zip(curves.values(), masks, strict=True))))
+
+    def _roundings(self, parts: list[_Part]) -> Quantizer:
+        """One quantiser, or several side by side."""
+        found: list[Part] = []
+        operands: dict[int, Operands] = {}
+        for k, (i, piece) in enumerate(parts):
+            node, shape = self.nodes[i], self._shape(i)
+            if piece is None or node.op == "maximum":
+                grid = self._grid(i)
+                if piece is not None:  # how much larger the second is, or nothing
+                    grid = Quantizer(grid.scale, 0, 0, grid.highest - grid.lowest)
+                found.append(Part(grid, prod(shape), passing=True, carried=piece is None))
+                continue
+            rounding = node.value
+            assert isinstance(rounding, Rounding)
+            found.append(Part(rounding.grid.flat(shape), prod(shape), passing=rounding.on_grid))
+            if rounding.operation is not None:
+                builder = _Terms(self)
+                outputs = tuple(map(builder.value, node.inputs[1:]))
+                layer = AffineGraph(tuple(self.shapes), tuple(builder.terms), tuple(builder.layers), outputs)
+                shapes = [self._shape(j) for j in node.inputs[1:]]
+                operands[k] = Operands(layer, shapes, rounding.operation, rounding.constants)
+        if len(found) == 1 and not operands and not found[0].passing:
+            value = self.nodes[parts[0][0]].value
+            assert isinstance(value, Rounding)
+            return value.grid
+        return Roundings(found, operands)
+
+    def _grid(self, i: int) -> Quantizer:
+        """The grid that the codes of a value are on, without the rule that gave them."""
+        node = self.nodes[i]
+        if isinstance(node.value, Rounding):
+            return node.value.grid.changed(rule=None, layer=None)
+        grids = [self._grid(j) for j in node.inputs]
+        lowest, highest = min(grid.lowest for grid in grids), max(grid.highest for grid in grids)
+        return grids[0].changed(lowest=lowest, highest=highest)
 
     def _mask(self, on: Sequence[bool]) -> Tensor:
         """[N] mask of the features of those parts of the state for which `on` is true."""
@@ -243,7 +311,7 @@ class _Lowering:
 
 
 def _count(node: Node) -> int:
-    if node.op == "maximum" or isinstance(node.value, Smooth):
+    if node.op == "maximum" or isinstance(node.value, Smooth | Rounding):
         return 1
     assert isinstance(node.value, PiecewiseLinear)
     return len(node.value.pieces)
@@ -278,7 +346,7 @@ class _Terms:
         node = self.work.nodes[i]
         if node.op == "maximum":
             return self._add(Term("sub", (self.value(node.inputs[1]), self.value(node.inputs[0]))))
-        if isinstance(node.value, Smooth):
+        if isinstance(node.value, Smooth | Rounding):
             return self.value(node.inputs[0])
         assert isinstance(node.value, PiecewiseLinear)
         _, scale, offset = node.value.pieces[k]
@@ -302,7 +370,7 @@ class _Terms:
         if node.op == "maximum":
             return self._add(Term("add", (self.value(node.inputs[0]), pieces[0])))
         f = node.value
-        if isinstance(f, Smooth):
+        if isinstance(f, Smooth | Rounding):
             return pieces[0]
         assert isinstance(f, PiecewiseLinear)
         total: int | None = None

@@ -51,6 +51,10 @@ class Quantizer(nn.Module):
 
     scale: Tensor
     zero_point: Tensor
+    # Where values are on the grid already, so that nothing is rounded, and where they also lie within its ends, [N]:
+    # see `graph.roundings`.
+    passing: Any
+    carried: Any
 
     def __init__(
         self,
@@ -89,10 +93,12 @@ class Quantizer(nn.Module):
             )
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
-        self.lowest, self.highest = int(lowest), int(highest)
+        self.lowest: Any = int(lowest)
+        self.highest: Any = int(highest)
         self.arithmetic, self.name = arithmetic, name
         self.layer, self.mean_of = layer, mean_of
         self.rule = rule
+        self.passing = self.carried = False
 
     def forward(self, x: Tensor) -> Tensor:
         return self.value(self.codes(x)).to(x.dtype)
@@ -144,9 +150,7 @@ class Quantizer(nn.Module):
                 f"numbers are less than 2^31 steps, beyond which int8 kernels overflow; got up to {largest:.3g} steps"
             )
         if self.rule is not None:
-            # Sums are whole numbers: those in the interval, but for what float64 rounds off.
-            sums = torch.ceil(lower / self.rule.unit - 1e-3), torch.floor(upper / self.rule.unit + 1e-3)
-            low, high = (self.rule(end.to(torch.int64)).to(lower) + self.zero_point for end in sums)
+            low, high = (code.to(lower) + self.zero_point for code in self.rule.code_range(lower, upper))
         elif self.mean_of:
             low, high = self._mean_codes(torch.ceil, lower), self._mean_codes(torch.floor, upper)
         else:
@@ -155,6 +159,15 @@ class Quantizer(nn.Module):
         if clamped:
             low, high = (end.clamp(self.lowest, self.highest) for end in (low, high))
         return low, high
+
+    def executed_range(self, codes: tuple[Tensor, Tensor], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """`codes` [B, N] as `code_range` gives them, for states in [low, high] [B, N_in] before the layer: see
+        `graph.roundings`."""
+        return codes
+
+    def restricted(self, x: Tensor, free: Tensor) -> Quantizer:  # noqa: ARG002
+        """The same where all but the features `free` of the state [N_in] before the layer are fixed to x."""
+        return self
 
     def _mean_codes(self, toward: Any, ends: Tensor) -> Tensor:
         """Code of the first mean from an end of an interval on, toward its inside."""
@@ -172,6 +185,11 @@ class Quantizer(nn.Module):
         middle = torch.arange(-OVER, OVER, dtype=torch.float64) + 0.5
         sums = (middle * self.mean_of).float()
         return int(self.zero_point) % 2 == 0 and bool((sums * (1 / torch.tensor(float(self.mean_of))) == middle).all())
+
+    @property
+    def exact(self) -> bool:
+        """Whether codes are those of the exact sums, whoever computes them."""
+        return self.rule is not None
 
     def half_step(self, size: Tensor) -> Tensor:
         """Bound on |value of the code - x| where codes do not saturate, for |x| <= size [..., N]."""
@@ -196,17 +214,18 @@ class Quantizer(nn.Module):
 
     def limited(self, lowest: int, highest: int) -> Quantizer:
         """The same grid with codes in [lowest, highest] only."""
-        return self._with(lowest=max(self.lowest, lowest), highest=min(self.highest, highest))
+        return self.changed(lowest=max(self.lowest, lowest), highest=min(self.highest, highest))
 
     def of_means(self, count: int) -> Quantizer:
         """The quantiser of means of `count` values of this grid (0: of a number that varies), on the same grid."""
-        return self._with(layer=None, mean_of=count, rule=None)
+        return self.changed(layer=None, mean_of=count, rule=None)
 
     def flat(self, shape: tuple[int, ...]) -> Quantizer:
         """The quantiser of flattened values [B, N] of `shape`."""
-        return self if self.rule is None else self._with(rule=self.rule.flat(shape))
+        return self if self.rule is None else self.changed(rule=self.rule.flat(shape))
 
-    def _with(self, **changes: Any) -> Quantizer:
+    def changed(self, **changes: Any) -> Quantizer:
+        """The same with other settings, as the constructor names them."""
         names = ("scale", "zero_point", "lowest", "highest", "arithmetic", "name", "layer", "mean_of", "rule")
         return Quantizer(**{name: getattr(self, name) for name in names} | changes)
 

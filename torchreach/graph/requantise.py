@@ -49,6 +49,12 @@ class Requantise(nn.Module):
         """Bound on |code value - value of the sum| - scale / 2, where |value of the sum| <= size."""
         raise NotImplementedError
 
+    def code_range(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes, zero point not added and not clamped, of the first and the last sum with values in [lower, upper]."""
+        # Sums are whole numbers: those in the interval, but for what float64 rounds off.
+        sums = torch.ceil(lower / self.unit - 1e-3), torch.floor(upper / self.unit + 1e-3)
+        return self(sums[0].to(torch.int64)), self(sums[1].to(torch.int64))
+
     def flat(self, shape: tuple[int, ...]) -> Requantise:
         """The same for flattened values [B, N] of `shape`."""
         result = copy.deepcopy(self)
@@ -149,6 +155,29 @@ class Mean(Requantise):
 
     def off(self, size: Tensor, scale: Tensor) -> Tensor:  # noqa: ARG002
         return torch.zeros_like(size)
+
+
+class Apart(Requantise):
+    """Of a runtime that rounds the terms of a sum one by one: the code nearest to the real value, or to one near it.
+
+    unit: the scale of the codes. error: how far the value that is rounded last is from the real one, in codes.
+    kernels: whose they are. The codes themselves are those of the operation, see `graph.roundings.Operands`.
+    """
+
+    def __init__(self, unit: Tensor, error: Tensor | float, kernels: Kernels) -> None:
+        super().__init__(unit)
+        self.register_buffer("error", torch.as_tensor(error, dtype=torch.float64))
+        self.kernels = kernels
+
+    def forward(self, sums: Tensor) -> Tensor:
+        return sums
+
+    def off(self, size: Tensor, scale: Tensor) -> Tensor:
+        return (self.get_buffer("error") * scale).expand_as(size)
+
+    def code_range(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        ends = lower / self.unit - self.get_buffer("error"), upper / self.unit + self.get_buffer("error")
+        return torch.ceil(ends[0] - 0.5), torch.floor(ends[1] + 0.5)
 
 
 def fixed_point(factor: Tensor) -> tuple[Tensor, Tensor]:

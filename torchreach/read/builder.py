@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any, NoReturn
@@ -254,7 +255,12 @@ class ChainBuilder:
         if straight and all(node.op == "layer" or node.stays for node in self.nodes[1:]):
             return nn.Sequential(*self.layers)
         if self.deployed:
-            self.refuse("output", "graph", "networks that round activations must be chains of layers with ReLU")
+            if not any(node.op == "round" for node in self.nodes) or any(node.op == "pointwise" for node in self.nodes):
+                self.refuse("output", "graph", "networks that round activations must be chains of layers with ReLU")
+            self.nodes = [
+                replace(node, value=_doubled(node.value)) if isinstance(node.value, nn.Module) else node
+                for node in self.nodes
+            ]
         if any(isinstance(layer, MaskedReLU | Activations) for layer in self.layers):
             self.refuse("output", "graph", "merged or lowered networks must be chains")
         graph = Graph.to(self.nodes, self.at)
@@ -285,7 +291,7 @@ class ChainBuilder:
                 stacklevel=3,
             )
         if self.deployed:
-            self.layers = [layer if _is_double(layer) else copy.deepcopy(layer).double() for layer in self.layers]
+            self.layers = [_doubled(layer) for layer in self.layers]
         return self.sequential()
 
     def _check(self, layer: nn.Module, name: str) -> None:
@@ -385,6 +391,7 @@ def pooled(layer: nn.AvgPool1d | nn.AvgPool2d) -> int:
     return fan_in(layer)
 
 
-def _is_double(layer: nn.Module) -> bool:
+def _doubled(layer: nn.Module) -> nn.Module:
     values = (*layer.parameters(), *layer.buffers())
-    return all(value.dtype == torch.float64 for value in values if value.is_floating_point())
+    double = all(value.dtype == torch.float64 for value in values if value.is_floating_point())
+    return layer if double else copy.deepcopy(layer).double()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from torchreach.core.errors import OptionError, ShapeError, UnsupportedLayerError
+from torchreach.core.errors import OptionError, ShapeError
 from torchreach.graph.deployed import DeployedNetwork
 from torchreach.graph.lowering import Graph
 from torchreach.graph.quantizer import Quantizer
@@ -120,8 +120,7 @@ def _read(module: nn.Module, input_shape: Shape | None) -> tuple[nn.Sequential, 
 def weight_only(module: nn.Module, input_shape: Shape | None = None) -> WeightOnly:
     """Float twin of a deployed network: its dequantised weights, and no rounding or clamping of activations.
 
-    Arguments and errors as `chain`, and UnsupportedLayerError for activations that are clamped from above, which
-    nothing but the rounding says. A network without quantisers gives the same as `chain`.
+    Arguments and errors as `chain`. A network without quantisers gives the same as `chain`.
 
     Example:
         >>> from torch.ao import quantization
@@ -134,9 +133,10 @@ def weight_only(module: nn.Module, input_shape: Shape | None = None) -> WeightOn
         >>> [type(layer).__name__ for layer in tr.weight_only(int8)]
         ['Linear', 'ReLU', 'Linear']
     """
-    parts = module.operations if isinstance(module, DeployedNetwork) else ()
-    if capped := next((part for part in parts if getattr(part, "activation", "") not in ("", "relu")), None):
-        raise UnsupportedLayerError(f"{capped.name!r}: a network with {capped.activation} has no twin without clamping")
+    if isinstance(module, DeployedNetwork):
+        builder = ChainBuilder(_checked_shape(input_shape))
+        add_deployed_network(builder, module, "", rounded=False)
+        return WeightOnly(*builder.finish())
     return WeightOnly(*(layer for layer in chain(module, input_shape) if not isinstance(layer, Quantizer)))
 
 

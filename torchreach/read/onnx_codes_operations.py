@@ -123,7 +123,7 @@ class CodesOperations(CodesWalk):
             shape = (-1, 1, 1) if convolution and several else ()
             parts = [part.reshape(shape) if several and convolution else part for part in (unit, single)]
             integers = self._integers(name, kind, stored, source, layer if convolution else None, weight)
-            rounded = grid._with(rule=SingleFloat(*parts), layer=integers)
+            rounded = grid.changed(rule=SingleFloat(*parts), layer=integers)
             relu = grid.lowest == int(grid.zero_point)  # to which `quantize_static` leaves a ReLU
             operation = ops.Sums(name, kind, rounded, layer, source, scale, sides=sides or (0, 0, 0, 0))
             return self._put(operation, (value.place,), relu)
@@ -213,7 +213,7 @@ class CodesOperations(CodesWalk):
 
             def over(grid: Quantizer) -> Value:
                 factor = source.scale.float() / (grid.scale.float() * torch.tensor(float(count)))
-                rounded = grid._with(rule=SingleFloat(source.scale / count, factor))
+                rounded = grid.changed(rule=SingleFloat(source.scale / count, factor))
                 return self._put(ops.MeanOver(name, kind, rounded, source, (2, 3), True, count), (value.place,))
 
             return over

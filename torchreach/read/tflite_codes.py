@@ -127,7 +127,7 @@ class _Codes:
             highest = min(highest, self._code(grid, above))
         if lowest > highest:
             node.refuse(f"its activation leaves no codes on the grid {grid}")
-        return grid._with(lowest=lowest, highest=highest, rule=rule)
+        return grid.changed(lowest=lowest, highest=highest, rule=rule)
 
     @staticmethod
     def _code(grid: Quantizer, value: float) -> int:

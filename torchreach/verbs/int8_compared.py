@@ -18,6 +18,7 @@ from torchreach.domains.pair import identical
 from torchreach.domains.rounding import outputs
 from torchreach.domains.zonotope import interval_bounds, zonotope_bounds
 from torchreach.graph.layers import alike
+from torchreach.graph.roundings import Roundings
 from torchreach.graph.steps import Step
 from torchreach.search.rounded_witness import straight_through
 from torchreach.sets.star import StarBatch
@@ -139,6 +140,8 @@ def one_network(original: nn.Module, compressed: nn.Module, networks: Compared, 
 
 
 def _same_rounding(s: Step, t: Step) -> bool:
+    if isinstance(s.quantizer, Roundings) or isinstance(t.quantizer, Roundings):
+        return alike(s.quantizer, t.quantizer)
     if s.quantizer is not None and t.quantizer is not None:
         ends = [(q.lowest, q.highest, q.arithmetic) for q in (s.quantizer, t.quantizer)]
         same = s.quantizer.same_grid(t.quantizer) and ends[0] == ends[1]

@@ -1,0 +1,121 @@
+"""Networks of integer codes that are no chains: sums, values side by side, maxima; as points, intervals, certificates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import torchreach as tr
+from tests.test_tflite import Random, file
+from torchreach.core.errors import UnsupportedLayerError
+from torchreach.core.tolerances import COMPUTE_DTYPE
+from torchreach.domains.rounding import InputGrid, outputs, relax
+from torchreach.domains.zonotope import box_rows, zonotope_bounds
+from torchreach.graph.deployed import DeployedNetwork, Softmax
+from torchreach.read.steps import steps
+
+POINTS = 10
+
+
+def random_graph(seed: int, folder: Path) -> DeployedNetwork:
+    """Skips those with a product of two values."""
+    path = folder / "random.tflite"
+    path.write_bytes(Random(seed).build())
+    network = tr.load(path)
+    assert isinstance(network, DeployedNetwork)
+    network = network.scores() if isinstance(network.operations[-1], Softmax) else network
+    try:
+        tr.weight_only(network, network.shape)
+    except UnsupportedLayerError as error:
+        pytest.skip(str(error))
+    return network
+
+
+def described(network: DeployedNetwork):
+    device = torch.device("cpu")
+    return steps(network, network.shape, dtype=COMPUTE_DTYPE, device=device, quantized=True)
+
+
+def executed(network: DeployedNetwork, codes: Tensor) -> Tensor:
+    return network.grid.value(network.codes(codes)).flatten(1)
+
+
+def check_points(network: DeployedNetwork, codes: Tensor) -> None:
+    """All outputs that the description allows are the one that the runtime computes."""
+    index, low, high = outputs(described(network), network.entry.value(codes).flatten(1))
+    want = executed(network, codes)
+    assert torch.equal(index, torch.arange(len(codes)))
+    assert bool(((low <= want) & (want <= high)).all())
+    assert float((high - low).max()) <= 1e-5 * (1 + float(want.abs().max()))
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_codes_of_points_are_exact(seed, tmp_path):
+    network = random_graph(seed, tmp_path)
+    generator = torch.Generator().manual_seed(seed)
+    check_points(network, torch.randint(-128, 128, (POINTS, *network.shape), generator=generator))
+
+
+def test_the_codes_of_a_residual_network_are_exact():
+    network = tr.load(file("pretrainedResnet_quant"))
+    assert isinstance(network, DeployedNetwork)
+    network = network.scores()
+    generator = torch.Generator().manual_seed(0)
+    check_points(network, torch.randint(-128, 128, (2, *network.shape), generator=generator))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_intervals_and_relaxations_hold_what_is_executed(seed, tmp_path):
+    network = random_graph(seed, tmp_path)
+    generator = torch.Generator().manual_seed(seed)
+    middle = torch.randint(-128, 128, network.shape, generator=generator)
+    reach = torch.randint(0, 3, network.shape, generator=generator)
+    first, last = (middle - reach).clamp(-128, 127), (middle + reach).clamp(-128, 127)
+    spread = torch.rand(500, *network.shape, generator=generator) * (last - first + 1)
+    want = executed(network, torch.minimum(first + spread.floor().long(), last))
+    low, high = (network.entry.value(end).flatten() for end in (first, last))
+    found = described(network)
+    _, least, most = outputs(found, ((low + high) / 2)[None], ((high - low) / 2 + 1e-9)[None])
+    assert bool(((least.amin(0) <= want) & (want <= most.amax(0))).all())
+    relaxed = relax(found, low, high, InputGrid.of(found[0]))
+    ones = low.new_ones(relaxed.extra)
+    rows = box_rows(torch.cat((low, -ones))[None], torch.cat((high, ones))[None])
+    below, above = (
+        torch.minimum(torch.maximum(end[0], relaxed.lowest), relaxed.highest)
+        for end in zonotope_bounds(relaxed.steps, *rows)[-1]
+    )
+    assert bool(((below <= want + 1e-5) & (want <= above + 1e-5)).all())
+
+
+@pytest.mark.parametrize("seed", [2, 4, 5, 9, 10, 11])
+@pytest.mark.parametrize("inputs", [1, 200])
+def test_certificates_hold_what_is_executed(seed, inputs, tmp_path):
+    network = random_graph(seed, tmp_path)
+    twin = tr.weight_only(network, network.shape).double()
+    generator = torch.Generator().manual_seed(seed)
+    centre = network.entry.value(torch.randint(-128, 128, network.shape, generator=generator)).float()
+    radius = torch.zeros(centre.numel())
+    radius[torch.randperm(centre.numel(), generator=generator)[:inputs]] = 1.5 * float(network.entry.scale)
+    radius = radius.reshape(centre.shape)
+    stars = tr.StarBatch.from_box((centre - radius)[None], (centre + radius)[None])
+    found = tr.discrepancy(twin, network, stars, budget=tr.Budget(seconds=None if inputs == 1 else 1))
+    x = centre + radius * torch.empty(2000, *network.shape).uniform_(-1, 1, generator=generator)
+    with torch.no_grad():
+        off = (twin(x.double()) - network(x)).abs().amax(0)
+    assert bool((off <= found.upper[0] * (1 + 1e-6) + 1e-6).all())
+    assert bool((found.lower <= found.upper).all())
+    if inputs == 1:
+        assert bool((found.upper - found.lower).max() <= 1e-3 * found.upper.max() + 1e-6)
+
+
+def test_twins_without_rounding_keep_activations_that_end_codes(tmp_path):
+    network = random_graph(1, tmp_path)  # it has a ReLU6
+    assert "relu6" in [part.activation for part in network.operations]
+    twin = tr.weight_only(network, network.shape)
+    generator = torch.Generator().manual_seed(0)
+    x = network.entry.value(torch.randint(-128, 128, (50, *network.shape), generator=generator)).float()
+    steps_off = (twin.double()(x.double()) - network(x)).abs().max()
+    assert steps_off <= 0.05 * network(x).abs().max() + 20 * network.grid.scale
