@@ -1,14 +1,16 @@
-"""Networks of integer codes that are no chains: sums, values side by side, maxima; as points, intervals, certificates."""
+"""Networks of integer codes that are no chains, with sums, joins and maxima: points, intervals, certificates."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import torchreach as tr
+from tests.test_onnx_codes import FORMATS, quantised, random_network
 from tests.test_tflite import Random, file
 from torchreach.core.errors import UnsupportedLayerError
 from torchreach.core.tolerances import COMPUTE_DTYPE
@@ -16,8 +18,11 @@ from torchreach.domains.rounding import InputGrid, outputs, relax
 from torchreach.domains.zonotope import box_rows, zonotope_bounds
 from torchreach.graph.deployed import DeployedNetwork, Softmax
 from torchreach.read.steps import steps
+from torchreach.verbs.int8_kernels import executed as as_executed
 
 POINTS = 10
+# Forms of `quantize_static` that are executed in one way.
+ONNX = [form for form in FORMATS if form[:2] != ("QDQ", "QInt8")]
 
 
 def random_graph(seed: int, folder: Path) -> DeployedNetwork:
@@ -34,9 +39,24 @@ def random_graph(seed: int, folder: Path) -> DeployedNetwork:
     return network
 
 
+def random_onnx(seed: int, form: tuple, folder: Path) -> DeployedNetwork:
+    source, shape = random_network(seed, folder)
+    rows = np.random.default_rng(seed).normal(0, 1, (5, *shape)).astype(np.float32)
+    network = tr.load(quantised(source, folder / "q.onnx", rows, *form))
+    assert isinstance(network, DeployedNetwork)
+    return network
+
+
+def drawn(network: DeployedNetwork, seed: int, count: int) -> Tensor:
+    """Codes of inputs [count, *shape]."""
+    ends = int(network.entry.lowest), int(network.entry.highest) + 1
+    return torch.randint(*ends, (count, *network.shape), generator=torch.Generator().manual_seed(seed))
+
+
 def described(network: DeployedNetwork):
+    """As this machine's kernels execute it."""
     device = torch.device("cpu")
-    return steps(network, network.shape, dtype=COMPUTE_DTYPE, device=device, quantized=True)
+    return as_executed(steps(network, network.shape, dtype=COMPUTE_DTYPE, device=device, quantized=True), "here").steps
 
 
 def executed(network: DeployedNetwork, codes: Tensor) -> Tensor:
@@ -55,25 +75,28 @@ def check_points(network: DeployedNetwork, codes: Tensor) -> None:
 @pytest.mark.parametrize("seed", range(16))
 def test_codes_of_points_are_exact(seed, tmp_path):
     network = random_graph(seed, tmp_path)
-    generator = torch.Generator().manual_seed(seed)
-    check_points(network, torch.randint(-128, 128, (POINTS, *network.shape), generator=generator))
+    check_points(network, drawn(network, seed, POINTS))
+
+
+@pytest.mark.parametrize("form", ONNX)
+@pytest.mark.parametrize("seed", range(3))
+def test_codes_of_points_are_exact_as_onnxruntime_computes_them(seed, form, tmp_path):
+    network = random_onnx(seed, form, tmp_path)
+    check_points(network, drawn(network, seed, POINTS))
 
 
 def test_the_codes_of_a_residual_network_are_exact():
     network = tr.load(file("pretrainedResnet_quant"))
     assert isinstance(network, DeployedNetwork)
     network = network.scores()
-    generator = torch.Generator().manual_seed(0)
-    check_points(network, torch.randint(-128, 128, (2, *network.shape), generator=generator))
+    check_points(network, drawn(network, 0, 2))
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_intervals_and_relaxations_hold_what_is_executed(seed, tmp_path):
-    network = random_graph(seed, tmp_path)
+def check_intervals(network: DeployedNetwork, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    middle = torch.randint(-128, 128, network.shape, generator=generator)
-    reach = torch.randint(0, 3, network.shape, generator=generator)
-    first, last = (middle - reach).clamp(-128, 127), (middle + reach).clamp(-128, 127)
+    ends = int(network.entry.lowest), int(network.entry.highest)
+    middle, reach = drawn(network, seed, 1)[0], torch.randint(0, 3, network.shape, generator=generator)
+    first, last = (middle - reach).clamp(*ends), (middle + reach).clamp(*ends)
     spread = torch.rand(500, *network.shape, generator=generator) * (last - first + 1)
     want = executed(network, torch.minimum(first + spread.floor().long(), last))
     low, high = (network.entry.value(end).flatten() for end in (first, last))
@@ -90,13 +113,24 @@ def test_intervals_and_relaxations_hold_what_is_executed(seed, tmp_path):
     assert bool(((below <= want + 1e-5) & (want <= above + 1e-5)).all())
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_intervals_and_relaxations_hold_what_is_executed(seed, tmp_path):
+    check_intervals(random_graph(seed, tmp_path), seed)
+
+
+@pytest.mark.parametrize("form", ONNX)
+@pytest.mark.parametrize("seed", range(3))
+def test_intervals_and_relaxations_hold_what_onnxruntime_computes(seed, form, tmp_path):
+    check_intervals(random_onnx(seed, form, tmp_path), seed)
+
+
 @pytest.mark.parametrize("seed", [2, 4, 5, 9, 10, 11])
 @pytest.mark.parametrize("inputs", [1, 200])
 def test_certificates_hold_what_is_executed(seed, inputs, tmp_path):
     network = random_graph(seed, tmp_path)
     twin = tr.weight_only(network, network.shape).double()
     generator = torch.Generator().manual_seed(seed)
-    centre = network.entry.value(torch.randint(-128, 128, network.shape, generator=generator)).float()
+    centre = network.entry.value(drawn(network, seed, 1)[0]).float()
     radius = torch.zeros(centre.numel())
     radius[torch.randperm(centre.numel(), generator=generator)[:inputs]] = 1.5 * float(network.entry.scale)
     radius = radius.reshape(centre.shape)
@@ -115,7 +149,6 @@ def test_twins_without_rounding_keep_activations_that_end_codes(tmp_path):
     network = random_graph(1, tmp_path)  # it has a ReLU6
     assert "relu6" in [part.activation for part in network.operations]
     twin = tr.weight_only(network, network.shape)
-    generator = torch.Generator().manual_seed(0)
-    x = network.entry.value(torch.randint(-128, 128, (50, *network.shape), generator=generator)).float()
+    x = network.entry.value(drawn(network, 0, 50)).float()
     steps_off = (twin.double()(x.double()) - network(x)).abs().max()
     assert steps_off <= 0.05 * network(x).abs().max() + 20 * network.grid.scale

@@ -37,6 +37,7 @@ from torchreach.domains.zonotope import box_rows, relu_band
 from torchreach.graph.arithmetic import Arithmetic
 from torchreach.graph.layers import RESHAPING, ElementwiseAffine
 from torchreach.graph.quantizer import Quantizer
+from torchreach.graph.roundings import leaves
 from torchreach.graph.steps import Step
 from torchreach.graph.twins import check_entries, dense
 from torchreach.graph.weights import linear_layer
@@ -241,8 +242,8 @@ def relax(
     result: list[Step] = []
     while True:
         clock.check()
-        if step.sums is not None and step.sums.saturates(*values):
-            saturable.append(step.sums.name)
+        if step.sums is not None:
+            saturable += [part.name for part in leaves(step.sums) if part.saturates(*values)]
         step = _with_loss(step, *values)
         low, high = _range(*_mapped(step, rows, slack, clock))
         last = not rest or (len(rest) == 1 and step.quantizer is not None and _is_identity(rest[0]))

@@ -276,18 +276,25 @@ class _Lowering:
                 continue
             rounding = node.value
             assert isinstance(rounding, Rounding)
-            found.append(Part(rounding.grid.flat(shape), prod(shape), passing=rounding.on_grid))
+            before = self._before(node.inputs[0]) if rounding.grid.layer is not None else None
+            found.append(Part(rounding.grid.flat(shape), prod(shape), passing=rounding.on_grid, before=before))
             if rounding.operation is not None:
                 builder = _Terms(self)
                 outputs = tuple(map(builder.value, node.inputs[1:]))
                 layer = AffineGraph(tuple(self.shapes), tuple(builder.terms), tuple(builder.layers), outputs)
                 shapes = [self._shape(j) for j in node.inputs[1:]]
                 operands[k] = Operands(layer, shapes, rounding.operation, rounding.constants)
-        if len(found) == 1 and not operands and not found[0].passing:
+        if len(found) == 1 and not operands and not found[0].passing and found[0].before is None:
             value = self.nodes[parts[0][0]].value
             assert isinstance(value, Rounding)
             return value.grid
         return Roundings(found, operands)
+
+    def _before(self, i: int) -> nn.Module:
+        """What the int8 layer that gives value i reads, of the state."""
+        builder = _Terms(self)
+        output = builder.value(self.nodes[i].inputs[0])
+        return AffineGraph(tuple(self.shapes), tuple(builder.terms), tuple(builder.layers), (output,))
 
     def _grid(self, i: int) -> Quantizer:
         """The grid that the codes of a value are on, without the rule that gave them."""

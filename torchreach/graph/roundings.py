@@ -13,8 +13,8 @@ Axis letters: B points, N features.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from torchreach.graph.deployed import Operation
+from torchreach.graph.kernels import IntegerSums, Pairing, Unfolded
 from torchreach.graph.quantizer import Quantizer
 from torchreach.graph.requantise import Requantise
 
@@ -77,14 +78,60 @@ class Operands(nn.Module):
         return tuple(self.operation(*codes).flatten(1).to(low) for codes in (least, most))  # type: ignore[return-value]
 
 
+@dataclass(frozen=True, eq=False)
+class PlacedSums:
+    """Sums of several int8 layers, each with the place of its first output among `size` features.
+
+    Each reads the whole state before the layer. As `graph.kernels.IntegerSums` otherwise, of which these are made.
+    """
+
+    parts: tuple[tuple[int, IntegerSums], ...]
+    size: int
+
+    @property
+    def pairings(self) -> tuple[tuple[Pairing, ...], ...]:
+        return max((part.pairings for _, part in self.parts), key=len)
+
+    @property
+    def name(self) -> str:
+        return ", ".join(part.name for _, part in self.parts)
+
+    def restricted(self, values: Tensor, free: Tensor) -> PlacedSums:
+        return replace(self, parts=tuple((place, part.restricted(values, free)) for place, part in self.parts))
+
+    def with_pairings(self, pairings: Iterator[tuple[tuple[Pairing, ...], ...]]) -> PlacedSums:
+        """The same with the next pairings of each layer."""
+        return replace(self, parts=tuple((k, replace(part, pairings=next(pairings))) for k, part in self.parts))
+
+    def loss(self, way: int, low: Tensor, high: Tensor) -> Ends | None:
+        ends = low.new_zeros(2, len(low), self.size)
+        found = [(place, part.loss(way, low, high)) for place, part in self.parts]
+        for place, lost in found:
+            if lost is not None:
+                ends[:, :, place : place + lost[0].shape[1]] = torch.stack(lost)
+        return None if all(lost is None for _, lost in found) else (ends[0], ends[1])
+
+    def saturates(self, low: Tensor, high: Tensor) -> bool:
+        return any(part.saturates(low, high) for _, part in self.parts)
+
+
+def leaves(sums: IntegerSums | PlacedSums) -> list[IntegerSums]:
+    """The sums of each layer."""
+    return [part for _, part in sums.parts] if isinstance(sums, PlacedSums) else [sums]
+
+
 @dataclass(frozen=True)
 class Part:
-    """Neighbouring features. passing: whether they are on the grid already; carried: and within its ends."""
+    """Neighbouring features. passing: whether they are on the grid already; carried: and within its ends.
+
+    before: state [B, N_in] -> what the int8 layer of the grid reads, where it is one.
+    """
 
     grid: Quantizer
     size: int
     passing: bool = False
     carried: bool = False
+    before: nn.Module | None = None
 
 
 class Roundings(Quantizer):
@@ -95,6 +142,7 @@ class Roundings(Quantizer):
         nn.Module.__init__(self)
         self.quantizers = nn.ModuleList(part.grid for part in parts)
         self.sizes = [part.size for part in parts]
+        self.before = {k: part.before for k, part in enumerate(parts) if part.before is not None}
         self.operands = nn.ModuleDict({str(k): part for k, part in operands.items()})
         for name in ("scale", "zero_point", "lowest", "highest"):
             each = [torch.as_tensor(getattr(part.grid, name)).expand(part.size) for part in parts]
@@ -121,6 +169,16 @@ class Roundings(Quantizer):
         """Results of a method of each part, of its features of values [..., N]."""
         pieces = zip(*(torch.split(value, self.sizes, -1) for value in values), strict=True)
         return [getattr(part, method)(*piece, **options) for part, piece in zip(self._parts, pieces, strict=True)]
+
+    def sums(self, inputs: int, device: torch.device) -> PlacedSums | None:
+        """Of its int8 layers, for states of so many features."""
+        parts: list[tuple[int, IntegerSums]] = []
+        for k, before in self.before.items():
+            layer = self._parts[k].layer
+            assert layer is not None
+            at = Unfolded.of(layer, (inputs,), [before], device)
+            parts.append((sum(self.sizes[:k]), IntegerSums(at)))
+        return PlacedSums(tuple(parts), sum(self.sizes)) if parts else None
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(1) if x.ndim > 2 else x

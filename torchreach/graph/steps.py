@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from torchreach.graph.layers import (
     with_bias_magnitude,
 )
 from torchreach.graph.quantizer import Quantizer
+from torchreach.graph.roundings import PlacedSums, Roundings
 from torchreach.graph.smooth import SMOOTH, Activations, Smooth
 
 WORK = 1 << 28  # products between two looks at the clock
@@ -49,7 +51,7 @@ class Step:
     relu: Tensor | None  # [N_out] bool
     quantizer: Quantizer | None = None
     noise: Tensor | None = None  # [N_out] the affine block is off by at most this, in either direction
-    sums: IntegerSums | None = None  # how int8 kernels add up what the quantiser rounds
+    sums: IntegerSums | PlacedSums | None = None  # how int8 kernels add up what the quantiser rounds
     curves: tuple[tuple[Smooth, Tensor], ...] = ()
 
     @property
@@ -208,7 +210,9 @@ def _fused(blocks: list[tuple[nn.Sequential, nn.Module | None]], layer: nn.Modul
 
 def _sums(
     quantizer: Quantizer, shape: tuple[int, ...], block: nn.Sequential, device: torch.device
-) -> IntegerSums | None:
+) -> IntegerSums | PlacedSums | None:
+    if isinstance(quantizer, Roundings):
+        return quantizer.sums(prod(shape), device)
     if quantizer.layer is None:
         return None
     assert all(isinstance(part, (*RESHAPING, Rearrange)) for part in block[:-1])

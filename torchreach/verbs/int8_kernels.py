@@ -29,6 +29,7 @@ from torchreach.core.roundoff import SINGLE, allowance
 from torchreach.domains.rounding import InputGrid, outputs, relax
 from torchreach.graph.kernels import ENGINES, IntegerSums, Pairing, identified, rounds_bias
 from torchreach.graph.quantizer import Quantizer
+from torchreach.graph.roundings import PlacedSums, leaves
 from torchreach.graph.steps import Step
 from torchreach.graph.weights import evaluation_mode, standalone_copy
 from torchreach.read.dialects.qat import observers
@@ -74,7 +75,7 @@ class Executed:
 
         closely: from what the codes can be there; else, and where the clock is over, any code is taken to be possible.
         """
-        sums = [step.sums for step in steps if step.sums is not None]
+        sums = [part for step in steps if step.sums is not None for part in leaves(step.sums)]
         possible = tuple(part.name for part in sums if any(len(part.at.saturable[p]) for p in ENGINES))
         if not closely or set(possible) <= self.saturable:
             self.saturable.update(possible)
@@ -88,7 +89,7 @@ class Executed:
 
 def executed(network: tuple[Step, ...], choice: str) -> Executed:
     """`network` as the kernels of `choice`, one of `CHOICES`, execute it."""
-    sums = [step.sums for step in network if step.sums is not None]
+    sums = [part for step in network if step.sums is not None for part in leaves(step.sums)]
     own = {part.name: identified(part.at) for part in sums} if choice in ("here", "any") else {}
     uniform = {"here": (), "exact": (Pairing.EXACT,), "saturating": ENGINES, "any": (Pairing.EXACT, *ENGINES)}[choice]
     ways = [tuple(own[part.name] or (Pairing.UNKNOWN,) for part in sums)] if own else []
@@ -97,14 +98,14 @@ def executed(network: tuple[Step, ...], choice: str) -> Executed:
         if not any(_alike(sums, way, other) for other in ways):
             ways.append(way)
     by_layer = iter(zip(*ways, strict=True))
-    return Executed(
-        tuple(
-            step if step.sums is None else _whole_bias(replace(step, sums=replace(step.sums, pairings=next(by_layer))))
-            for step in network
-        ),
-        choice,
-        own,
-    )
+    result: list[Step] = []
+    for step in network:
+        if isinstance(step.sums, PlacedSums):
+            step = replace(step, sums=step.sums.with_pairings(by_layer))
+        elif step.sums is not None:
+            step = _whole_bias(replace(step, sums=replace(step.sums, pairings=next(by_layer))))
+        result.append(step)
+    return Executed(tuple(result), choice, own)
 
 
 def _alike(sums: list[IntegerSums], one: tuple, other: tuple) -> bool:
@@ -118,7 +119,7 @@ def _alike(sums: list[IntegerSums], one: tuple, other: tuple) -> bool:
 
 def _whole_bias(step: Step) -> Step:
     """The step with its bias in whole units of the sum, where its engine rounds it so."""
-    assert step.sums is not None
+    assert isinstance(step.sums, IntegerSums)
     if not rounds_bias(step.sums.at):
         return step
     unit = step.sums.unit
