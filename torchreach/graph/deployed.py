@@ -47,12 +47,14 @@ class Operation(nn.Module):
 
     activation: "", "relu" or another function that the ends of the codes stand for.
     rounds: whether codes of the result are other ones than those of the operands.
+    last: whether it reads and gives pictures with channels last, as LiteRT has them.
     sources: grids of the operands, where codes are no function of one real number, and follow from the operands' alone.
     rising: of each operand, whether the codes grow with it, or fall.
     """
 
     unbounded = ""
     rounds = True
+    last = False
     activation = ""
     sources: tuple[Quantizer, ...] = ()
     rising: tuple[bool, ...] = ()
@@ -62,7 +64,7 @@ class Operation(nn.Module):
         self.name, self.kind, self.grid = name, kind, grid
 
     def layers(self) -> list[nn.Module]:
-        """The real-valued layers behind its operands, or behind their sum."""
+        """The real-valued layers behind its operands, or behind their sum; channels are first."""
         return []
 
 
@@ -90,7 +92,8 @@ class Sums(Operation):
         self.layer = layer.requires_grad_(requires_grad=False)
         self.source = source
         self.register_buffer("weight_scale", weight_scale.double())
-        self.around = window(sides, last=last and isinstance(layer, nn.Conv2d))
+        self.sides, self.last = sides, last and isinstance(layer, nn.Conv2d)
+        self.around = window(sides, last=self.last)
 
     def forward(self, codes: Tensor) -> Tensor:
         x = (codes - self.source.zero_point).double()
@@ -117,7 +120,7 @@ class Sums(Operation):
             real.weight.mul_(scale.reshape(along) if scale.ndim else scale)
             if real.bias is not None:
                 real.bias.mul_(scale * self.source.scale)
-        return [*self.around[0], real, *self.around[1]]
+        return [*window(self.sides, last=False)[0], real]
 
 
 class AveragePool(Operation):
@@ -125,7 +128,8 @@ class AveragePool(Operation):
 
     def __init__(self, name: str, kind: str, grid: Quantizer, pool: nn.AvgPool2d, sides: Sides, *, last: bool) -> None:
         super().__init__(name, kind, grid)
-        self.pool, self.around = pool, window(sides, last=last)
+        self.pool, self.sides, self.last = pool, sides, last
+        self.around = window(sides, last=last)
 
     def forward(self, codes: Tensor) -> Tensor:
         x = (codes - self.grid.zero_point).double()
@@ -136,7 +140,8 @@ class AveragePool(Operation):
     def layers(self) -> list[nn.Module]:
         assert isinstance(self.grid.rule, Mean)
         share = 1 / self.grid.rule.count.double()
-        return [*self.around[0], self.pool, *self.around[1], ElementwiseAffine(share, torch.zeros(()))]
+        share = share.movedim(-1, 0) if self.last and share.ndim else share
+        return [*window(self.sides, last=False)[0], self.pool, ElementwiseAffine(share, torch.zeros(()))]
 
 
 class MaxPool(Operation):

@@ -63,6 +63,14 @@ class Requantise(nn.Module):
                 setattr(result, name, value.expand(shape).flatten())
         return result
 
+    def channels_first(self, shape: tuple[int, ...]) -> Requantise:
+        """The same for values [C, H, W], of one for values of `shape` [H, W, C]."""
+        result = copy.deepcopy(self)
+        for name, value in self.named_buffers():
+            if value.ndim:
+                setattr(result, name, value.expand(shape).movedim(-1, 0).contiguous())
+        return result
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Requantise:
         """Moves between devices; numbers stay in float64 whatever the network's dtype becomes."""
         kept = dict(self.named_buffers())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -30,7 +31,7 @@ from torchreach.graph.layers import (
     Reshape,
     fan_in,
 )
-from torchreach.graph.lowering import Graph, Node, PiecewiseLinear, lower
+from torchreach.graph.lowering import Graph, Node, PiecewiseLinear, Rounding, lower
 from torchreach.graph.quantizer import Quantizer
 from torchreach.graph.smooth import SMOOTH, Activations, Smooth, smooth
 from torchreach.graph.weights import FLOATS, check_values, is_packed, plain_layer, plain_tensor
@@ -193,6 +194,10 @@ class ChainBuilder:
         if not -rank <= axis < rank or any(len(set(n)) > 1 for i, n in enumerate(sizes) if i != at):
             raise ShapeError(f"{place}: shapes {shown} differ in another axis than {axis}, the batch counted")
         return tuple(sum(n) if i == at else n[0] for i, n in enumerate(sizes))
+
+    def round(self, rounding: Rounding, name: str, operands: Sequence[int] = ()) -> None:
+        """Adds a rounding of a network of codes, see `graph.lowering`. operands: of its operation."""
+        self._put("round", (self.at, *operands), name, rounding)
 
     def move(self, at: int, name: str) -> None:
         """The next layer takes node `at`."""

@@ -12,6 +12,7 @@ from torchreach.graph.lowering import Rounding
 from torchreach.read.builder import ChainBuilder
 from torchreach.read.joins import max_pool
 
+FIRST = (0, 2, 3, 1)  # where axes are, channels first
 _FUNCTIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "relu_n1_to_1": nn.Hardtanh}
 
 
@@ -33,12 +34,15 @@ def add_deployed_network(
 
 
 class _Codes:
-    """nodes: of each value of the network, its node of the builder; None of a constant. chain: whether each operation
-    reads the one before it, and rounds a layer of real numbers."""
+    """values: of each value of the network, its nodes by whether channels are first; none of a constant.
+
+    Inside, pictures have channels first, as the networks of the float files do; axes are put back where an operation
+    looks at their order. chain: whether each operation reads the one before it, and rounds a layer of real numbers.
+    """
 
     def __init__(self, builder: ChainBuilder, network: ops.DeployedNetwork, rounded: bool) -> None:
         self.builder, self.network, self.rounded = builder, network, rounded
-        self.nodes: list[int | None] = []
+        self.values: list[dict[bool, int]] = []
         self.chain = all(places == (i,) for i, places in enumerate(network.inputs)) and not any(
             isinstance(part, ops.MaxPool) or getattr(part, "sources", ()) for part in network.operations
         )
@@ -49,57 +53,83 @@ class _Codes:
         if self.rounded and self.chain:
             builder.append(network.entry, name)
         elif self.rounded:
-            builder._put("round", (builder.at,), name, Rounding(network.entry))
-        self.nodes.append(builder.at)
+            builder.round(Rounding(network.entry), name)
+        self.values.append({False: builder.at})
         for i, (operation, places) in enumerate(zip(network.operations, network.inputs, strict=True)):
             assert isinstance(operation, ops.Operation)
             builder.position = i
             if isinstance(operation, ops.Constant):
-                self.nodes.append(None)
+                self.values.append({})
                 continue
-            self._add(operation, places)
-            self.nodes.append(builder.at)
+            first = self._add(operation, places)
+            self.values.append({first: builder.at})
+        if True not in self.values[-1]:
+            return
+        self._take(len(self.values) - 1, False, network.operations[-1].name)  # type: ignore[arg-type]
 
-    def _add(self, operation: ops.Operation, places: tuple[int, ...]) -> None:
-        """The real-valued layers, and what rounds their result."""
+    def _take(self, place: int, first: bool, name: str) -> int:
+        """The node of a value, channels first or as in the file; the next layer takes it."""
+        held, builder = self.values[place], self.builder
+        if first not in held:
+            builder.at = next(iter(held.values()))
+            builder.shape = builder.nodes[builder.at].shape
+            builder.append(Rearrange("permute", *((0, 3, 1, 2) if first else (0, 2, 3, 1))), name)
+            held[first] = builder.at
+        builder.at, builder.shape = held[first], builder.nodes[held[first]].shape
+        return builder.at
+
+    def _add(self, operation: ops.Operation, places: tuple[int, ...]) -> bool:
+        """The real-valued layers, and what rounds their result; says whether channels are first in it."""
         builder, name = self.builder, operation.name
-        operands = [self.network.operations[place - 1] if self.nodes[place] is None else None for place in places]
+        operands = [self.network.operations[place - 1] if not self.values[place] else None for place in places]
         constants = [part.value if isinstance(part, ops.Constant) else None for part in operands]
-        given = [node for node in (self.nodes[place] for place in places) if node is not None]
-        reason = operation.unbounded if len(given) == len(places) else ""
-        if not given or (isinstance(operation, ops.Joined) and len(given) < len(places)):
+        computed = [place for place in places if self.values[place]]
+        reason = operation.unbounded if len(computed) == len(places) else ""
+        if not computed or (isinstance(operation, ops.Joined) and len(computed) < len(places)):
             reason = "constants beside rounded values are not bounded yet"
         if reason:
             builder.refuse(name, operation.kind, f"{reason}; the network can be read and executed")
-        builder.at, builder.shape = given[0], builder.nodes[given[0]].shape
-        if len(given) < len(places):
+        first = operation.last or (
+            isinstance(operation, ops.Added | ops.Rescaled | ops.Joined)
+            and len(computed) == len(places)
+            and all(True in self.values[place] for place in places)
+        )
+        given = [self._take(place, first, name) for place in computed]
+        self._take(computed[0], first, name)
+        if len(computed) < len(places):
             builder.append(self._with_constant(operation, constants), name)
         elif isinstance(operation, ops.MaxPool):
             self._max_pool(operation)
         elif isinstance(operation, ops.Joined):
-            self._join("cat", given, name, operation.axis)
+            self._join("cat", given, name, FIRST[operation.axis % 4] if first else operation.axis)
         elif len(given) > 1:
             self._join("add" if all(operation.rising) else "sub", given, name)
         for layer in operation.layers():
             builder.append(layer, name)
         if operation.rounds:
-            self._round(operation, given, tuple(constants))
+            self._round(operation, given, tuple(constants), first)
+        return first
 
-    def _round(self, operation: ops.Operation, given: list[int], constants: tuple[Tensor | None, ...]) -> None:
-        function = _FUNCTIONS.get(operation.activation)
+    def _round(
+        self, operation: ops.Operation, given: list[int], constants: tuple[Tensor | None, ...], first: bool
+    ) -> None:
+        function, grid = _FUNCTIONS.get(operation.activation), operation.grid
         if not self.rounded:
             if function is not None:
                 self.builder.append(function(), operation.name)
             return
+        if first and grid.rule is not None:
+            shape = self.builder.shape
+            assert shape is not None
+            grid = grid.changed(rule=grid.rule.channels_first((*shape[1:], shape[0])))
         if self.chain:
             if function in (nn.ReLU, nn.ReLU6):  # becomes part of the quantiser, whose codes end where it does
                 self.builder.append(nn.ReLU(), operation.name)
-            self.builder.append(operation.grid, operation.name)
+            self.builder.append(grid, operation.name)
             return
         exact = operation if operation.sources else None
-        on_grid = isinstance(operation, ops.MaxPool)
-        inputs = (self.builder.at, *given) if exact else (self.builder.at,)
-        self.builder._put("round", inputs, operation.name, Rounding(operation.grid, on_grid, exact, constants))
+        rounding = Rounding(grid, isinstance(operation, ops.MaxPool), exact, constants)
+        self.builder.round(rounding, operation.name, given if exact else [])
 
     def _with_constant(self, operation: ops.Operation, constants: list[Tensor | None]) -> ElementwiseAffine:
         """The operation with one constant operand, on real numbers."""
@@ -119,12 +149,8 @@ class _Codes:
         self.builder.deployed = self.rounded
 
     def _max_pool(self, operation: ops.MaxPool) -> None:
-        builder, name = self.builder, operation.name
         left, right, top, bottom = operation.sides
-        if operation.last:
-            builder.append(Rearrange("permute", 0, 3, 1, 2), name)
+        sides = ((top, bottom), (left, right))
         self.builder.deployed = False
-        max_pool(builder, name, operation.kernel, operation.stride, ((top, bottom), (left, right)), 1, False)
+        max_pool(self.builder, operation.name, operation.kernel, operation.stride, sides, 1, False)
         self.builder.deployed = self.rounded
-        if operation.last:
-            builder.append(Rearrange("permute", 0, 2, 3, 1), name)
