@@ -13,6 +13,7 @@ from torchreach.domains import crown
 from torchreach.domains.crown import Inputs, Network, Neurons, bounded
 from torchreach.domains.joint import Both, joint_bounds
 from torchreach.domains.pair import Pair
+from torchreach.graph.layers import Rearrange
 from torchreach.graph.windows import windows
 from torchreach.read.steps import steps
 
@@ -73,6 +74,18 @@ NETWORKS = {
             nn.ReLU(),
             nn.Flatten(),
             nn.Linear(6 * 29, 2),
+        ),
+    ),
+    "channels last": (
+        (16, 15, 3),
+        lambda: nn.Sequential(
+            Rearrange("permute", 0, 3, 1, 2),
+            nn.Conv2d(3, 6, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(6, 6, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(6 * 16 * 15, 2),
         ),
     ),
     "residual": ((2, 14, 14), Residual),
@@ -144,7 +157,7 @@ def test_no_input_leaves_the_bounds(name: str) -> None:
     assert (-y <= upper[1]).all()
 
 
-def test_layers_without_places_and_permuted_ones_have_no_windows() -> None:
+def test_layers_without_places_have_no_windows() -> None:
     dense = nn.Sequential(nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 1)).double()
     assert not windows(read(dense, (300,)).maps[:2])
     assert not read(dense, (300,)).windowed

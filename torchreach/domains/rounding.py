@@ -197,9 +197,10 @@ def _excess(
     """Range (middle, radius) of Q(computed z) - z over z in [low, high] with the smallest and largest of `codes`."""
     low, high = low - kernel, high + kernel
     first, last = quantizer.code_range(low, high) if codes is None else codes
-    half = torch.where(last > first, quantizer.half_step(torch.maximum(low.abs(), high.abs())), 0.0)
-    most = torch.maximum(quantizer.value(first) - low, half) + kernel
-    least = torch.minimum(quantizer.value(last) - high, -half) - kernel
+    half, several = quantizer.half_step(torch.maximum(low.abs(), high.abs())), last > first
+    most, least = quantizer.value(first) - low, quantizer.value(last) - high
+    most = torch.where(several, torch.maximum(most, half), most) + kernel
+    least = torch.where(several, torch.minimum(least, -half), least) - kernel
     middle, radius = ball(least, most)
     radius = radius + allowance(high.abs() + low.abs())
     passing = torch.as_tensor(quantizer.passing, device=low.device)
@@ -367,6 +368,8 @@ def with_inputs(steps: tuple[Step, ...], at: int, extra: int, size: Tensor) -> t
 
 def restricted(steps: tuple[Step, ...], x: Tensor, free: Tensor, size: Tensor) -> tuple[Step, ...]:
     """The steps as a function of inputs `free` [M] (indices) alone, the others fixed to x; |x| <= size, both [N_in]."""
+    if len(free) == len(x):
+        return steps
     first = steps[0]
     fixed = x.clone()
     fixed[free] = 0

@@ -41,10 +41,14 @@ class Span:
 
 
 class Part(NamedTuple):
-    """Features [offset, offset + prod(shape)) of a flat value; shape: channels, then axes of places."""
+    """Features [offset, offset + prod(shape)) of a flat value; shape: channels, then axes of places.
+
+    last: whether the value has its channels last.
+    """
 
     offset: int
     shape: tuple[int, ...]
+    last: bool = False
 
 
 Area = tuple[Span, ...]
@@ -114,11 +118,15 @@ class WindowMap:
         indices: list[Tensor] = []
         insides: list[Tensor] = []
         for part, _, area in self.inputs:
-            index = torch.arange(part.shape[0], device=places.device)[None]
+            # How far neighbours are apart: features of one channel after the other, or the channels of a place.
+            strides = [prod(part.shape[axis + 1 :]) for axis in range(len(part.shape))]
+            if part.last:
+                strides = [1, *(by * part.shape[0] for by in strides[1:])]
+            index = strides[0] * torch.arange(part.shape[0], device=places.device)[None]
             inside = torch.ones_like(index, dtype=torch.bool)
-            for axis, (span, size) in enumerate(zip(area, part.shape[1:], strict=True)):
+            for axis, (span, size, by) in enumerate(zip(area, part.shape[1:], strides[1:], strict=True)):
                 at, there = _along(span, places[:, axis], size)
-                index = index[..., None] * size + at.clamp(0, size - 1).reshape(len(at), *[1] * axis, 1, -1)
+                index = index[..., None] + by * at.clamp(0, size - 1).reshape(len(at), *[1] * axis, 1, -1)
                 inside = inside[..., None] & there.reshape(len(at), *[1] * axis, 1, -1)
             indices.append((part.offset + index).flatten(1))
             insides.append(inside.flatten(1))
@@ -229,6 +237,11 @@ def _unflattened(blocks: Blocks, at: int) -> int:
 def _cut(blocks: Blocks, at: int) -> Part | None:
     """The part of the input that a node is, where it is one."""
     node = blocks.nodes[at]
+    if isinstance(node.first, Rearrange) and node.first.operation == "permute" and len(node.inputs) == 1:
+        before = node.inputs[0]
+        whole = before == 0 or _cut(blocks, before) == Part(0, blocks.nodes[before].shape)
+        moved = node.first.arguments == (0, len(node.shape), *range(1, len(node.shape)))
+        return Part(0, node.shape, last=True) if whole and moved else None
     if node.inputs != (0,):
         return None
     layers = list(node.first) if isinstance(node.first, nn.Sequential) else [node.first]

@@ -60,9 +60,19 @@ class Cells:
     """The cells of one box of M inputs, as `domains.rounding.varying` leaves them."""
 
     def __init__(
-        self, first: tuple[Step, ...], second: tuple[Step, ...], grid: InputGrid, lower: Tensor, upper: Tensor
+        self,
+        first: tuple[Step, ...],
+        second: tuple[Step, ...],
+        grid: InputGrid,
+        lower: Tensor,
+        upper: Tensor,
+        *,
+        memory: float = inf,
+        clock: Clock = NO_LIMIT,
     ) -> None:
-        """first: steps of the original; second: of the deployed network; lower, upper: [M], float64."""
+        """first: steps of the original; second: of the deployed network; lower, upper: [M], float64.
+
+        memory, clock: of the zonotopes that bound the original on the whole box, which intervals replace."""
         self.first, self.lower, self.upper = first, lower, upper
         self.code_low, code_high = grid.codes(lower, upper)
         counts = code_high - self.code_low + 1
@@ -74,7 +84,8 @@ class Cells:
         values = grid.quantizer.value(self.code_low)
         largest = torch.maximum(values.abs(), grid.quantizer.value(code_high).abs())
         self.second = restricted(second[1:], values, self.several, largest)
-        bounds = zonotope_bounds(first, *box_rows(lower[None], upper[None]))
+        self.memory = memory
+        bounds = zonotope_bounds(first, *box_rows(lower[None], upper[None]), memory=memory, clock=clock)
         signs = [(down >= 0).long() - (up <= 0).long() for down, up in bounds]
         smaller = reduce(first, signs, bounds)
         self.walked = first if smaller is None else smaller[0]
@@ -109,7 +120,7 @@ class Cells:
 
     def bound_first(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Certified y1 (lower, upper) [C, N_out] on sub-boxes [C, M], and whether it is linear there [C]."""
-        bounds = zonotope_bounds(self.walked, *box_rows(low, high))
+        bounds = zonotope_bounds(self.walked, *box_rows(low, high), memory=self.memory)
         linear = torch.ones(len(low), dtype=torch.bool, device=low.device)
         for (down, up), step in zip(bounds, self.walked, strict=True):
             if step.relu is not None:

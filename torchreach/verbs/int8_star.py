@@ -28,6 +28,7 @@ from torchreach.core.options import Budget
 from torchreach.core.roundoff import round_down
 from torchreach.core.terms import Reason
 from torchreach.core.tolerances import COMPUTE_DTYPE
+from torchreach.domains.joint import Both, joint_bounds
 from torchreach.domains.pair import Pair
 from torchreach.domains.relaxed_difference import RelaxedDifference, relaxation_bytes
 from torchreach.domains.rounding import InputGrid, blank, varying
@@ -48,6 +49,7 @@ log = logging.getLogger(__name__)
 # Numbers in all cells' boxes of one star.
 MEMORY = 2**23
 FEW = 2**20  # numbers in one intermediate tensor of points
+ZONOTOPES = 8  # share of the memory that zonotopes of a cell may take
 COPIES = 16  # of what is kept of a cell, or of an intermediate tensor, at once
 # States of a search without a budget of seconds.
 STATES = 8
@@ -179,7 +181,8 @@ class DeployedStar:
         networks, (low, high) = self.networks, self.box
         size = int((high > low).sum())
         steps = (*networks.first[:2], *networks.second[:2])
-        needed = 8 * size * (len(low) + 3 * sum(step.features for step in steps))
+        matrices = size < len(low)  # first layers on fewer inputs are matrices
+        needed = matrices * 8 * size * (len(low) + 3 * sum(step.features for step in steps))
         if needed > self.memory:
             self.spent = True
             self.fallback = f"the networks' first layers need {needed / 1e9:.2g} GB of memory as matrices"
@@ -211,7 +214,7 @@ class DeployedStar:
         if total * (1 + len(index)) > MEMORY or total > min(LIMIT, room):
             self.spent |= room < total <= LIMIT
             return
-        cells = Cells(first, second, grid, low, high)
+        cells = Cells(first, second, grid, low, high, memory=self.memory / ZONOTOPES, clock=self.clock)
         if not few:
             cells.root = self._range_of_first(cells)
         result = None
@@ -303,6 +306,10 @@ class DeployedStar:
             for state in self._search(pair, cells.lower, cells.upper, self.clock.part(self.clock.left / 2)):
                 upper = torch.minimum(upper, state.upper)
                 self.report()
+        elif bool((cells.upper > cells.lower).any()):
+            both = Both.of(cells.first, None, clock=self.clock)
+            ends, clock = (cells.lower[None], cells.upper[None]), self.clock.part(0.8 * self.clock.left)
+            upper = torch.minimum(upper, joint_bounds(both, *ends, anytime=True, clock=clock).upper[0])
         return -upper[1], upper[0]
 
     @property
