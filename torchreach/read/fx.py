@@ -61,6 +61,7 @@ class GraphReader(GraphOperations):
         self.prefix = prefix
         self.add_module = add_module
         self.started = False
+        self.example: int | None = None  # the size of the batch that an exported program is fixed to
         self.env = Values()
 
     def read(self) -> None:
@@ -75,6 +76,8 @@ class GraphReader(GraphOperations):
                     return node.args[0]  # an optional argument keeps its default
                 self._refuse_graph(node, "the network must have one input")
             self.started = True
+            size = getattr(node.meta.get("val"), "shape", (None,))[0]
+            self.example = size if type(size) is int else None
             return Value(self.builder.at)
         if node.op == "get_attr":
             return operator.attrgetter(str(node.target))(self.root)
@@ -361,9 +364,10 @@ class GraphReader(GraphOperations):
     def _op_reshape(self, node: fx.Node, x: Any, *shape: Any, **kwargs: Any) -> None:
         size = kwargs.get("shape", kwargs.get("size", shape[0] if len(shape) == 1 else shape))
         size = [size] if isinstance(size, int) else list(size)
-        # A leading 1 or -1 is read as the batch: torchreach's networks take one input per row.
+        # A leading 1 or -1 is read as the batch: torchreach's networks take one input per row. So is the size of the
+        # example's batch: for that size nothing else keeps all numbers.
         batch, features = size[0], tuple(size[1:])
-        if (batch is not _BATCH and batch not in (1, -1)) or not all(type(n) is int for n in features):
+        if (batch is not _BATCH and batch not in (1, -1, self.example)) or not all(type(n) is int for n in features):
             self._refuse(node, "reshape", "it must keep the batch axis first and give the other sizes as integers")
         if features.count(-1) > 1 or (batch == -1 and -1 in features) or not features:
             self._refuse(node, "reshape", f"it must keep the batch axis, got {size}")

@@ -120,9 +120,17 @@ def int8_linear(
 
 
 def int8_convolution(
-    builder: ChainBuilder, name: str, module: Any, weight: Tensor, bias: Tensor | None, relu: bool, packed: Any
+    builder: ChainBuilder,
+    name: str,
+    module: Any,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Any,
+    zero_point: Any,
+    relu: bool,
+    packed: Any,
 ) -> None:
-    """Adds a quantised convolution; `module` has its geometry, its scale and its zero point."""
+    """Adds a quantised convolution; `module` has its geometry."""
     before = _input(builder, name, "quantised convolution")
     builder.codes = None
     if getattr(module, "padding_mode", "zeros") != "zeros":
@@ -132,7 +140,7 @@ def int8_convolution(
     layer = convolution(kind, real, bias, module.stride, module.padding, module.dilation, module.groups)
     _append(builder, name, layer, relu)
     integers = _integers(name, weight, bias, before, layer, packed)
-    _requantize(builder, name, module.scale, module.zero_point, before, integers)
+    _requantize(builder, name, scale, zero_point, before, integers)
 
 
 def convolution(kind: Any, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> Any:
@@ -231,7 +239,8 @@ def _linear_module(builder: ChainBuilder, module: Any, name: str, relu: bool = F
 
 
 def _convolution_module(builder: ChainBuilder, module: Any, name: str, relu: bool = False) -> None:
-    int8_convolution(builder, name, module, module.weight(), module.bias(), relu, module._packed_params)
+    weight, bias, packed = module.weight(), module.bias(), module._packed_params
+    int8_convolution(builder, name, module, weight, bias, module.scale, module.zero_point, relu, packed)
 
 
 def _linear_relu_module(builder: ChainBuilder, module: Any, name: str) -> None:

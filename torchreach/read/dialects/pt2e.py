@@ -139,8 +139,7 @@ def _convolution(relu: bool) -> Callable[..., None]:
     def add(builder: ChainBuilder, place: str, x: Any, packed: Any, scale: Any, zero_point: Any) -> None:  # noqa: ARG001
         weight, bias = packed.unpack()
         parts = {part: getattr(packed, part)() for part in ("stride", "padding", "dilation", "groups")}
-        geometry = SimpleNamespace(**parts, scale=scale, zero_point=zero_point)
-        int8_convolution(builder, place, geometry, weight, bias, relu, packed)
+        int8_convolution(builder, place, SimpleNamespace(**parts), weight, bias, scale, zero_point, relu, packed)
 
     return add
 

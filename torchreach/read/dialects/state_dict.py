@@ -1,4 +1,4 @@
-"""Executable int8 networks from eager-mode state dicts, on torch's own quantised kernels.
+"""Executable int8 networks from eager-mode state dicts, on torch's own quantised kernels where it has them.
 
 A state dict has numbers but no structure: for each quantised layer `scale`, `zero_point` and the packed weight and
 bias, and `scale`, `zero_point` of what quantises the input. The float network it was converted from, with the same
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torchreach.core.errors import FileFormatError, InvalidNetworkError, ShapeError, UnsupportedLayerError
 from torchreach.graph.layers import RESHAPING
 from torchreach.graph.quantizer import Quantizer
-from torchreach.read.builder import Shape
+from torchreach.read.builder import ChainBuilder, Shape
+from torchreach.read.dialects.eager_int8 import dequantize, int8_convolution, int8_linear, quantize_dtype
 from torchreach.read.load import first_line, read_program
 from torchreach.read.module import chain
 
@@ -107,27 +108,63 @@ def load_int8(
             f"got {len(inputs)}: {', '.join(inputs) or 'none'}"
         )
     start = packed.pop(inputs[0])
-    quantize = torch.ao.nn.quantized.Quantize(start.scale, start.zero_point, torch.quint8)
-    layers: list[tuple[str, nn.Module]] = [(inputs[0], quantize)]
     named = {id(value): name for name, value in network.named_parameters()}
     flat = chain(network, input_shape)
     weighted: list[Any] = [layer for layer in flat if _is_weighted(layer)]
     names = [named.get(id(layer.weight), type(layer).__name__).removesuffix(".weight") for layer in weighted]
     order = iter(_matched(names, weighted, packed))
-    with _quiet():
-        for index, layer in enumerate(flat):
-            if _is_weighted(layer):
-                name = next(order)
-                layers.append((name, _int8_layer(name, packed[name], layer)))
-            elif isinstance(layer, _KEPT):
-                layers.append((f"{type(layer).__name__.lower()}_{index}", layer))
-            else:
-                raise UnsupportedLayerError(
-                    f"layer {index} ({type(layer).__name__}) of the network has no int8 kernel here; "
-                    "fold batch norm into the layer before it (torch.ao.quantization.fuse_modules)"
-                )
-        layers.append(("dequantize_output", torch.ao.nn.quantized.DeQuantize()))
-    return Int8Network(layers).eval()
+    parts: list[tuple[str, Any, _Packed | None]] = []
+    for index, layer in enumerate(flat):
+        if _is_weighted(layer):
+            name = next(order)
+            _check_part(name, packed[name], layer)
+            parts.append((name, layer, packed[name]))
+        elif isinstance(layer, _KEPT):
+            parts.append((f"{type(layer).__name__.lower()}_{index}", layer, None))
+        else:
+            raise UnsupportedLayerError(
+                f"layer {index} ({type(layer).__name__}) of the network has no int8 kernel here; "
+                "fold batch norm into the layer before it (torch.ao.quantization.fuse_modules)"
+            )
+    try:
+        with _quiet():
+            return _on_kernels(inputs[0], start, parts)
+    except (AttributeError, ImportError, RuntimeError) as error:
+        warnings.warn(
+            f"this torch cannot run the int8 layers ({first_line(error)}): they are described by their integers and "
+            'scales, and witnesses are not run; kernels="exact" (--kernels exact) covers exact sums',
+            UserWarning,
+            stacklevel=2,
+        )
+        return _described(inputs[0], start, parts, input_shape)
+
+
+def _on_kernels(entry: str, start: _Packed, parts: list[tuple[str, Any, _Packed | None]]) -> Int8Network:
+    """The network on torch's kernels; where there are none, as torch raises."""
+    layers: list[tuple[str, nn.Module]] = [
+        (entry, torch.ao.nn.quantized.Quantize(start.scale, start.zero_point, torch.quint8))
+    ]
+    layers += [(name, layer if part is None else _int8_layer(part, layer)) for name, layer, part in parts]
+    return Int8Network([*layers, ("dequantize_output", torch.ao.nn.quantized.DeQuantize())]).eval()
+
+
+def _described(
+    entry: str, start: _Packed, parts: list[tuple[str, Any, _Packed | None]], shape: Shape | None
+) -> nn.Sequential:
+    """The same network as a chain, from its integers and scales alone."""
+    builder = ChainBuilder(shape)
+    quantize_dtype(builder, entry, start.scale, start.zero_point, torch.quint8)
+    for name, layer, part in parts:
+        if part is None:
+            builder.append(layer, name)
+            continue
+        numbers = {"scale": part.scale, "zero_point": part.zero_point, "relu": False, "packed": None}
+        if isinstance(layer, nn.Linear):
+            int8_linear(builder, name, part.weight, part.bias, **numbers)  # type: ignore[arg-type]
+        else:
+            int8_convolution(builder, name, layer, part.weight, part.bias, **numbers)  # type: ignore[arg-type]
+    dequantize(builder, "dequantize_output")
+    return builder.finish()
 
 
 def _matched(names: list[str], layers: list[Any], packed: Mapping[str, _Packed]) -> list[str]:
@@ -196,7 +233,7 @@ def _packed(name: str, found: dict[str, Any]) -> _Packed:
     return _Packed(float(scale), int(zero_point), weight, None if bias is None else bias.detach())
 
 
-def _int8_layer(name: str, packed: _Packed, like: Any) -> nn.Module:
+def _check_part(name: str, packed: _Packed, like: Any) -> None:
     assert packed.weight is not None
     if packed.weight.shape != like.weight.shape:
         raise ShapeError(
@@ -204,6 +241,9 @@ def _int8_layer(name: str, packed: _Packed, like: Any) -> nn.Module:
         )
     if packed.weight.dtype != torch.qint8:
         raise UnsupportedLayerError(f"the weight of {name!r} must be torch.qint8, got {packed.weight.dtype}")
+
+
+def _int8_layer(packed: _Packed, like: Any) -> nn.Module:
     quantized: Any = torch.ao.nn.quantized
     if isinstance(like, nn.Linear):
         layer = quantized.Linear(like.in_features, like.out_features)
