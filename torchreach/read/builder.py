@@ -83,6 +83,12 @@ def check_finite(module: nn.Module, prefix: str = "", skip: tuple[str, ...] = ()
             raise InvalidNetworkError(f"weights must be finite: parameter {name!r} contains {kind} values")
 
 
+_ROUNDED = (
+    "networks that round activations must be chains of layers with ReLU; compare a copy with rounded weights alone "
+    "(torchreach.quantize_weights, or torchao's weight-only int8)"
+)
+
+
 class ChainBuilder:
     """The chain so far. `shape` is the feature shape after its last layer, None while unknown."""
 
@@ -101,6 +107,9 @@ class ChainBuilder:
         self.raw = False
         self.uncalibrated: list[str] = []
         self.changed: dict[int, int] = {}  # nodes whose memory a later layer wrote over, and what it wrote
+        # What the network rounds its input to before anything else, where, by what and how that reads in a refusal:
+        # a network in half precision is executed so, inputs rounded.
+        self.entry: tuple[torch.dtype, str, str, str] | None = None
         self.traced = False  # whether some layers were read off a traced graph
 
     def refuse(self, name: str, kind: str, reason: str = "") -> NoReturn:
@@ -217,7 +226,7 @@ class ChainBuilder:
 
     def _refuse_rounding(self, name: str, kind: str) -> None:
         if self.deployed:
-            self.refuse(name, kind, "networks that round activations must be chains of layers with ReLU")
+            self.refuse(name, kind, _ROUNDED)
 
     def arithmetic(self, operation: str, operand: Tensor, name: str) -> None:
         """x (operation) operand, for an operand that must not reach into the batch axis."""
@@ -243,6 +252,10 @@ class ChainBuilder:
 
     def sequential(self) -> nn.Sequential:
         """Chains as they are; any other graph lowered to one. A Softmax stays the last layer."""
+        kinds = {value.dtype for layer in self.layers for value in layer.parameters()}
+        if self.entry is not None and kinds != {self.entry[0]}:
+            _, name, kind, reason = self.entry
+            self.refuse(name, kind, f"{reason}, and not all weights are of that kind")
         used = Graph.to(self.nodes, self.at).nodes
         if middle := next((node for node in used[:-1] if isinstance(node.value, SOFTMAX)), None):
             kind = type(middle.value).__name__
@@ -261,7 +274,7 @@ class ChainBuilder:
             return nn.Sequential(*self.layers)
         if self.deployed:
             if not any(node.op == "round" for node in self.nodes) or any(node.op == "pointwise" for node in self.nodes):
-                self.refuse("output", "graph", "networks that round activations must be chains of layers with ReLU")
+                self.refuse("output", "graph", _ROUNDED)
             self.nodes = [
                 replace(node, value=_doubled(node.value)) if isinstance(node.value, nn.Module) else node
                 for node in self.nodes

@@ -30,7 +30,7 @@ from torchreach.read.builder import ChainBuilder, is_leaf
 from torchreach.read.dialects.pt2e import CONSTANT_QUANTIZED, check_weight, quantized_operation
 from torchreach.read.dialects.qat import is_quantization_part, prepared_weight
 from torchreach.read.fx_operations import GraphOperations
-from torchreach.read.operations import CONSTANT, IDENTITIES, changes_in_place, operation
+from torchreach.read.operations import CHECKS, CONSTANT, DTYPES, IDENTITIES, changes_in_place, is_entry, operation
 from torchreach.read.values import Value, Values
 
 
@@ -95,7 +95,7 @@ class GraphReader(GraphOperations):
         return self._call(node, args, kwargs)
 
     def _call_module(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-        if str(node.target) == "_guards_fn":  # of exported programs: it asserts the example's shape
+        if str(node.target) in CHECKS:
             return None
         if len(args) != 1 or kwargs:
             self._refuse_graph(node, "a layer must take one value")
@@ -113,7 +113,7 @@ class GraphReader(GraphOperations):
 
     def _call(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         name = operation(node)
-        if name == "_assert_tensor_metadata":  # of exported programs: about the example
+        if name in CHECKS:
             return None
         found: list[Any] = []
         map_aggregate((args, kwargs), found.append)
@@ -231,12 +231,16 @@ class GraphReader(GraphOperations):
     def _op_identity(self, node: fx.Node, x: Any, *args: Any, dtype: Any = None, **_: Any) -> None:
         name = operation(node)
         kinds = [a.dtype if isinstance(a, Tensor) else a for a in (dtype, *args)]
-        kinds += [torch.float32] if name == "float" else []
+        kinds += [named] if (named := DTYPES.get(name)) else []
         wide = any(value.dtype == torch.float64 for value in self.root.parameters())
         for wanted in kinds:
+            reason = f"conversion to {wanted} rounds"
+            if self.builder.at == 0 and wanted in (torch.float16, torch.bfloat16) and is_entry(node):
+                self.builder.entry = wanted, self._place(node), name, reason
+                continue
             rounds = wanted not in (torch.float32, torch.float64) or (wide and wanted == torch.float32)
             if isinstance(wanted, torch.dtype) and rounds:
-                self._refuse(node, name, f"conversion to {wanted} rounds")
+                self._refuse(node, name, reason)
 
     def _op_add(self, node: fx.Node, a: Any, b: Any, alpha: Any = 1) -> None:
         const = a if isinstance(b, Value) else b

@@ -53,7 +53,25 @@ def _read(path: Path) -> onnx.ModelProto:
         raise FileFormatError(f"{path} is not a readable ONNX file: {_first_line(error)}") from None
     if not model.graph.node or not model.graph.input or not model.graph.output:
         raise FileFormatError(f"{path} is not a readable ONNX file: it holds no complete graph")
+    _sort(model.graph)
     return model
+
+
+def _sort(graph: onnx.GraphProto) -> None:
+    """Puts each node behind those it reads, as the standard asks; converters to float16 append their casts last.
+
+    A sorted file stays as it is. Where nodes read each other in a circle, they stay for the reader to refuse.
+    """
+    open_names = {name for node in graph.node for name in node.output if name}
+    waiting, order = list(graph.node), []
+    while waiting:
+        ready = (i for i, node in enumerate(waiting) if not open_names.intersection(node.input))
+        order.append(waiting.pop(next(ready, 0)))
+        open_names.difference_update(order[-1].output)
+    if any(node is not before for node, before in zip(order, graph.node, strict=True)):
+        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in order]
+        del graph.node[:]
+        graph.node.extend(copies)
 
 
 def _first_line(error: Exception) -> str:

@@ -31,6 +31,7 @@ _JOINS = {"Add": "add", "Sub": "sub", "Sum": "add"}
 # Bits of the significand and of the exponent; of a whole number, what keeping it takes.
 _T = onnx.TensorProto
 _FLOATS: dict[int, tuple[int, int]] = {_T.FLOAT16: (11, 5), _T.BFLOAT16: (8, 8), _T.FLOAT: (24, 8), _T.DOUBLE: (53, 11)}
+_HALF = {_T.FLOAT16: torch.float16, _T.BFLOAT16: torch.bfloat16}
 DIGITS: dict[int, tuple[int, int]] = {
     **_FLOATS,
     _T.UINT8: (8, 4),
@@ -199,8 +200,12 @@ class OnnxOperations(OnnxLayers):
 
     def _onnx_cast(self, node: OnnxNode) -> None:
         to = node.attributes["to"]
-        if not _keeps_values(self.kind, to):
-            self._refuse(node, node.op, f"from {kind_name(self.kind)} to {kind_name(to)} it rounds")
+        reason = f"from {kind_name(self.kind)} to {kind_name(to)} it rounds"
+        if self.builder.at == 0 and node.alone and to in _HALF and self.kind in (_T.FLOAT, _T.DOUBLE):
+            # Nothing reads the input besides, which would see other numbers.
+            self.builder.entry = _HALF[to], node.name, node.op, reason
+        elif not _keeps_values(self.kind, to):
+            self._refuse(node, node.op, reason)
         self.kind = to
         self.builder.append(nn.Identity(), node.name)
 

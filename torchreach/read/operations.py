@@ -64,6 +64,9 @@ _FUNCTIONS: dict[Any, str] = {
     operator.getitem: "getitem",
     getattr: "getattr",
 }
+# Conversions named after what they convert to.
+DTYPES = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
+CHECKS = ("_guards_fn", "_assert_tensor_metadata")  # of exported programs: assertions about the example
 _METHODS = {
     *("relu", "relu_", "clamp", "clamp_", "clamp_min", "clamp_min_", "neg", "matmul", "mm"),
     *("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_"),
@@ -71,13 +74,13 @@ _METHODS = {
     *("softmax", "log_softmax"),
     *("abs", "abs_", "clamp_max", "clamp_max_", "maximum", "minimum", "max", "chunk", "split", "mean", "sum"),
     *("index_select", "select", "flip", "prelu"),
-    *("contiguous", "clone", "detach", "to", "float", "double", "size", "dim"),
+    *("contiguous", "clone", "detach", "to", *DTYPES, "size", "dim"),
     "dequantize",
     *(name + end for name in BY_NAME if hasattr(torch.Tensor, name) for end in ("", "_")),
 }
 IDENTITIES = {
     *("contiguous", "clone", "detach", "detach_", "alias", "lift_fresh_copy"),
-    *("to", "float", "double", "_to_copy", "type_as"),
+    *("to", *DTYPES, "_to_copy", "type_as"),
 }
 # Computed at once where all arguments are constants. None of them draws random numbers.
 CONSTANT = {
@@ -120,6 +123,14 @@ def changes_in_place(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether a call of the operation `name` changes its first argument."""
     at = _INPLACE_AT.get(name, len(args))
     return name.endswith("_") or bool(kwargs.get("inplace")) or bool(args[at:] and args[at])
+
+
+def is_entry(node: fx.Node) -> bool:
+    """Whether `node` reads the network's input, and no other node that computes something does."""
+    read = node.args[0] if node.args else None
+    if not isinstance(read, fx.Node) or read.op != "placeholder":
+        return False
+    return all(user is node or any(check in str(user.target) for check in CHECKS) for user in read.users)
 
 
 def _full_name(target: Any) -> str:

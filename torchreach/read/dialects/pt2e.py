@@ -84,7 +84,8 @@ def _dequantize_decomposed(
     out_dtype: torch.dtype | None = None,
 ) -> None:
     last = next((layer for layer in reversed(builder.layers) if isinstance(layer, Quantizer)), None)
-    if not builder.raw or last is None:
+    again = last is not None and builder.nodes[builder.at].value is last  # as one that two branches read is
+    if last is None or not (builder.raw or again):
         builder.refuse(place, "dequantize_per_tensor", "its input must be codes that quantize_per_tensor made")
     if float(last.scale) != float(scale) or int(last.zero_point) != int(zero_point):
         builder.refuse(
