@@ -13,6 +13,7 @@ Axis letters: L layers, S stars, N outputs.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
@@ -24,7 +25,11 @@ from torchreach.core.clock import running
 from torchreach.core.errors import OptionError, UnsupportedLayerError
 from torchreach.core.options import Budget
 from torchreach.core.results import Attribution, Discrepancy, KeptFloat
-from torchreach.graph.layers import alike
+from torchreach.graph.layers import MergedAffine, alike
+from torchreach.graph.quantizer import Quantizer
+from torchreach.graph.roundings import Roundings
+from torchreach.graph.twin_blocks import WEIGHTED
+from torchreach.read.joins import POINTWISE
 from torchreach.read.load import as_network
 from torchreach.read.module import chain, reading_once
 from torchreach.sets.star import StarBatch
@@ -53,7 +58,8 @@ def attribute(
 
     Args:
         original, compressed: networks with the same layers, of which only the numbers differ, as `quantize_weights`,
-            `prune_weights` and retraining leave them.
+            `prune_weights` and retraining leave them; or `compressed` is a deployed copy that is a chain: a layer is
+            then compressed with the rounding of its inputs and of its result.
         stars: input stars [S] of the networks' input shape.
         budget: of all comparisons together, of which there are three a layer; seconds are shared out equally. Without
             one, each is bounded once, before any split.
@@ -66,7 +72,8 @@ def attribute(
 
     Guarantee: as `discrepancy`, for each hybrid; the sum of the steps' upper ends bounds |y1 - y2|.
 
-    Raises: as `discrepancy`; UnsupportedLayerError: the networks have other layers, equal ones, or round activations;
+    Raises: as `discrepancy`; UnsupportedLayerError: the networks have other layers or equal ones, or the original
+        rounds activations;
         OptionError: `samples` is not positive.
 
     Example:
@@ -188,18 +195,22 @@ class _Hybrids:
     """Networks between two with the same layers. names: of the layers whose numbers differ, in order."""
 
     def __init__(
-        self, original: nn.Module, compressed: nn.Module, names: tuple[str, ...], shape: tuple[int, ...]
+        self,
+        original: nn.Module,
+        compressed: nn.Module,
+        names: tuple[str, ...],
+        shape: tuple[int, ...],
+        *,
+        deployed: bool = False,
     ) -> None:
         self.original, self.compressed, self.names, self.shape = original, compressed, names, shape
+        self.deployed = deployed
 
     @staticmethod
     def of(original: nn.Module, compressed: nn.Module, stars: StarBatch) -> _Hybrids:
         original, compressed = as_network(original), as_network(compressed)
         if rounds(original, stars.shape) or rounds(compressed, stars.shape):
-            raise UnsupportedLayerError(
-                "layers are told apart in networks with real activations; of one that rounds them, compare "
-                "torchreach.weight_only(network)"
-            )
+            return _Hybrids(*_rounded(original, compressed, stars.shape), stars.shape, deployed=True)
         original, compressed = one_dtype(original, compressed, stars.shape)
         units = _units(original), _units(compressed)
         if units[0].keys() != units[1].keys():
@@ -216,6 +227,8 @@ class _Hybrids:
     @property
     def plain(self) -> bool:
         """Whether they are compared as real-valued functions, and not in probabilities."""
+        if self.deployed:
+            return False
         head = both_scores(self.original, self.compressed, self.shape)[2]
         return head is None and formats(self.original, self.compressed, None) == (None, None)
 
@@ -246,6 +259,55 @@ class _Hybrids:
             torch.stack([part.abs().max() for part in off]),
             torch.stack([10 * torch.log10(power / part.square().sum()) for part in off]),
         )
+
+
+def _rounded(
+    original: nn.Module, compressed: nn.Module, shape: tuple[int, ...]
+) -> tuple[nn.Module, nn.Module, tuple[str, ...]]:
+    """A network and a deployed one as layers that can stand for each other, in float64, and their names.
+
+    A layer is one that has weights, with what lies between it and the one before, its activation, and, where it is
+    deployed, the rounding of its result; and of its inputs, which changes nothing behind another deployed one.
+    """
+    if rounds(original, shape):
+        raise UnsupportedLayerError("layers are told apart from an original that does not round activations")
+    groups: list[list[list[nn.Module]]] = []
+    for network in (original, compressed):
+        layers = [*copy.deepcopy(chain(network, shape)).double()]
+        if any(isinstance(layer, Roundings | MergedAffine) for layer in layers):
+            raise UnsupportedLayerError(
+                "layers are told apart in networks that are chains, where activations are rounded; compare "
+                "torchreach.weight_only(network)"
+            )
+        found: list[list[nn.Module]] = [[]]
+        for layer, after in zip(layers, [*layers[1:], None], strict=True):
+            found[-1].append(layer)
+            weighted = any(isinstance(part, WEIGHTED) for part in found[-1])
+            if weighted and after is not None and not isinstance(after, (*POINTWISE, Quantizer)):
+                found.append([])
+        if len(found) > 1 and not any(isinstance(part, WEIGHTED) for part in found[-1]):
+            found[-2:] = [[*found[-2], *found[-1]]]
+        groups.append(found)
+    if len(groups[0]) != len(groups[1]):
+        raise UnsupportedLayerError(
+            "layers are told apart in networks with the same layers; these have "
+            f"{len(groups[0])} and {len(groups[1])} with weights"
+        )
+    names: list[str] = []
+    grid: Quantizer | None = None
+    for k, group in enumerate(groups[1]):
+        rounding = [layer for layer in group if isinstance(layer, Quantizer)]
+        if grid is not None:
+            group.insert(0, grid.changed(rule=None, layer=None))
+        grid = rounding[-1] if rounding else grid
+        name = (rounding[-1].name if rounding else "").replace(".", "/") or str(k)
+        names.append(name if name not in names else f"{name} ({k})")
+    pair = [nn.Sequential(OrderedDict(zip(names, map(_joined, part), strict=True))).eval() for part in groups]
+    return pair[0], pair[1], tuple(names)
+
+
+def _joined(layers: list[nn.Module]) -> nn.Module:
+    return nn.Sequential(*layers)
 
 
 def _units(network: nn.Module) -> dict[str, nn.Module]:
