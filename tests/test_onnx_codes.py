@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,10 @@ from onnx import TensorProto, helper, numpy_helper
 import torchreach as tr
 from tests.data import require_data
 from torchreach.core.errors import FileFormatError, UnsupportedLayerError
-from torchreach.graph.deployed import DeployedNetwork
 
-ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-quantization = pytest.importorskip("onnxruntime.quantization")
+quantization = pytest.importorskip("onnxruntime.quantization", reason="onnxruntime is not installed")
+
+from tests.onnx_models import check, executed, quantised  # noqa: E402
 
 FORMATS = [
     (kind, activation, weight, per_channel)
@@ -25,48 +24,6 @@ FORMATS = [
     for activation, weight in (("QUInt8", "QInt8"), ("QUInt8", "QUInt8"), ("QInt8", "QInt8"))
     for per_channel in (False, True)
 ]
-
-
-class Reader(quantization.CalibrationDataReader):
-    def __init__(self, name: str, rows: np.ndarray) -> None:
-        self.rows: Iterator[dict] = iter([{name: row[None]} for row in rows])
-
-    def get_next(self) -> dict | None:
-        return next(self.rows, None)
-
-
-def quantised(
-    source: Path, target: Path, rows: np.ndarray, kind: str, activation: str, weight: str, per_channel: bool
-) -> Path:
-    """A twin of the float network in `source`, made by `quantize_static` on calibration rows [B, *shape]."""
-    name = onnx.load(source).graph.input[0].name
-    quantization.quantize_static(
-        source,
-        target,
-        Reader(name, rows),
-        quant_format=getattr(quantization.QuantFormat, kind),
-        activation_type=getattr(quantization.QuantType, activation),
-        weight_type=getattr(quantization.QuantType, weight),
-        per_channel=per_channel,
-    )
-    return target
-
-
-def executed(path: Path, x: np.ndarray) -> np.ndarray:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return np.concatenate([session.run(None, {name: row[None]})[0] for row in x])
-
-
-def check(path: Path, x: np.ndarray) -> DeployedNetwork:
-    """The network in `path`, which must compute what onnxruntime does at x."""
-    network = tr.load(path)
-    assert isinstance(network, DeployedNetwork)
-    for part in np.array_split(x, -(-len(x) // 100)):
-        assert np.array_equal(network(torch.from_numpy(part)).numpy(), executed(path, part))
-    return network
 
 
 def windows() -> np.ndarray:

@@ -296,20 +296,26 @@ class AddedSingle(Operation):
 
 
 class MeanSingle(Operation):
-    """onnxruntime's average pooling: the mean of the values in float32, divided by the scale, rounded to even."""
+    """onnxruntime's average pooling: float32 mean of the values, over the scale, zero point added, rounded to even.
+
+    shift: what onnxruntime adds to signed codes, to make them unsigned.
+    """
 
     rising = (True,)
 
-    def __init__(self, name: str, kind: str, grid: Quantizer, source: Quantizer, pool: nn.AvgPool2d) -> None:
+    def __init__(
+        self, name: str, kind: str, grid: Quantizer, source: Quantizer, pool: nn.AvgPool2d, shift: int
+    ) -> None:
         # As many roundings as numbers, and a few.
-        error = 4 * gamma(fan_in(pool) + 8, SINGLE) * _largest(source, grid) * (source.scale / grid.scale)
-        super().__init__(name, kind, grid.changed(rule=Apart(grid.scale, error, Kernels.SINGLE_FLOAT)))
-        self.sources, self.pool = (source,), pool
+        error = 4 * gamma(fan_in(pool) + 8, SINGLE) * (_largest(source, grid) + abs(shift))
+        rule = Apart(grid.scale, error * (1 + source.scale / grid.scale), Kernels.SINGLE_FLOAT)
+        super().__init__(name, kind, grid.changed(rule=rule))
+        self.sources, self.pool, self.shift = (source,), pool, shift
 
     def forward(self, codes: Tensor) -> Tensor:
         source = self.sources[0]
         x = (codes - source.zero_point).float() * source.scale.float()
-        code = (self.pool(x) / self.grid.scale.float()).round() + self.grid.zero_point
+        code = (self.pool(x) / self.grid.scale.float() + (self.grid.zero_point + self.shift)).round() - self.shift
         return code.clamp(self.grid.lowest, self.grid.highest).to(torch.int64)
 
     def layers(self) -> list[nn.Module]:

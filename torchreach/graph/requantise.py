@@ -3,6 +3,7 @@
     fixed point (LiteRT)      r(a) = (a 2^l M + 2^30) >> 31, then r / 2^s rounded, ties away from zero
     float64 (LiteRT)          r(a) = round(a m), ties away from zero, m in float64: fully connected layers
     float32 (onnxruntime)     r(a) = round_half_even(float32(a) m), m in float32
+    quotient (onnxruntime)    r(a) = round_half_even(float32(a unit) / scale), in float32
     mean (LiteRT's pooling)   r(a) = (a + k z) / k rounded, ties away from zero, less z
 
 with m and M 2^(l - s - 31) the multiplier scale_in scale_weight / scale_out, where l or s is 0 and 2^30 <= M < 2^31.
@@ -143,6 +144,23 @@ class SingleFloat(Requantise):
     def off(self, size: Tensor, scale: Tensor) -> Tensor:
         share = (self.factor.double() * scale / self.unit - 1).abs() + 3 * SINGLE
         return share * size
+
+
+class SingleQuotient(Requantise):
+    """onnxruntime's codes of one grid on another: the value in float32, divided by the new scale in float32."""
+
+    kernels = Kernels.SINGLE_FLOAT
+    scale: Tensor
+
+    def __init__(self, unit: Tensor, scale: Tensor) -> None:
+        super().__init__(unit)
+        self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float64).detach())
+
+    def forward(self, sums: Tensor) -> Tensor:
+        return (sums.float() * self.unit.float() / self.scale.float()).round().to(torch.int64)
+
+    def off(self, size: Tensor, scale: Tensor) -> Tensor:
+        return ((self.scale / scale - 1).abs() + 3 * SINGLE) * size
 
 
 class Mean(Requantise):

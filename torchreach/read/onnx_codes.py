@@ -38,6 +38,6 @@ def read_codes(model: onnx.ModelProto, path: Path) -> ops.DeployedNetwork:
         return CodesOperations(model).network()
     except (UnsupportedLayerError, InvalidNetworkError, FileFormatError) as error:
         raise type(error)(f"{path}: {error}") from None
-    except Exception as error:
+    except Exception as error:  # a stored tensor
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FileFormatError(f"{path} is damaged: {reason}") from None

@@ -1,4 +1,4 @@
-"""Operators of a quantised ONNX file on codes: layers, sums, pools, order and shape.
+"""Operators of a quantised ONNX file on codes: layers, sums, pools, values side by side.
 
 A handler adds an operation, or, where its grid is not known before a QuantizeLinear, gives what will add it.
 """
@@ -15,14 +15,13 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from torchreach.core.errors import UnsupportedLayerError
 from torchreach.graph import deployed as ops
 from torchreach.graph.kernels import IntegerLayer, Pairing
-from torchreach.graph.layers import Rearrange, Reshape
 from torchreach.graph.quantizer import Quantizer
 from torchreach.graph.requantise import LARGEST, SingleFloat
 from torchreach.graph.weights import linear_layer
-from torchreach.read.onnx_codes_walk import CODES, CodesWalk, Stored, Value
+from torchreach.read.onnx_codes_shapes import CodesShapes
+from torchreach.read.onnx_codes_walk import CODES, Stored, Value, same
 
 
 @cache
@@ -45,7 +44,7 @@ def pairing() -> Pairing:
     return Pairing.EXACT if int(np.asarray(found)[0, 0]) > 200 else Pairing.FBGEMM
 
 
-class CodesOperations(CodesWalk):
+class CodesOperations(CodesShapes):
     """The handlers."""
 
     # -- layers -----------------------------------------------------------------------------------------
@@ -74,11 +73,11 @@ class CodesOperations(CodesWalk):
         unit = np.float32(float(value.grid.scale)) * stored.scale
         bias = self._bias(2, unit)
         make = self._sums(value, stored, bias)
-        return Value(value.place, value.grid, value.shape, real=True, makes=make)
+        return replace(value, makes=make)
 
     def _qlinear(self) -> Value:
         """QLinearConv, QGemm and QLinearMatMul: input, weight and result with their grids."""
-        value = self._value(real=False)
+        value = self._codes(0)
         gemm = self.node.op_type == "QGemm"
         weight, scale = self._constant(3), np.asarray(self._constant(4), dtype=np.float32)
         zero = np.asarray(self._constant(5, np.zeros(scale.shape, weight.dtype)))
@@ -110,14 +109,18 @@ class CodesOperations(CodesWalk):
             self.refuse(f"weights must have one scale for each output channel, got scales along axis {stored.axis}")
         scale = scale.reshape(-1) if several else scale.reshape(())
         added = None if bias is None else torch.from_numpy(np.asarray(bias, dtype=np.float64)).reshape(-1)
+        self._bounded(weight.shape[0], *(value.shape[1:] if convolution else value.shape[:-1]))
         layer, sides = self._convolution(value, weight, added) if convolution else (linear_layer(weight, added), None)
         reach = max(abs(end - int(source.zero_point)) for end in (source.lowest, source.highest))
         size = layer.weight.abs().flatten(1).sum(1) * reach + (0 if added is None else added.abs())
         if bool((size > LARGEST).any()):
             self.refuse("its sums may leave int32, where kernels overflow")
-        name, kind = self._name(), node.op_type
+        name, kind, at = self._name(), node.op_type, self.position
+        if source.lowest < 0 and stored.codes.dtype != np.int8:
+            self.refuse("weights of signed codes must be int8: onnxruntime has no other integer kernel")
 
         def make(grid: Quantizer) -> Value:
+            self._fused(at, grid, value)
             single = (source.scale.float() * scale) / grid.scale.float()
             unit = source.scale * scale.double()
             shape = (-1, 1, 1) if convolution and several else ()
@@ -129,6 +132,25 @@ class CodesOperations(CodesWalk):
             return self._put(operation, (value.place,), relu)
 
         return make
+
+    def _fused(self, at: int, grid: Quantizer, *values: Value) -> None:
+        """Refuses what onnxruntime does not execute as one integer kernel: node `at`, whose result has this grid.
+
+        Pairs of QuantizeLinear and DequantizeLinear of signed codes become unsigned; other signed codes stay, and a
+        kernel takes one type alone.
+        """
+        if any(value.grid is None or value.grid.highest != grid.highest for value in values):
+            self.refuse("what it reads and its result must have codes of one type", at)
+        if self.nodes[at].op_type.startswith("Q") or grid.lowest >= 0:
+            return
+        result = self.node.output[0]
+        ends = self.readers[result] == 1 and self.readings.get(result) == "DequantizeLinear"
+        if not ends or not all(value.paired for value in values):
+            self.refuse(
+                "signed codes that two operators read are executed in several ways; quantise with unsigned activations "
+                "(QuantType.QUInt8), or to QOperator",
+                at,
+            )
 
     def _integers(
         self, name: str, kind: str, stored: Stored, source: Quantizer, geometry: Any, weight: Tensor
@@ -164,15 +186,13 @@ class CodesOperations(CodesWalk):
         groups, channels = int(self._option("group", 1)), value.shape[0]
         if weight.ndim != 4 or len(value.shape) != 3 or weight.shape[1] * groups != channels:
             self.refuse(f"weights {tuple(weight.shape)} do not fit values {value.shape} in {groups} groups")
-        if self._option("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
-            self.refuse("auto_pad must be NOTSET: write the padding out")
+        sides = self._sides((max(weight.shape[0], channels), *value.shape[1:]))
         stride, dilation = (tuple(int(n) for n in self._option(key, (1, 1))) for key in ("strides", "dilations"))
-        top, left, bottom, right = (int(n) for n in self._option("pads", (0, 0, 0, 0)))
         sizes: Any = (tuple(weight.shape[2:]), stride, 0, dilation, groups)
         layer = nn.Conv2d(channels, weight.shape[0], *sizes, bias=bias is not None, device="meta")
         layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
         layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        return layer, (left, right, top, bottom)
+        return layer, sides
 
     # -- sums, means, maxima ----------------------------------------------------------------------------
 
@@ -181,142 +201,114 @@ class CodesOperations(CodesWalk):
         return replace(values[0], makes=self._adds(*values))
 
     def _qlinear_add(self) -> Value:
-        return self._adds(self._value(0, real=False), self._value(3, real=False))(self._grid_at(6))
+        return self._adds(self._codes(0), self._codes(3))(self._grid_at(6))
 
     def _adds(self, first: Value, second: Value) -> Any:
-        name, kind = self._name(), self.node.op_type
+        name, kind, at = self._name(), self.node.op_type, self.position
         assert first.grid is not None and second.grid is not None  # noqa: PT018
         if first.shape != second.shape:
             self.refuse(f"its values must have one shape, got {first.shape} and {second.shape}")
         grids = first.grid, second.grid
-        return lambda grid: self._put(ops.AddedSingle(name, kind, grid, grids), (first.place, second.place))
+
+        def make(grid: Quantizer) -> Value:
+            self._fused(at, grid, first, second)
+            if kind == "Add" and grid.lowest < 0:
+                self.refuse("sums of signed codes are not supported; quantise to QOperator", at)
+            return self._put(ops.AddedSingle(name, kind, grid, grids), (first.place, second.place))
+
+        return make
 
     def _pool(self) -> Value:
         value = self._value(real=True)
         return replace(value, makes=self._means(value))
 
     def _qlinear_pool(self) -> Value:
-        if self._option("channels_last", 0):
-            self.refuse("channels_last must be 0")
-        return self._means(self._value(real=False))(self._grid_at(3))
+        return self._means(self._codes(0))(self._grid_at(3))
 
     def _means(self, value: Value) -> Any:
-        name, kind, source = self._name(), self.node.op_type, value.grid
+        name, kind, source, at = self._name(), self.node.op_type, value.grid, self.position
         assert source is not None
+        kernel, stride, sides = self._window(value)
+        if any(sides):
+            self.refuse("padding is not supported")
+        signed = source.lowest < 0 and not kind.startswith("Q")
+        whole = "Global" in kind or kernel == value.shape[1:]  # which onnxruntime computes alike, behind convolutions
+        count = prod(value.shape[1:])
+        pool: Any = nn.AvgPool2d(kernel, stride)  # type: ignore[arg-type]
+
+        def make(grid: Quantizer) -> Value:
+            self._fused(at, grid, value)
+            if not whole:
+                return self._put(ops.MeanSingle(name, kind, grid, source, pool, 128 * signed), (value.place,))
+            factor = source.scale.float() / (grid.scale.float() * torch.tensor(float(count)))
+            rounded = grid._with(rule=SingleFloat(source.scale / count, factor))
+            return self._put(ops.MeanOver(name, kind, rounded, source, (2, 3), True, count), (value.place,))
+
+        return make
+
+    def _window(self, value: Value) -> tuple[tuple[int, ...], tuple[int, ...], ops.Sides]:
+        """Kernel, stride and padding (left, right, top, bottom) of a pool."""
         if len(value.shape) != 3:
             self.refuse(f"it takes values [C, H, W], got {value.shape}")
-        if any(self._option("pads", ())) or self._option("ceil_mode", 0):
-            self.refuse("padding and ceil_mode are not supported")
-        kernel, stride = (tuple(int(n) for n in self._option(k, (1, 1))) for k in ("kernel_shape", "strides"))
-        if "Global" in kind or kernel == value.shape[1:]:  # which onnxruntime computes alike, behind convolutions
-            count = prod(value.shape[1:])
-
-            def over(grid: Quantizer) -> Value:
-                factor = source.scale.float() / (grid.scale.float() * torch.tensor(float(count)))
-                rounded = grid.changed(rule=SingleFloat(source.scale / count, factor))
-                return self._put(ops.MeanOver(name, kind, rounded, source, (2, 3), True, count), (value.place,))
-
-            return over
-        pool: Any = nn.AvgPool2d(kernel, stride)  # type: ignore[arg-type]
-        return lambda grid: self._put(ops.MeanSingle(name, kind, grid, source, pool), (value.place,))
-
-    def _max_pool(self) -> Value:
-        value = self._value()
         if self._option("ceil_mode", 0) or any(n != 1 for n in self._option("dilations", ())):
             self.refuse("ceil_mode and dilations are not supported")
         kernel, stride = (tuple(int(n) for n in self._option(k, (1, 1))) for k in ("kernel_shape", "strides"))
-        top, left, bottom, right = (int(n) for n in self._option("pads", (0, 0, 0, 0)))
+        return kernel, stride, self._sides(value.shape)
+
+    def _max_pool(self) -> Value:
+        value = self._value()
         assert value.grid is not None
-        sides = (left, right, top, bottom)
+        kernel, stride, sides = self._window(value)
         operation = ops.MaxPool(self._name(), self.node.op_type, value.grid, kernel, stride, sides, last=False)
         return replace(self._put(operation, (value.place,)), real=value.real)
 
-    def _relu(self) -> Value:
-        value = self.values[self.node.input[0]]
-        if not isinstance(value, Value) or value.makes is None:
-            self.refuse("a ReLU must follow a layer, before its QuantizeLinear")
-        return replace(value, relu=True)
+    def _clamp(self) -> Value:
+        """Relu and Clip: behind a layer, where its QuantizeLinear makes them needless, or of dequantised codes."""
+        value, ends = self._computed(), (0.0, float("inf"))
+        if self.node.op_type == "Clip":
+            given = (self._option(key, self._constant(at)) for at, key in ((1, "min"), (2, "max")))
+            least, most = (None if n is None else float(np.asarray(n, np.float32).reshape(())) for n in given)
+            ends = (float("-inf") if least is None else least, float("inf") if most is None else most)
+        behind = value.grid is not None and value.ends is None and (value.makes is not None or value.real)
+        if not behind or not ends[0] <= 0 <= ends[1]:
+            self.refuse("it must follow a layer or a DequantizeLinear, once, and keep zero")
+        make, at = value.makes, self.position
+
+        def limited(grid: Quantizer) -> Value:
+            scale = np.float32(float(grid.scale))
+            codes = [float(np.rint(np.float32(end) / scale)) + int(grid.zero_point) for end in ends]
+            low, high = (int(min(max(code, grid.lowest), grid.highest)) for code in codes)
+            if make is None:
+                return self._rescaled(value, grid.limited(low, high))
+            if (low, high) != (grid.lowest, grid.highest) or np.ndim(self._constant(1)):
+                self.refuse("its QuantizeLinear does not saturate so: onnxruntime executes the layer in float32", at)
+            return make(grid)
+
+        return replace(value, makes=limited, ends=ends)
+
+    # -- values side by side ----------------------------------------------------------------------------
 
     def _concat(self) -> Value:
         values = [self._value(at, real=True) for at in range(len(self.node.input))]
-        name, axis, rank = self._name(), int(self._option("axis", 1)), 1 + len(values[0].shape)
-        if axis % rank == 0:
+        return replace(values[0], makes=self._joins(values))
+
+    def _qlinear_concat(self) -> Value:
+        count = len(self.node.input)
+        if count < 5 or count % 3 != 2:
+            self.refuse(f"it must have a scale, a zero point, and three inputs for each value, got {count} inputs")
+        return self._joins([self._codes(at) for at in range(2, count, 3)])(self._grid_at(0))
+
+    def _joins(self, values: list[Value]) -> Any:
+        name, kind, rank = self._name(), self.node.op_type, 1 + len(values[0].shape)
+        axis = int(self._option("axis", 1))
+        if not -rank <= axis < rank or axis % rank == 0:
             self.refuse("values are joined along another axis than the batch")
 
         def make(grid: Quantizer) -> Value:
-            if not all(value.grid is not None and value.grid.same_grid(grid) for value in values):
-                raise UnsupportedLayerError(f"{name!r}: values that are joined must have the grid of the result")
-            return self._put(ops.Joined(name, "Concat", grid, axis % rank), tuple(v.place for v in values))
+            parts = [v if v.grid is not None and same(v.grid, grid) else self._rescaled(v, grid) for v in values]
+            return self._put(ops.Joined(name, kind, grid, axis % rank), tuple(part.place for part in parts))
 
-        return replace(values[0], makes=make)
-
-    # -- order and shape --------------------------------------------------------------------------------
-
-    def _rearranged(self, layer: Reshape | Rearrange) -> Value:
-        value = self.values[self.node.input[0]]
-        if not isinstance(value, Value) or value.makes is not None:
-            self.refuse("it must read codes, or the network's input")
-        grid = value.grid if value.grid is not None else Quantizer(1.0, 0, 0, 255)
-        kind = ops.Padded if isinstance(layer, Rearrange) and layer.operation == "pad" else ops.Rearranged
-        if value.grid is None:
-            self.refuse("the network's input must be quantised before it is rearranged")
-        operation: Any = kind(self._name(), self.node.op_type, grid, layer.arguments if kind is ops.Padded else layer)  # type: ignore
-        return replace(self._put(operation, (value.place,)), real=value.real)
-
-    def _shape_of(self) -> tuple[int, ...]:
-        value = self.values[self.node.input[0]]
-        return value.shape if isinstance(value, Value) else self.refuse("it must read codes")
-
-    def _flatten(self) -> Value:
-        if int(self._option("axis", 1)) != 1:
-            self.refuse("axis must be 1")
-        return self._rearranged(Reshape((prod(self._shape_of()),)))
-
-    def _reshape(self) -> Value:
-        wanted = [int(n) for n in np.asarray(self._constant(1)).reshape(-1)]
-        shape = self._shape_of()
-        if not wanted or wanted[0] not in (-1, 0, 1) or sum(n == -1 for n in wanted) > 1:
-            self.refuse(f"it must keep the batch axis, got {wanted}")
-        rest = [shape[i - 1] if n == 0 and 0 < i <= len(shape) else n for i, n in enumerate(wanted)][1:]
-        if -1 in rest:
-            rest[rest.index(-1)] = prod(shape) // max(-prod(rest), 1)
-        if prod(rest) != prod(shape):
-            self.refuse(f"{wanted} does not hold the numbers of {shape}")
-        return self._rearranged(Reshape(tuple(rest)))
-
-    def _transpose(self) -> Value:
-        order = [int(n) for n in self._option("perm", ())]
-        if sorted(order) != list(range(1 + len(self._shape_of()))) or order[0] != 0:
-            self.refuse(f"it must keep the batch axis, got {order}")
-        return self._rearranged(Rearrange("permute", *order))
-
-    def _pad(self) -> Value:
-        sizes = [int(n) for n in np.asarray(self._constant(1)).reshape(-1)]
-        rank = 1 + len(self._shape_of())
-        filled = self.values.get(self.node.input[2]) if len(self.node.input) > 2 and self.node.input[2] else None
-        number = self._filling(filled)
-        if self._option("mode", b"constant") != b"constant" or number or len(sizes) != 2 * rank or min(sizes) < 0:
-            self.refuse("it must pad with zeros")
-        if sizes[0] or sizes[rank]:
-            self.refuse("it must keep the batch axis")
-        pairs = [n for axis in range(rank - 1, 0, -1) for n in (sizes[axis], sizes[rank + axis])]
-        return self._rearranged(Rearrange("pad", *pairs))
-
-    def _filling(self, filled: Any) -> float:
-        """What a Pad fills in, as a number."""
-        if isinstance(filled, Stored):
-            return float(((filled.codes.astype(np.float64) - filled.zero) * filled.scale).reshape(-1)[0])
-        name = self.node.input[2] if len(self.node.input) > 2 else ""
-        if not name:
-            return 0.0
-        number = float(np.asarray(self._constant(2)).reshape(-1)[0])
-        value = self.values[self.node.input[0]]
-        codes = isinstance(value, Value) and not value.real and value.grid is not None
-        return number - int(value.grid.zero_point) if codes else number  # type: ignore[union-attr]
-
-    def _same(self) -> Value:
-        value = self.values[self.node.input[0]]
-        return value if isinstance(value, Value) else self.refuse("it must read codes")
+        return make
 
 
 CodesOperations.handlers = {
@@ -329,11 +321,14 @@ CodesOperations.handlers = {
     **dict.fromkeys(("AveragePool", "GlobalAveragePool"), CodesOperations._pool),
     **dict.fromkeys(("QLinearAveragePool", "QLinearGlobalAveragePool"), CodesOperations._qlinear_pool),
     "MaxPool": CodesOperations._max_pool,
-    "Relu": CodesOperations._relu,
+    **dict.fromkeys(("Relu", "Clip"), CodesOperations._clamp),
     "Concat": CodesOperations._concat,
+    "QLinearConcat": CodesOperations._qlinear_concat,
     "Flatten": CodesOperations._flatten,
     "Reshape": CodesOperations._reshape,
     "Transpose": CodesOperations._transpose,
     "Pad": CodesOperations._pad,
+    "Squeeze": CodesOperations._squeeze,
+    "Unsqueeze": CodesOperations._unsqueeze,
     **dict.fromkeys(("Identity", "Dropout"), CodesOperations._same),
 }

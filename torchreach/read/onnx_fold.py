@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,16 @@ FOLDED = {
     *("Add", "Sub", "Mul", "Div", "Neg", "MatMul", "Sqrt", "Reciprocal", "DequantizeLinear"),
 }
 
+_GROWING = ("ConstantOfShape", "Expand")  # to the shape that their last input says
+_LARGEST = 2**28  # numbers of one constant: a damaged file may ask for any size
+
 
 def folded(node: onnx.NodeProto, constants: Mapping[str, np.ndarray], opsets: Mapping[str, int]) -> list[Any]:
     """Outputs of a node. Raises whatever onnx does about a damaged one."""
     from onnx.reference import ReferenceEvaluator
 
+    if node.op_type in _GROWING and prod(int(n) for n in constants[node.input[-1]].reshape(-1)) > _LARGEST:
+        raise ValueError(f"a constant must have at most {_LARGEST} numbers")
     feeds = {n: constants[n] for n in node.input if n}
     return list(ReferenceEvaluator(_alone(node, opsets)).run(None, feeds))
 
