@@ -8,6 +8,7 @@ again to see its layers, and it fails where the constant is the left factor of a
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +18,12 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from torchreach.core.errors import FileFormatError, InvalidNetworkError, UnsupportedLayerError
+from torchreach.core.errors import (
+    FileFormatError,
+    InvalidNetworkError,
+    UncoveredKernelsWarning,
+    UnsupportedLayerError,
+)
 from torchreach.graph.arithmetic import Arithmetic
 from torchreach.graph.layers import Reshape
 from torchreach.read.builder import ChainBuilder, check_finite
@@ -31,6 +37,8 @@ def read_onnx(path: Path) -> nn.Module:
     """The network in `path`; every weight as stored. Raises as `load`.
 
     A quantised one is a `DeployedNetwork`, see `read.onnx_codes`.
+
+    Warns: UncoveredKernelsWarning: dequantised weights with float activations, which onnxruntime may round.
     """
     model = _read(path)
     if is_quantised(model):
@@ -38,7 +46,29 @@ def read_onnx(path: Path) -> nn.Module:
     reader = _Reader(model, path)
     for node in model.graph.node:
         reader.add(node)
-    return reader.finish()
+    network = reader.finish()
+    _warn_of_rounding(model, path)
+    return network
+
+
+def _warn_of_rounding(model: onnx.ModelProto, path: Path) -> None:
+    """Of codes of weights that a product reads dequantised: onnxruntime makes MatMulNBits of it, which rounds."""
+    stored = {n for node in model.graph.node if node.op_type == "DequantizeLinear" for n in node.output}
+    rounded = [
+        node.name or node.output[0]
+        for node in model.graph.node
+        if node.op_type in ("MatMul", "Gemm")
+        and node.input[1] in stored
+        and not any(a.name == "transB" and a.i for a in node.attribute)
+    ]
+    if rounded:
+        warnings.warn(
+            f"{path}: dequantised weights with float activations in {', '.join(map(repr, rounded[:3]))}: read as a "
+            "float network of these weights; onnxruntime also rounds what such layers read to 8 bits, by scales of "
+            "each input's own, which is not covered",
+            UncoveredKernelsWarning,
+            stacklevel=4,
+        )
 
 
 def read_input_shape(path: Path) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from torchreach.graph.quantizer import Quantizer
 from torchreach.graph.requantise import LARGEST, SingleFloat
 from torchreach.graph.weights import linear_layer
 from torchreach.read.onnx_codes_shapes import CodesShapes
-from torchreach.read.onnx_codes_walk import CODES, Stored, Value, same
+from torchreach.read.onnx_codes_walk import CODES, FLOATING, MERGED, Stored, Value, same
 
 
 @cache
@@ -92,7 +92,7 @@ class CodesOperations(CodesShapes):
         node, source = self.node, value.grid
         assert source is not None
         if stored.codes.dtype not in CODES:
-            self.refuse(f"weights must be int8 or uint8 codes, got {stored.codes.dtype}")
+            self.refuse(f"weights must be int8 or uint8 codes, got {stored.codes.dtype}: {FLOATING}")
         codes, scale, zero = (torch.from_numpy(np.array(part)) for part in (stored.codes, stored.scale, stored.zero))
         convolution = node.op_type in ("Conv", "QLinearConv")
         several = scale.numel() > 1
@@ -197,11 +197,25 @@ class CodesOperations(CodesShapes):
     # -- sums, means, maxima ----------------------------------------------------------------------------
 
     def _sum(self) -> Value:
-        values = [self._value(at, real=True) for at in (0, 1)]
+        values = [self._operand(0, 1), self._operand(1, 0)]
         return replace(values[0], makes=self._adds(*values))
 
     def _qlinear_add(self) -> Value:
-        return self._adds(self._codes(0), self._codes(3))(self._grid_at(6))
+        return self._adds(self._operand(0, 3), self._operand(3, 0))(self._grid_at(6))
+
+    def _operand(self, at: int, other: int) -> Value:
+        """Input number `at` of a sum: a value, or codes of the file, given the axes of input number `other`."""
+        name, real = self.node.input[at], not self.node.op_type.startswith("Q")
+        stored: Any = self.values.get(name) if real else self.constants.get(name)
+        if stored is None or isinstance(stored, Value):
+            return self._value(at, real=True) if real else self._codes(at)
+        shape = self._computed(other).shape
+        grid = self._grid(stored.scale, stored.zero) if real else self._grid_at(at + 1)
+        codes = np.array(stored.codes if real else stored)
+        codes = codes.reshape((1,) * (1 + len(shape) - codes.ndim) + codes.shape)
+        if codes.dtype not in CODES or np.broadcast_shapes(codes.shape, (1, *shape)) != (1, *shape):
+            self.refuse(f"its input {at} must be int8 or uint8 codes that fit {shape}, got {codes.dtype} {codes.shape}")
+        return self._put(ops.Constant(name, grid, torch.from_numpy(np.broadcast_to(codes, (1, *shape)).copy())), ())
 
     def _adds(self, first: Value, second: Value) -> Any:
         name, kind, at = self._name(), self.node.op_type, self.position
@@ -211,9 +225,9 @@ class CodesOperations(CodesShapes):
         grids = first.grid, second.grid
 
         def make(grid: Quantizer) -> Value:
-            self._fused(at, grid, first, second)
             if kind == "Add" and grid.lowest < 0:
-                self.refuse("sums of signed codes are not supported; quantise to QOperator", at)
+                self.refuse("onnxruntime sums signed codes of a QDQ graph in several ways; quantise to QOperator", at)
+            self._fused(at, grid, first, second)
             return self._put(ops.AddedSingle(name, kind, grid, grids), (first.place, second.place))
 
         return make
@@ -278,9 +292,12 @@ class CodesOperations(CodesShapes):
             scale = np.float32(float(grid.scale))
             codes = [float(np.rint(np.float32(end) / scale)) + int(grid.zero_point) for end in ends]
             low, high = (int(min(max(code, grid.lowest), grid.highest)) for code in codes)
+            needless = (low, high) == (grid.lowest, grid.highest)
+            if make is None and needless and value.direct and value.grid is not None and not same(value.grid, grid):
+                self.refuse(MERGED)
             if make is None:
                 return self._rescaled(value, grid.limited(low, high))
-            if (low, high) != (grid.lowest, grid.highest) or np.ndim(self._constant(1)):
+            if not needless or np.ndim(self._constant(1)):
                 self.refuse("its QuantizeLinear does not saturate so: onnxruntime executes the layer in float32", at)
             return make(grid)
 

@@ -30,6 +30,10 @@ DYNAMIC = (
     "quantize_static"
 )
 
+FLOATING = "onnxruntime has no integer kernels of these, and sums in float32 in an order of its own"
+MERGED = "codes are quantised again on another grid, which onnxruntime merges into a third one"
+INTEGERS = "its sums stay integers, which floating-point operators scale; quantise with quantize_static, to codes"
+
 
 @dataclass(frozen=True, eq=False)
 class Value:
@@ -144,6 +148,8 @@ class CodesWalk:
             return
         if node.op_type.startswith("Dynamic"):
             self.refuse(DYNAMIC)
+        if node.op_type in ("ConvInteger", "MatMulInteger"):
+            self.refuse(INTEGERS)
         if self._option("channels_last", 0):
             self.refuse("channels_last must be 0")
         handler = self.handlers.get(node.op_type)
@@ -211,7 +217,7 @@ class CodesWalk:
 
     def _grid(self, scale: np.ndarray, zero: np.ndarray) -> Quantizer:
         if zero.dtype not in CODES:
-            self.refuse(f"activations must be int8 or uint8 codes, got {zero.dtype}")
+            self.refuse(f"activations must be int8 or uint8 codes, got {zero.dtype}: {FLOATING}")
         if scale.dtype != np.float32:
             self.refuse(f"scales must be float32 numbers, got {scale.dtype}")
         lowest, highest = CODES[zero.dtype]
@@ -249,7 +255,7 @@ class CodesWalk:
         if same(value.grid, grid):
             return replace(value, real=False)
         if value.direct:
-            self.refuse("codes are quantised again on another grid, which onnxruntime merges into a third one")
+            self.refuse(MERGED)
         return self._rescaled(value, grid)
 
     def _rescaled(self, value: Value, grid: Quantizer) -> Value:
