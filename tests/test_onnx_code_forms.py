@@ -150,7 +150,7 @@ def test_sums_with_codes_of_the_file_are_executed_code_for_code(kind, activation
 def test_codes_on_another_grid_are_bounded_as_executed(kind, tmp_path):
     # Zero points in the middle keep the Clip, which reads numbers and is quantised on the next grid.
     net = FloatNetwork(17, 5)
-    at = net.add("Flatten", [net.clip(net.convolution("x", 3, 2), -0.1, 0.8)])
+    at = net.clip(net.add("Flatten", [net.convolution("x", 3, 2)]), -0.1, 0.8)
     net.add("Gemm", [at, net.weights(128, 3), net.weights(3)])
     path = made(tmp_path, net, kind, "QInt8", "QInt8", False, extra_options={"ActivationSymmetric": True})
     network, x = check(path, inputs(50)), inputs(1)

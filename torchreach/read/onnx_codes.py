@@ -6,11 +6,11 @@
 Sums are integers; codes are float32(sum) (scale_in scale_weight / scale_out) rounded to even, all in float32
 (`graph.requantise.SingleFloat`). Unsigned codes times signed weights saturate in pairs on x86 without VNNI, in those of
 `graph.kernels.Pairing.FBGEMM`; signed codes of a QDQ graph become unsigned ones there, and saturate too. Measured on
-onnxruntime 1.32: equal on networks of every format that its `quantize_static` writes, but for what is refused.
+onnxruntime 1.32: equal on networks of every format that its `quantize_static` writes, opsets 10 to 23, but for what is
+refused. What only moves, joins or clamps dequantised numbers is executed on their codes, for it does the same to them.
 
-Refused by name: dynamic scales (`quantize_dynamic`), 16-bit and 4-bit numbers, floating-point operators outside of a
-dequantised and quantised stretch, and signed codes of a QDQ graph that two operators read: onnxruntime executes some of
-these in float32 and others in integers.
+Refused by name: dynamic scales (`quantize_dynamic`), sums that stay integers, and what onnxruntime sums in float32:
+16-bit and 4-bit numbers, operators that it does not fuse, signed codes of a QDQ graph that two operators read.
 """
 
 from __future__ import annotations
