@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import torchreach as tr
+from tests.test_onnx_code_forms import FORMS, joined, made, plain
 from tests.test_onnx_codes import FORMATS, quantised, random_network
 from tests.test_tflite import Random, file
 from torchreach.core.errors import UnsupportedLayerError
@@ -83,6 +84,18 @@ def test_codes_of_points_are_exact(seed, tmp_path):
 def test_codes_of_points_are_exact_as_onnxruntime_computes_them(seed, form, tmp_path):
     network = random_onnx(seed, form, tmp_path)
     check_points(network, drawn(network, seed, POINTS))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("net", [joined, plain])
+def test_codes_of_points_are_exact_in_rarer_forms_of_onnx(net, form, tmp_path):
+    try:
+        network = tr.load(made(tmp_path, net(17, 0), *form, per_channel=False))
+    except UnsupportedLayerError as error:
+        pytest.skip(str(error))
+    assert isinstance(network, DeployedNetwork)
+    check_points(network, drawn(network, 0, POINTS))
+    check_intervals(network, 0)
 
 
 def test_the_codes_of_a_residual_network_are_exact():

@@ -163,7 +163,8 @@ def joint_bounds(
     x, total = low.new_zeros(()), low.new_zeros(())
     moved, layers, gaps = torch.zeros_like(low), [], [low.new_zeros(len(low), 0)]
     for i, (sign, network) in enumerate(zip((1, -1), both.networks, strict=False)):
-        patience = clock.part(clock.left / (1 + len(both.networks) - i)) if anytime and clock.limited else NO_LIMIT
+        share = 0.8 if both.second is None else 1 / (3 - i)
+        patience = clock.part(share * clock.left) if anytime and clock.limited else NO_LIMIT
         neurons = bounded(network, inputs, None if known is None else known[i], clock, patience)
         layers.append(neurons)
         k, A = len(neurons), neurons[-1].size if neurons else inputs.size

@@ -255,7 +255,7 @@ class CodesOperations(CodesShapes):
             if not whole:
                 return self._put(ops.MeanSingle(name, kind, grid, source, pool, 128 * signed), (value.place,))
             factor = source.scale.float() / (grid.scale.float() * torch.tensor(float(count)))
-            rounded = grid._with(rule=SingleFloat(source.scale / count, factor))
+            rounded = grid.changed(rule=SingleFloat(source.scale / count, factor))
             return self._put(ops.MeanOver(name, kind, rounded, source, (2, 3), True, count), (value.place,))
 
         return make

@@ -261,7 +261,7 @@ class CodesWalk:
     def _rescaled(self, value: Value, grid: Quantizer) -> Value:
         """Codes dequantised and quantised on another grid, in float32."""
         assert value.grid is not None
-        grid = grid._with(rule=SingleQuotient(value.grid.scale, grid.scale))
+        grid = grid.changed(rule=SingleQuotient(value.grid.scale, grid.scale))
         operation = ops.Rescaled(self._name(), self.node.op_type, grid, value.grid)
         return self._put(operation, (value.place,), relu=grid.lowest == int(grid.zero_point))
 

@@ -118,6 +118,8 @@ class _Codes:
             if function is not None:
                 self.builder.append(function(), operation.name)
             return
+        if not isinstance(operation, ops.Sums):
+            grid = grid.changed(layer=None)  # that of a layer before it
         if first and grid.rule is not None:
             shape = self.builder.shape
             assert shape is not None
@@ -133,7 +135,7 @@ class _Codes:
 
     def _with_constant(self, operation: ops.Operation, constants: list[Tensor | None]) -> ElementwiseAffine:
         """The operation with one constant operand, on real numbers."""
-        assert isinstance(operation, ops.Added | ops.Multiplied)
+        assert isinstance(operation, ops.Added | ops.AddedSingle | ops.Multiplied)
         at = 0 if constants[0] is not None else 1
         codes, one = constants[at], torch.ones((), dtype=torch.float64)
         assert codes is not None
