@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import torchreach as tr
+
+HELLO = Path(__file__).resolve().parents[1] / "docs" / "hello_world"
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -173,6 +176,29 @@ def test_a_budget_is_shared_by_all_comparisons() -> None:
     compressed = tr.quantize_weights(original, bits=4)
     found = tr.attribute(original, compressed, unit_box(), budget=tr.Budget(seconds=20), samples=10)
     assert all(status is tr.Status.EXACT for part in found.alone for status in part.status)
+
+
+def test_layers_of_a_deployed_chain_are_attributed_with_their_rounding() -> None:
+    original, deployed = (tr.load(HELLO / f"hello_world_{kind}.tflite") for kind in ("float", "int8"))
+    stars = tr.StarBatch.from_box(torch.tensor([1.0]), torch.tensor([1.2]))
+    found = tr.attribute(original, deployed, stars, budget=tr.Budget(seconds=4), samples=3000)
+    assert len(found.layers) == 3
+    assert (found.sampled_max <= torch.tensor([float(part.max_upper) for part in found.alone])).all()
+    exact = tr.discrepancy(original, deployed, stars)
+    assert (found.bound >= exact.lower).all()
+    assert (found.cumulative[-1].upper >= exact.lower).all()
+    assert (found.cumulative[-1].lower <= exact.upper).all()
+
+
+def test_a_mixed_network_of_deployed_and_kept_layers_is_certified() -> None:
+    original, deployed = (tr.load(HELLO / f"hello_world_{kind}.tflite") for kind in ("float", "int8"))
+    stars = tr.StarBatch.from_box(torch.tensor([1.0]), torch.tensor([1.05]))
+    kept = tr.keep_float(original, deployed, stars, 0.2, order=[], budget=tr.Budget(seconds=4))
+    x = stars.sample(1000)[0]
+    with torch.no_grad():
+        off = (original(x) - kept.network(x.double())).abs().max()
+    assert kept.satisfied
+    assert off <= 0.2
 
 
 def test_networks_that_cannot_be_told_apart_layer_by_layer_are_refused_by_reason() -> None:
