@@ -13,11 +13,15 @@ import torchreach as tr
 from tests.test_onnx_code_forms import FORMS, joined, made, plain
 from tests.test_onnx_codes import FORMATS, quantised, random_network
 from tests.test_tflite import Random, file
+from torchreach.core.clock import NO_LIMIT
 from torchreach.core.errors import UnsupportedLayerError
 from torchreach.core.tolerances import COMPUTE_DTYPE
-from torchreach.domains.rounding import InputGrid, outputs, relax
+from torchreach.domains.input_grid import InputGrid
+from torchreach.domains.relaxed_difference import rounded_bounds
+from torchreach.domains.rounding import excess, outputs, relax
 from torchreach.domains.zonotope import box_rows, zonotope_bounds
 from torchreach.graph.deployed import DeployedNetwork, Softmax
+from torchreach.graph.quantizer import Quantizer
 from torchreach.read.steps import steps
 from torchreach.verbs.int8_kernels import executed as as_executed
 
@@ -111,7 +115,8 @@ def check_intervals(network: DeployedNetwork, seed: int) -> None:
     middle, reach = drawn(network, seed, 1)[0], torch.randint(0, 3, network.shape, generator=generator)
     first, last = (middle - reach).clamp(*ends), (middle + reach).clamp(*ends)
     spread = torch.rand(500, *network.shape, generator=generator) * (last - first + 1)
-    want = executed(network, torch.minimum(first + spread.floor().long(), last))
+    codes = torch.minimum(first + spread.floor().long(), last)
+    want = executed(network, codes)
     low, high = (network.entry.value(end).flatten() for end in (first, last))
     found = described(network)
     _, least, most = outputs(found, ((low + high) / 2)[None], ((high - low) / 2 + 1e-9)[None])
@@ -124,6 +129,15 @@ def check_intervals(network: DeployedNetwork, seed: int) -> None:
         for end in zonotope_bounds(relaxed.steps, *rows)[-1]
     )
     assert bool(((below <= want + 1e-5) & (want <= above + 1e-5)).all())
+    # Backward through both networks as they are, without a relaxation.
+    twin = tr.weight_only(network, network.shape).double()
+    real = steps(twin, network.shape, dtype=COMPUTE_DTYPE, device=torch.device("cpu"))
+    upper = rounded_bounds(real, found, low, high, NO_LIMIT)
+    assert upper is not None
+    with torch.no_grad():
+        off = twin(network.entry.value(codes)).flatten(1) - want
+    assert bool((off.amax(0) <= upper[0]).all())
+    assert bool((-off.amin(0) <= upper[1]).all())
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -165,3 +179,11 @@ def test_twins_without_rounding_keep_activations_that_end_codes(tmp_path):
     x = network.entry.value(drawn(network, 0, 50)).float()
     steps_off = (twin.double()(x.double()) - network(x)).abs().max()
     assert steps_off <= 0.05 * network(x).abs().max() + 20 * network.grid.scale
+
+
+def test_a_value_beyond_the_last_code_is_off_by_exactly_what_is_cut():
+    grid = Quantizer(0.1, 0, -128, 127)
+    low, high = torch.tensor([20.0, 20.0, -30.0]).double(), torch.tensor([20.0, 21.0, -30.0]).double()
+    middle, radius = excess(grid, low, high)
+    assert (middle - torch.tensor([-7.3, -7.8, 17.2]).double()).abs().max() < 1e-9
+    assert (radius - torch.tensor([0.0, 0.5, 0.0]).double()).abs().max() < 1e-9

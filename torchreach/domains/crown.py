@@ -15,6 +15,7 @@ Rounding, as in `difference`: computed coefficients are taken as exact numbers, 
 for what its products and sums lose, those of slopes and biases too; lines are raised by 8 u max(|l|, |u|), more than
 their slope and offset lose; and the box's radius by 4 (N_in + 16) u |x|, for its middle, its radius, the sum of two
 networks' coefficients, and the last products. For the network as a real-valued function of its weights.
+Quantisers are activations too: the lines of their ReLU, or of the identity, off by what rounding adds.
 
 Reference: CROWN (Zhang et al.: NeurIPS 2018); ReluVal (Wang et al.: USENIX Security 2018) for signs that halves of a
 box inherit.
@@ -37,8 +38,12 @@ from torch.nn import functional as F
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.masks import leading, lengths
 from torchreach.core.roundoff import allowance, ball, gamma
+from torchreach.domains.rounding import excess
 from torchreach.domains.smooth import Cells
+from torchreach.graph.kernels import IntegerSums
+from torchreach.graph.roundings import PlacedSums
 from torchreach.graph.steps import Step
+from torchreach.graph.twin_blocks import Blocks
 from torchreach.graph.twins import Twins, twins
 from torchreach.graph.windows import Part, WindowMap, windows
 
@@ -67,7 +72,11 @@ class Network:
     @staticmethod
     def of(steps: tuple[Step, ...], clock: Clock = NO_LIMIT) -> Network:
         """OutOfTime: between two layers."""
-        return Network(steps, [twins(step, step, clock=clock) for step in steps])
+        maps = [
+            twins(step, step, clock=clock) if len(step.block) else Blocks.identity(step.in_shape, step.bias.dtype)
+            for step in steps
+        ]
+        return Network(steps, maps)
 
     def bias(self, k: int) -> Tensor:
         return self.steps[k].bias
@@ -155,15 +164,25 @@ class Neurons:
 
     @staticmethod
     def of(step: Step, low: Tensor, high: Tensor, error: Tensor, ways: Tensor | None) -> Neurons:
-        assert step.relu is not None
-        on, off = (low >= 0) | ~step.relu, (high <= 0) & step.relu
+        relu = _bends(step)
+        on, off = (low >= 0) | ~relu, (high <= 0) & relu
         undecided = open_ = ~(on | off)
         share = torch.where(open_, high / (high - low).clamp(min=TINY), on.to(low))
         rise = -share * low + allowance(torch.maximum(low.abs(), high.abs()), 8)
         above = share, torch.where(open_, rise, 0.0)
         below = torch.where(open_, (high > -low).to(low), share), torch.zeros_like(low)
-        least = torch.where(step.relu, low.clamp(min=0), low)
-        most = torch.where(step.relu, high.clamp(min=0), high)
+        least = torch.where(relu, low.clamp(min=0), low)
+        most = torch.where(relu, high.clamp(min=0), high)
+        if step.quantizer is not None:  # between these lines, and off by what rounding adds
+            middle, radius = excess(step.quantizer, least, most)
+            codes = step.quantizer.code_range(low, high)
+            least, most = (step.quantizer.value(code) for code in codes)
+            fixed = codes[0] == codes[1]
+            (s1, t1), (s2, t2) = above, below
+            above = torch.where(fixed, 0.0, s1), torch.where(fixed, least, t1 + middle + radius)
+            below = torch.where(fixed, 0.0, s2), torch.where(fixed, least, t2 + middle - radius)
+            undecided = undecided & ~fixed
+            open_ = ~fixed
         for function, index in step.curves:
             ends = low[:, index], high[:, index]
             cells = Cells.of(function, *ends)
@@ -202,6 +221,25 @@ class Neurons:
         return (self.low >= 0).to(torch.int8) - (self.high <= 0).to(torch.int8)
 
 
+def _bends(step: Step) -> Tensor:
+    """[N] where a neuron is a ReLU, rounded or not."""
+    if step.quantizer is None:
+        assert step.relu is not None
+        return step.relu
+    fused = (step.quantizer.zero_point == step.quantizer.lowest).expand_as(step.bias)
+    return fused & ~torch.as_tensor(step.quantizer.carried, device=fused.device)
+
+
+def _lost(sums: IntegerSums | PlacedSums, middle: Tensor, radius: Tensor) -> Tensor:
+    """[B, N] how much saturation changes sums at most, for inputs within `radius` of `middle` [B, N_in]."""
+    most = torch.zeros(())
+    for way in range(len(sums.pairings)):
+        lost = sums.loss(way, middle - radius, middle + radius)
+        if lost is not None:
+            most = torch.maximum(most.to(middle), torch.maximum(lost[0].abs(), lost[1].abs()))
+    return most.to(middle)
+
+
 def bounded(
     network: Network, inputs: Inputs, signs: Tensor | None, clock: Clock, patience: Clock = NO_LIMIT
 ) -> list[Neurons]:
@@ -214,13 +252,15 @@ def bounded(
     middle, radius, A = inputs.middle, inputs.radius, inputs.size
     for k, step in enumerate(network.steps[:-1]):
         clock.check()
-        assert step.relu is not None
         error = network.error(k, A)
+        if step.sums is not None:
+            error = error + _lost(step.sums, *ball(middle - radius, middle + radius))
         z, spread = step.linear(middle) + step.bias, step.magnitude(radius) + 2 * error
         low, high = z - spread, z + spread
         ways = None
+        relu = _bends(step)
         if k:
-            undecided = (low < 0) & (high > 0) & step.relu
+            undecided = (low < 0) & (high > 0) & relu
             if known is not None:
                 undecided &= known[k] == 0
             for _, index in step.curves:
@@ -228,8 +268,8 @@ def bounded(
             low, high, ways = _by_rows(network, layers, inputs, undecided, (low, high, error), clock, patience)
         empty = None
         if known is not None:
-            low = torch.where((known[k] > 0) & step.relu, low.clamp(min=0), low)
-            high = torch.where((known[k] < 0) & step.relu, high.clamp(max=0), high)
+            low = torch.where((known[k] > 0) & relu, low.clamp(min=0), low)
+            high = torch.where((known[k] < 0) & relu, high.clamp(max=0), high)
             empty = (low > high).any(1)  # no input of the box has these signs: any interval will do
             low, high = torch.minimum(low, high), torch.maximum(low, high)
         layers.append(replace(Neurons.of(step, low, high, error, ways), empty=empty))

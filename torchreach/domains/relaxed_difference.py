@@ -9,7 +9,7 @@ Axis letters: M inputs of the box, N features.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -20,8 +20,10 @@ from torchreach.core.errors import ShapeError, UnsupportedLayerError
 from torchreach.core.roundoff import SINGLE
 from torchreach.domains.difference import difference_bounds
 from torchreach.domains.hexagon import Hexagon
+from torchreach.domains.input_grid import InputGrid
+from torchreach.domains.joint import Both, joint_bounds
 from torchreach.domains.pair import Pair
-from torchreach.domains.rounding import InputGrid, relax, with_inputs
+from torchreach.domains.rounding import is_identity, relax, with_inputs
 from torchreach.domains.zonotope import box_rows, zonotope_bounds
 from torchreach.graph.steps import Step
 from torchreach.graph.twins import twin_numbers
@@ -106,6 +108,33 @@ class RelaxedDifference:
     def clamped(self, upper: Tensor) -> Tensor:
         """Bounds [2, N_out] on y1 - y2 and y2 - y1 from those of the pair."""
         return _clamped(upper, self.bottom, self.top, self.lowest, self.highest)
+
+
+@torch.no_grad()
+def rounded_bounds(
+    first: tuple[Step, ...], second: tuple[Step, ...], low: Tensor, high: Tensor, clock: Clock
+) -> Tensor | None:
+    """Bounds [2, N_out] on y1 - y2 and y2 - y1 over the box [M], backward through both as they are: `joint_bounds`.
+
+    For networks too large for `RelaxedDifference`; rows whose turn comes too late have looser bounds. None where
+    kernels are not known to the bit, whose errors depend on each sum. Raises as `joint_bounds`.
+    """
+    networks: list[tuple[Step, ...]] = []
+    for steps in (first, second):
+        *hidden, last = steps
+        if all(step.quantizer is None for step in steps):
+            networks.append(steps)
+            continue
+        grid, quantizer = InputGrid.of(steps[0]), hidden[-1].quantizer
+        exact = all(step.quantizer is not None and step.quantizer.exact for step in hidden[1:])
+        if grid is None or quantizer is None or not exact or not is_identity(last):
+            return None
+        entry = replace(steps[0], noise=steps[0].with_noise(grid.error(torch.maximum(low.abs(), high.abs()))))
+        ends = [quantizer.value(torch.as_tensor(end).to(low)) for end in (quantizer.lowest, quantizer.highest)]
+        product = 4 * SINGLE * torch.maximum(*(end.abs() for end in ends)).expand_as(last.bias)
+        networks.append((entry, *hidden[1:], replace(last, noise=last.with_noise(product))))
+    both = Both.of(networks[0], networks[1], clock=clock)
+    return joint_bounds(both, low[None], high[None], anytime=True, clock=clock).upper[0]
 
 
 def relaxation_bytes(first: tuple[Step, ...], second: tuple[Step, ...], numbers: int) -> int:

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.roundoff import SINGLE, allowance, ball, gamma
+from torchreach.domains.input_grid import InputGrid
 from torchreach.domains.zonotope import box_rows, relu_band
-from torchreach.graph.arithmetic import Arithmetic
 from torchreach.graph.layers import RESHAPING, ElementwiseAffine
 from torchreach.graph.quantizer import Quantizer
 from torchreach.graph.roundings import leaves
@@ -42,8 +42,6 @@ from torchreach.graph.steps import Step
 from torchreach.graph.twins import check_entries, dense
 from torchreach.graph.weights import linear_layer
 
-INPUT_ERROR = 8 * SINGLE  # relative: rounding the input to float32, times the reciprocal of a float32 scale; one layer
-ELEMENTWISE = (ElementwiseAffine, Arithmetic, nn.BatchNorm1d, nn.BatchNorm2d, *RESHAPING)
 # Neurons of a layer, per point, whose two codes are followed apart; beyond, intervals.
 APART = 6
 # Rows that following codes apart may add to a batch, as a multiple of it.
@@ -55,7 +53,7 @@ def kernel_error(step: Step, z: Tensor, x: Tensor) -> Tensor:
     if step.quantizer is not None and step.quantizer.exact:
         return torch.zeros_like(z)
     offset = 0.0 if step.quantizer is None else SINGLE * step.quantizer.largest_sum
-    if _is_identity(step):
+    if is_identity(step):
         return 4 * SINGLE * z + offset
     if step.quantizer is not None and step.quantizer.arithmetic == "integer":
         return SINGLE * (9 * z + 20 * step.bias_magnitude) + offset
@@ -137,64 +135,17 @@ def _apart(low: Tensor, high: Tensor, limit: int) -> tuple[Tensor, Tensor, Tenso
     return parent, low, high
 
 
-@dataclass(frozen=True)
-class InputGrid:
-    """The quantiser of the inputs: x -> scale x + shift, both [N], then `quantizer`.
-
-    first, last: [N] codes that are of interest; inputs near a threshold, which may get others too, are looked at
-    elsewhere.
-    """
-
-    scale: Tensor
-    shift: Tensor
-    terms: Tensor  # [N] how large the terms of the shift are; they may cancel
-    share: float  # of the terms that float32 may round off
-    quantizer: Quantizer
-    first: Tensor | None = None
-    last: Tensor | None = None
-
-    @staticmethod
-    def of(step: Step) -> InputGrid | None:
-        """The grid of a first step that is elementwise and ends in a quantiser, else None."""
-        if step.quantizer is None or not all(isinstance(layer, ELEMENTWISE) for layer in step.block):
-            return None
-        scale = step.linear(torch.ones_like(step.bias)[None])[0]
-        if not bool((scale != 0).all()):
-            return None
-        layers = sum(not isinstance(layer, RESHAPING) for layer in step.block)
-        return InputGrid(scale, step.bias, step.bias_magnitude, (1 + layers) * INPUT_ERROR, step.quantizer)
-
-    def error(self, x: Tensor) -> Tensor:
-        """Bound on what rounding does to scale x + shift before it is quantised."""
-        return self.share * ((self.scale * x).abs() + 2 * self.terms) + SINGLE * self.quantizer.largest_sum
-
-    def codes(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Smallest and largest code [..., N] of inputs in [low, high]."""
-        ends = torch.stack((low, high))
-        z, error = self.scale * ends + self.shift, self.error(ends)
-        first, last = self.quantizer.code_range((z - error).amin(0), (z + error).amax(0))
-        # A single number has few ways to be rounded: those of the kernels, which agree on most ties.
-        exact = (low == high) & (low.float().to(low.dtype) == low) & (self.scale == 1) & (self.terms == 0)
-        if bool((exact & (first < last)).any()):
-            codes = self.quantizer.kernel_codes(low)
-            first, last = torch.where(exact, codes.amin(0), first), torch.where(exact, codes.amax(0), last)
-        if self.first is not None and self.last is not None:
-            first, last = first.clamp(self.first, self.last), last.clamp(self.first, self.last)
-        return first, last
-
-    def cell(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Ends [..., N] of the closed set of inputs that may get these codes, infinite at the last codes."""
-        low, high = self.quantizer.cell(codes)
-        size = torch.maximum(*(torch.where(end.isfinite(), end.abs(), 0.0) for end in (low, high)))
-        error = 2 * (self.share * (size + 4 * self.terms) + SINGLE * self.quantizer.largest_sum)
-        ends = torch.stack(((low - error - self.shift) / self.scale, (high + error - self.shift) / self.scale))
-        return ends.amin(0), ends.amax(0)
-
-
-def _excess(
-    quantizer: Quantizer, low: Tensor, high: Tensor, kernel: Tensor, codes: tuple[Tensor, Tensor] | None = None
+def excess(
+    quantizer: Quantizer,
+    low: Tensor,
+    high: Tensor,
+    kernel: Tensor | float = 0.0,
+    codes: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Range (middle, radius) of Q(computed z) - z over z in [low, high] with the smallest and largest of `codes`."""
+    """Range (middle, radius) of Q(computed z) - z over z in [low, high] with the smallest and largest of `codes`.
+
+    kernel: how far the computed z may be from z.
+    """
     low, high = low - kernel, high + kernel
     first, last = quantizer.code_range(low, high) if codes is None else codes
     half, several = quantizer.half_step(torch.maximum(low.abs(), high.abs())), last > first
@@ -247,7 +198,7 @@ def relax(
             saturable += [part.name for part in leaves(step.sums) if part.saturates(*values)]
         step = _with_loss(step, *values)
         low, high = _range(*_mapped(step, rows, slack, clock))
-        last = not rest or (len(rest) == 1 and step.quantizer is not None and _is_identity(rest[0]))
+        last = not rest or (len(rest) == 1 and step.quantizer is not None and is_identity(rest[0]))
         step, values = _relaxed_step(step, low[0], high[0], size, last=last)
         size = torch.maximum(*(end.abs() for end in values))
         result.append(step)
@@ -294,7 +245,7 @@ def _entry(
     first, matrix = steps[1], _matrix(steps[1])
     low, high = grid.codes(lower, upper)
     ends = torch.stack((grid.scale * lower + grid.shift, grid.scale * upper + grid.shift))
-    middle, radius = _excess(grid.quantizer, ends.amin(0), ends.amax(0), grid.error(size), (low, high))
+    middle, radius = excess(grid.quantizer, ends.amin(0), ends.amax(0), grid.error(size), (low, high))
     fixed = low == high
     middle = torch.where(fixed, grid.quantizer.value(low), middle + grid.shift)
     columns = torch.cat((matrix * torch.where(fixed, 0.0, grid.scale), (matrix * radius)[:, ~fixed]), 1)
@@ -337,13 +288,13 @@ def _relaxed_step(
     if last:
         # After the quantiser there is one product in float32.
         codes = step.quantizer.code_range(low - kernel, high + kernel, clamped=False)
-        shift, radius = _excess(step.quantizer, low, high, kernel, codes)
+        shift, radius = excess(step.quantizer, low, high, kernel, codes)
         noise, relu = noise - kernel + radius + 4 * SINGLE * (largest + shift.abs() + radius), None
     else:
         relu = (step.quantizer.zero_point == step.quantizer.lowest).expand_as(low)
         relu = relu & ~torch.as_tensor(step.quantizer.carried, device=low.device)
         ends = torch.where(relu, low.clamp(min=0), low), torch.where(relu, high.clamp(min=0), high)
-        shift, radius = _excess(step.quantizer, *ends, kernel)
+        shift, radius = excess(step.quantizer, *ends, kernel)
         noise = noise - kernel + radius
     codes = step.quantizer.code_range(low - kernel, high + kernel)
     ends = (step.quantizer.value(codes[0]), step.quantizer.value(codes[1]))
@@ -424,7 +375,7 @@ def _composed(step: Step, size: Tensor) -> Tensor:
     return step.with_noise(2 * gamma(step.terms + 8) * (step.magnitude(size[None])[0] + step.bias_magnitude))
 
 
-def _is_identity(step: Step) -> bool:
+def is_identity(step: Step) -> bool:
     return all(isinstance(layer, RESHAPING) for layer in step.block)
 
 

@@ -80,6 +80,11 @@ class Blocks:
         for node in nodes:
             self.differ.append(node.delta is not None or any(self.differ[i] for i in node.inputs))
 
+    @staticmethod
+    def identity(shape: Shape, dtype: torch.dtype) -> Blocks:
+        """Of two networks that leave values as they are."""
+        return Blocks([_Node("input", (), shape)], dtype)
+
     def forth(self, a: Tensor, e: Side = None) -> tuple[Tensor, Tensor]:
         return self._walk(a, e, linear, torch.sub, fuzzy=False)
 

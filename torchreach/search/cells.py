@@ -26,7 +26,8 @@ from torch import Tensor
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.evidence import Evidence
 from torchreach.core.roundoff import above, ball, below, round_down, round_up
-from torchreach.domains.rounding import InputGrid, outputs, restricted
+from torchreach.domains.input_grid import InputGrid
+from torchreach.domains.rounding import outputs, restricted
 from torchreach.domains.zonotope import box_rows, zonotope_bounds
 from torchreach.graph.reduced import reduce
 from torchreach.graph.steps import Step

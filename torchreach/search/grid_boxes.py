@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from torchreach.domains.rounding import InputGrid
+from torchreach.domains.input_grid import InputGrid
 from torchreach.graph.steps import Step
 from torchreach.search.best_first import largest, largest_excess
 

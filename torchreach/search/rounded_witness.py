@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from torchreach.core.clock import NO_LIMIT, Clock
-from torchreach.domains.rounding import InputGrid
+from torchreach.domains.input_grid import InputGrid
 from torchreach.graph.steps import Step
 
 CODES = 4  # cells of an input that are looked at: the first and the last ones of its range

@@ -26,7 +26,8 @@ from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.core.errors import KernelMismatchError, UncoveredKernelsWarning, UnsupportedLayerError
 from torchreach.core.results import Kernels
 from torchreach.core.roundoff import SINGLE, allowance
-from torchreach.domains.rounding import InputGrid, outputs, relax
+from torchreach.domains.input_grid import InputGrid
+from torchreach.domains.rounding import outputs, relax
 from torchreach.graph.kernels import ENGINES, IntegerSums, Pairing, identified, rounds_bias
 from torchreach.graph.quantizer import Quantizer
 from torchreach.graph.roundings import PlacedSums, leaves

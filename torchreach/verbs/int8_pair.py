@@ -24,7 +24,7 @@ from torchreach.core.memory import default_budget
 from torchreach.core.options import Budget, Exact, Search
 from torchreach.core.results import Discrepancy, Progress, ProgressCallback, ReachStats, Semantics, Status
 from torchreach.core.tolerances import COMPUTE_DTYPE
-from torchreach.domains.rounding import InputGrid
+from torchreach.domains.input_grid import InputGrid
 from torchreach.graph.quantizer import Quantizer
 from torchreach.read.module import chain
 from torchreach.read.steps import steps

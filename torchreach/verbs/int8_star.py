@@ -28,10 +28,11 @@ from torchreach.core.options import Budget
 from torchreach.core.roundoff import round_down
 from torchreach.core.terms import Reason
 from torchreach.core.tolerances import COMPUTE_DTYPE
+from torchreach.domains.input_grid import InputGrid
 from torchreach.domains.joint import Both, joint_bounds
 from torchreach.domains.pair import Pair
-from torchreach.domains.relaxed_difference import RelaxedDifference, relaxation_bytes
-from torchreach.domains.rounding import InputGrid, blank, varying
+from torchreach.domains.relaxed_difference import RelaxedDifference, relaxation_bytes, rounded_bounds
+from torchreach.domains.rounding import blank, varying
 from torchreach.graph.steps import Step
 from torchreach.search.best_first import best_first
 from torchreach.search.cells import LIMIT, NUMBERS, Cells, cells_of, representable, search_cells
@@ -324,9 +325,11 @@ class DeployedStar:
         """
         first, second, _ = self.varied
         if not self._room:
+            upper = None if grid is None else rounded_bounds(first, second, low, high, self.clock)
+            if upper is not None:
+                yield upper
             self.spent = True
             self.fallback = f"a relaxation needs {relaxation_bytes(first, second, self.numbers) / 1e9:.2g} GB of memory"
-            log.info("no relaxation: it needs more memory than there is to spend, %.3g GB", self.memory / 1e9)
             return
         try:
             relaxed = RelaxedDifference.of(first, second, low, high, grid, clock=self.clock)
