@@ -9,7 +9,7 @@ import torchreach as tr
 from tests.networks import METHODS
 from tests.random_graphs import RandomGraph, graph_pair
 from tests.test_graphs import CASES, network
-from torchreach.audit.mixed_integer import affine_layers, forward
+from torchreach.reference.mixed_integer import affine_layers, forward
 
 SEEDS = [*range(12), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(12, 200))]
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from tests.networks import DEVICES
-from torchreach.audit.reference import solve_reference
 from torchreach.lp.halfspaces import Halfspaces
 from torchreach.lp.interior_point import centre, interior, maximize
 from torchreach.lp.problem import LPBatch
+from torchreach.reference.linear_programs import solve_reference
 
 
 def programs(size: int, constraints: int, dim: int, *, whole: bool = False) -> LPBatch:

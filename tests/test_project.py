@@ -19,8 +19,8 @@ MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in FILE
 
 # What each room may import, itself aside: core <- graph <- {read, compress, domains}; core <- lp <- sets <- domains <-
 # engines <- work <- verbs; {domains, lp} <- search <- verbs <- training <- app. A star's affine map takes any layer
-# that a reader knows, so `sets` imports `read` too. `audit` shares with what it checks words, errors and, for networks
-# that are no chains of fully connected layers, their reader.
+# that a reader knows, so `sets` imports `read` too. `reference` shares with what it checks words, errors and, for
+# networks that are no chains of fully connected layers, their reader.
 BELOW_VERBS = {"core", "graph", "read", "compress", "lp", "sets", "domains", "engines", "work", "search"}
 MAY_IMPORT = {
     "core": set(),
@@ -35,8 +35,8 @@ MAY_IMPORT = {
     "search": {"core", "graph", "lp", "domains"},
     "verbs": BELOW_VERBS,
     "training": BELOW_VERBS | {"verbs"},
-    "audit": {"core", "graph", "read"},
-    "app": BELOW_VERBS | {"verbs", "training", "audit", "top"},
+    "reference": {"core", "graph", "read"},
+    "app": BELOW_VERBS | {"verbs", "training", "reference", "top"},
     "top": {"app"},
 }
 HEAVY = (

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from tests.networks import DEVICES
-from torchreach.audit.reference import solve_reference
 from torchreach.lp.halfspaces import Halfspaces, Rows, SharedHalfspaces
 from torchreach.lp.interior_point import centre, interior, maximize
 from torchreach.lp.problem import LPBatch
 from torchreach.lp.questions import look, refute, solve
+from torchreach.reference.linear_programs import solve_reference
 
 
 def shared(device: str, size: int = 12, constraints: int = 7, dim: int = 5) -> SharedHalfspaces:

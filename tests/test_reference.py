@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchreach.audit import mixed_integer
-from torchreach.audit.certify import certify
-from torchreach.audit.mixed_integer import affine_layers, mixed_integer_discrepancy
-from torchreach.audit.reference import run, solve_reference
 from torchreach.core.errors import InvalidNetworkError, InvalidSetError, ShapeError, UnsupportedLayerError
 from torchreach.core.results import Discrepancy, ReachStats, Status
+from torchreach.reference import mixed_integer
+from torchreach.reference.certify import certify
+from torchreach.reference.linear_programs import run, solve_reference
+from torchreach.reference.mixed_integer import affine_layers, mixed_integer_discrepancy
 
 INF = float("inf")
 DTYPE = torch.float64

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchreach.app.progress import show_progress
-    from torchreach.audit.certify import Certification, certify
-    from torchreach.audit.mixed_integer import MixedIntegerResult, mixed_integer_discrepancy
     from torchreach.compress.constraints import prune_weights, quantize_weights
     from torchreach.core.errors import (
         KernelMismatchError,
@@ -43,6 +41,8 @@ if TYPE_CHECKING:
     from torchreach.read.dialects.state_dict import load_int8
     from torchreach.read.load import load
     from torchreach.read.module import weight_only
+    from torchreach.reference.certify import Certification, certify
+    from torchreach.reference.mixed_integer import MixedIntegerResult, mixed_integer_discrepancy
     from torchreach.sets.star import StarBatch
     from torchreach.training.loss import DiscrepancyLoss
     from torchreach.training.repair import RepairOptions, Target, repair
@@ -114,8 +114,6 @@ _PLACES = {
     name: f"torchreach.{module}"
     for module, names in {
         "app.progress": "show_progress",
-        "audit.certify": "Certification certify",
-        "audit.mixed_integer": "MixedIntegerResult mixed_integer_discrepancy",
         "compress.constraints": "prune_weights quantize_weights",
         "core.errors": "KernelMismatchError TorchreachError UncalibratedWarning UncoveredKernelsWarning",
         "core.options": "Budget Exact Search",
@@ -126,6 +124,8 @@ _PLACES = {
         "read.dialects.state_dict": "load_int8",
         "read.load": "load",
         "read.module": "weight_only",
+        "reference.certify": "Certification certify",
+        "reference.mixed_integer": "MixedIntegerResult mixed_integer_discrepancy",
         "sets.star": "StarBatch",
         "training.loss": "DiscrepancyLoss",
         "training.repair": "RepairOptions Target repair",

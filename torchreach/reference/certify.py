@@ -15,16 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from torchreach.audit.mixed_integer import (
+from torchreach.core.errors import ShapeError
+from torchreach.core.results import Discrepancy, Status
+from torchreach.reference.linear_programs import Array, as_array, solve_reference
+from torchreach.reference.mixed_integer import (
     MixedIntegerResult,
     affine_layers,
     checked_stars,
     forward,
     mixed_integer_discrepancy,
 )
-from torchreach.audit.reference import Array, as_array, solve_reference
-from torchreach.core.errors import ShapeError
-from torchreach.core.results import Discrepancy, Status
 
 
 @dataclass(frozen=True)

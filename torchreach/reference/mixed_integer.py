@@ -26,9 +26,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from torchreach.audit.reference import Array, LinearProgram, as_array, run
 from torchreach.core.errors import InvalidNetworkError, InvalidSetError, ShapeError, UnsupportedLayerError
 from torchreach.read.steps import steps
+from torchreach.reference.linear_programs import Array, LinearProgram, as_array, run
 
 Mask = NDArray[np.bool_]
 AffineLayers = list[tuple[Array, Array, Mask]]
