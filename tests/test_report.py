@@ -531,7 +531,7 @@ def test_repr_is_a_summary_and_results_compare_by_identity(report, repaired):
     for result, first in (
         (found, "Discrepancy: 2 stars, 3 outputs, float64; float"),
         (reached, "ReachResult: 2 stars, 3 outputs, float64"),
-        (same, "Equivalence (within 10): 1 equivalent; float"),
+        (same, "Equivalence (|y1 - y2| <= 10): 1 equivalent; float"),
         (repaired.repaired, "RepairResult: target met after 1 iteration, accuracy 95.00 %; float"),
     ):
         lines = repr(result).splitlines()

@@ -292,7 +292,8 @@ class Equivalence:
         epsilon: what was asked for; None where labels were.
         branches: bounds of sub-problems taken by searches.
         seconds: what it took.
-        semantics, kernels, uncovered, reasons: as of a `Discrepancy`.
+        semantics, kernels, uncovered, reasons: as of a `Discrepancy`; NEVER_SURE where no input counts.
+        confidence: labels count where the original's softmax is at least this; None: everywhere.
     """
 
     answer: tuple[Answer, ...]
@@ -307,19 +308,27 @@ class Equivalence:
     kernels: Kernels = Kernels.NONE
     uncovered: tuple[str, ...] = ()
     reasons: tuple[Reason, ...] = ()
+    confidence: float | None = None
 
     def count(self, answer: Answer) -> int:
         """Number of stars with this answer."""
         return self.answer.count(answer)
 
+    @property
+    def asked(self) -> str:
+        """What the answers are about, in words."""
+        if self.epsilon is not None:
+            return f"|y1 - y2| <= {self.epsilon:g}"
+        sure = "" if self.confidence is None else f" wherever the original is sure to {self.confidence:g}"
+        return f"the same label{sure}"
+
     def __repr__(self) -> str:
-        asked = "the same label" if self.epsilon is None else f"within {self.epsilon:g}"
         what = "lead" if self.epsilon is None else "|y1 - y2|"
         low, high = float(self.lower.max()), float(self.upper.max())
         answers = ", ".join(f"{n:,} {answer.value}" for answer, n in Counter(self.answer).items())
         kernels = "" if self.kernels is Kernels.NONE else f", {self.kernels}"
         return _lines(
-            f"Equivalence ({asked}): {answers}; {self.semantics}{kernels}",
+            f"Equivalence ({self.asked}): {answers}; {self.semantics}{kernels}",
             f"max {what}: {at_least(low)} attained, at most {at_most(high)}",
             *([f"not covered: kernels of {', '.join(self.uncovered)}"] if self.uncovered else []),
             _reasons(self.reasons),

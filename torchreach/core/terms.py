@@ -114,3 +114,13 @@ class Reason(_Worded):
         "slivers, or linear programs that did not converge, left a gap",
         "smaller boxes may close it, a larger budget does not",
     )
+    TIE = (
+        "tie",
+        "two outputs of a network are equal and largest: either may be taken for the label",
+        "neither a budget nor other kernels decide it",
+    )
+    NEVER_SURE = (
+        "nowhere sure",
+        "the original is nowhere as sure of a label as was asked for, so that no label counts",
+        "a smaller confidence asks more",
+    )

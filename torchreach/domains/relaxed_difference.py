@@ -13,20 +13,22 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.errors import ShapeError, UnsupportedLayerError
-from torchreach.core.roundoff import SINGLE
+from torchreach.core.roundoff import SINGLE, above
 from torchreach.domains.difference import difference_bounds
 from torchreach.domains.hexagon import Hexagon
 from torchreach.domains.input_grid import InputGrid
 from torchreach.domains.joint import Both, joint_bounds
 from torchreach.domains.pair import Pair
-from torchreach.domains.rounding import is_identity, relax, with_inputs
+from torchreach.domains.rounding import Relaxed, is_identity, relax, with_inputs
 from torchreach.domains.zonotope import box_rows, zonotope_bounds
+from torchreach.graph.layers import Reshape, fan_in
 from torchreach.graph.steps import Step
 from torchreach.graph.twins import twin_numbers
+from torchreach.graph.weights import linear_layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +59,12 @@ class RelaxedDifference:
         high: Tensor,
         grid: InputGrid | None,
         *,
+        rows: Tensor | None = None,
         clock: Clock = NO_LIMIT,
     ) -> RelaxedDifference:
         """Of the steps of both networks over the box [M]; `second` rounds. grid: part of the codes of its input.
+
+        rows: [P, N_out]; bounds are then of these sums of the outputs, such as the leads of some over others.
 
         Raises: UnsupportedLayerError: an affine step too large to be a matrix. OutOfTime: the clock is over.
         """
@@ -72,19 +77,23 @@ class RelaxedDifference:
         size = torch.maximum(low.abs(), high.abs())
         ones = size.new_ones(own + relaxed2.extra)
         steps1 = first if relaxed1 is None else relaxed1.steps
+        if rows is not None:
+            steps1 = with_rows(first, rows) if relaxed1 is None else _unclamped(relaxed1, rows, low, high, clock)
+            relaxed2 = replace(relaxed2, steps=_unclamped(relaxed2, rows, low, high, clock))
         steps1 = with_inputs(steps1, len(size) + own, relaxed2.extra, torch.cat((size, ones[:own])))
         steps2 = with_inputs(relaxed2.steps, len(size), own, torch.cat((size, ones[own:])))
         low, high = torch.cat((low, -ones)), torch.cat((high, ones))
-        infinite = torch.full_like(relaxed2.lowest, torch.inf)
-        ends = [(-infinite, infinite) if r is None else (r.lowest, r.highest) for r in (relaxed1, relaxed2)]
+        free = rows is not None  # the clamps are part of the noise
+        infinite = low.new_full((steps2[-1].features,), torch.inf)
+        ends = [(-infinite, infinite) if free or r is None else (r.lowest, r.highest) for r in (relaxed1, relaxed2)]
         lowest, highest = (torch.stack(part) for part in zip(*ends, strict=True))
         clock.check()
         try:
             pair = Pair.of(steps1, steps2)
         except (ShapeError, UnsupportedLayerError):
             # Different architectures: each network by itself.
-            rows = box_rows(low[None], high[None])
-            ranges = [zonotope_bounds(network, *rows, clock=clock)[-1] for network in (steps1, steps2)]
+            box = box_rows(low[None], high[None])
+            ranges = [zonotope_bounds(network, *box, clock=clock)[-1] for network in (steps1, steps2)]
             bottom, top = (torch.cat(part) for part in zip(*ranges, strict=True))
             pair, root, upper = None, (), top - bottom.flip(0)
         else:
@@ -135,6 +144,36 @@ def rounded_bounds(
         networks.append((entry, *hidden[1:], replace(last, noise=last.with_noise(product))))
     both = Both.of(networks[0], networks[1], clock=clock)
     return joint_bounds(both, low[None], high[None], anytime=True, clock=clock).upper[0]
+
+
+def with_rows(steps: tuple[Step, ...], rows: Tensor, noise: Tensor | None = None) -> tuple[Step, ...]:
+    """The network `rows` y for a network y: [P, N_out] more layer. noise: [N_out] by which y is off."""
+    last = steps[-1]
+    off = last.noise if noise is None else last.with_noise(noise)
+    layer, size = linear_layer(rows, None), rows.abs()
+    changed = replace(
+        last,
+        block=nn.Sequential(*last.block, Reshape((last.features,)), layer),
+        bias=rows @ last.bias,
+        bias_magnitude=size @ last.bias_magnitude,
+        terms=last.terms + fan_in(layer),
+        noise=None if off is None else above(size @ off),
+    )
+    return (*steps[:-1], changed)
+
+
+def _unclamped(relaxed: Relaxed, rows: Tensor, low: Tensor, high: Tensor, clock: Clock) -> tuple[Step, ...]:
+    """`with_rows` of a relaxation over the box [M], what the clamps at its outputs may add made part of its noise."""
+    steps = relaxed.steps
+    if not bool(relaxed.lowest.isfinite().all() & relaxed.highest.isfinite().all()):
+        return with_rows(steps, rows)
+    ones = low.new_ones(relaxed.extra)
+    box = box_rows(torch.cat((low, -ones))[None], torch.cat((high, ones))[None])
+    bottom, top = zonotope_bounds(steps, *box, clock=clock)[-1]
+    off = torch.maximum(top[0] - relaxed.highest, relaxed.lowest - bottom[0]).clamp(min=0)
+    # The ends of a clamp are products in float32 too.
+    ends = 4 * SINGLE * torch.maximum(relaxed.lowest.abs(), relaxed.highest.abs())
+    return with_rows(steps, rows, above(off + ends))
 
 
 def relaxation_bytes(first: tuple[Step, ...], second: tuple[Step, ...], numbers: int) -> int:

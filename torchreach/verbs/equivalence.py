@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -33,20 +33,33 @@ from torchreach.core.results import Answer, Discrepancy, Equivalence, Progress, 
 from torchreach.core.roundoff import ball, round_down, round_up
 from torchreach.core.tolerances import COMPUTE_DTYPE, Tolerances
 from torchreach.domains.pair import identical
-from torchreach.domains.zonotope import interval_bounds
+from torchreach.domains.zonotope import box_rows, interval_bounds, zonotope_bounds
 from torchreach.graph.layers import Reshape
 from torchreach.graph.steps import Step
+from torchreach.graph.weights import linear_layer
 from torchreach.read.load import as_network
 from torchreach.read.module import reading_once
 from torchreach.read.steps import steps
 from torchreach.search.result import Question, SearchResult
 from torchreach.sets.star import StarBatch
+from torchreach.verbs.deployed_labels import deployed_labels, read
 from torchreach.verbs.discrepancy import discrepancy, one_dtype
 from torchreach.verbs.executed import Formats, Side, formats, semantics_of
+from torchreach.verbs.float_pair import compare
+from torchreach.verbs.int8_kernels import CHOICES
 from torchreach.verbs.int8_pair import rounds
+from torchreach.verbs.labels import (
+    Leads,
+    apart_by,
+    both_scored,
+    check_confidence,
+    lead_matrix,
+    lead_over,
+    lead_rows,
+    odds,
+)
 from torchreach.verbs.merge import merge
 from torchreach.verbs.reach import reach_within, replay
-from torchreach.verbs.softmax import scores
 from torchreach.verbs.star_search import StarSearch
 
 log = logging.getLogger(__name__)
@@ -54,6 +67,7 @@ log = logging.getLogger(__name__)
 SAMPLES = 256
 BISECTIONS = 60
 REPORT_SECONDS = 0.2
+PAIRS = 1024  # of labels whose leads are bounded by themselves
 # Closes once a lead is certainly negative.
 NEGATIVE = -torch.finfo(COMPUTE_DTYPE).tiny
 
@@ -66,6 +80,7 @@ def equivalent(
     epsilon: float | None = None,
     *,
     top1: bool = False,
+    confidence: float | None = None,
     budget: Budget | None = None,
     tolerances: Tolerances | None = None,
     progress: ProgressCallback | None = None,
@@ -74,19 +89,26 @@ def equivalent(
 ) -> Equivalence:
     """Whether two networks agree on every input of each star: to within `epsilon`, or (`top1`) in their label.
 
+    Labels of deployed networks are those of any kernel that is covered; of a `.tflite` file that ends in a softmax, of
+    the codes before it (`network.scores()`), whose order it keeps but for ties. A tie is no label: it is certified as
+    little as refuted. `verbs.labels` has the rule and its proof, with and without a confidence.
+
     Args:
         original, compressed: networks of supported layers with equal input and output sizes.
         stars: input stars [S] of the networks' input shape.
         epsilon: bound on |y1 - y2| for every output; give this or `top1`.
         top1: whether the largest output is the same one.
+        confidence: with `top1`, ask so only where the original's softmax gives its label at least this probability, in
+            (0, 1); other inputs do not count. Where a network ends in a softmax, it is that one, else one is thought
+            behind its outputs; it is taken as a real function of them.
         budget, tolerances, progress, kernels, arithmetic: as in `discrepancy`. Ctrl-C ends it as a spent budget does.
 
     Guarantee: EQUIVALENT is certified for the networks as real-valued functions of their weights (deployed networks and
     networks in half precision: as `discrepancy` says); NOT_EQUIVALENT comes with a witness, replayed with a bound on
     its rounding, or as this machine executes it.
 
-    Raises: as `discrepancy`; OptionError: not exactly one of `epsilon` and `top1`, or a negative epsilon.
-        UnsupportedLayerError: `top1` of networks that round activations.
+    Raises: as `discrepancy`; OptionError: not exactly one of `epsilon` and `top1`, a negative epsilon, or a confidence
+        that is no probability in (0, 1), or comes without `top1`.
 
     Example:
         >>> original, compressed = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
@@ -98,6 +120,11 @@ def equivalent(
     if (epsilon is None) != top1:
         given = "both" if top1 else "neither"
         raise OptionError(f"equivalent needs either epsilon or top1=True, got {given}")
+    check_confidence(confidence)
+    if confidence is not None and not top1:
+        raise OptionError(f"confidence={confidence!r} is about labels: it needs top1=True")
+    if kernels not in CHOICES:
+        raise OptionError(f"kernels must be one of {', '.join(CHOICES)}, got {kernels!r}")
     if not isinstance(stars, StarBatch):
         raise ShapeError(f"two networks are compared on a torchreach.StarBatch, got {type(stars).__name__}")
     original, compressed = as_network(original), as_network(compressed)
@@ -118,17 +145,21 @@ def equivalent(
         return _within(found, epsilon)
     budget = budget or Budget()
     with torch.no_grad(), running(budget.seconds) as clock:
-        if rounds(original, stars.shape) or rounds(compressed, stars.shape):
-            raise UnsupportedLayerError(
-                "top1 needs networks that do not round activations: compare torchreach.weight_only(network), or ask "
-                "for an epsilon"
-            )
+        scored, given = both_scored((original, compressed), tuple(stars.shape))
         kinds = formats(original, compressed, arithmetic)
-        if kinds == (None, None):  # Softmax keeps the order, unless it is rounded
-            same = original is compressed
-            original = scores(original, stars.shape)[0]
-            compressed = original if same else scores(compressed, stars.shape)[0]
-        return _Labels(original, compressed, stars, budget, progress, clock, kinds).run()
+        deployed = [rounds(network, stars.shape) for network in scored]
+        if any(deployed):
+            if arithmetic == "real":
+                raise OptionError(
+                    "arithmetic='real' requires networks that do not round activations: compare "
+                    "torchreach.weight_only(network)"
+                )
+            kinds = (None if deployed[0] else kinds[0], None if deployed[1] else kinds[1])
+            readings = read(scored, stars, kinds, kernels, given=given)
+            return deployed_labels(scored, readings, stars, confidence, budget=budget, progress=progress, clock=clock)
+        # Softmax keeps the order, unless it is rounded
+        original, compressed = scored if kinds == (None, None) else (original, compressed)
+        return _Labels(original, compressed, stars, budget, progress, clock, kinds, confidence).run()
 
 
 def _within(found: Discrepancy, epsilon: float) -> Equivalence:
@@ -169,6 +200,7 @@ class _Labels:
     progress: ProgressCallback | None
     clock: Clock
     kinds: Formats = (None, None)
+    confidence: float | None = None
 
     def __post_init__(self) -> None:
         stars, given = self.stars, (self.original, self.compressed)
@@ -180,6 +212,7 @@ class _Labels:
         self.outputs = self.networks[0][-1].features
         if self.outputs < 2:
             raise ShapeError("top1 needs networks of at least two outputs, got one")
+        self.least, self.most = odds(self.confidence)
         self.branches, self.reported = 0, -math.inf
 
     def run(self) -> Equivalence:
@@ -192,19 +225,21 @@ class _Labels:
         self.upper = -self.lower
         self.witness = points[:, 0].clone()
         self.lower = torch.stack([
-            _lead(y - e, y + e, self.label.repeat_interleave(SAMPLES)).reshape(size, SAMPLES).amax(1)
+            lead_over(y - e, y + e, self.label.repeat_interleave(SAMPLES)).reshape(size, SAMPLES).amax(1)
             for y, e in zip(value, error, strict=True)
         ]).amax(0)  # fmt: skip
         self.margin = self._margin()
         same = self.same or (identical(*self.networks) and self.kinds == (None, None))
-        yes, no = [same] * size, [False] * size
+        yes, no, never = [same] * size, [False] * size, [False] * size
         for s in range(size) if not same else ():
             self._report()
             if self.clock.over:
                 break
             clock = self.clock.part(self.clock.left / (size - s))
             found = self._differ(s, points[s])
-            if found is None:
+            if found is None and self.confidence is not None:
+                yes[s], never[s] = self._sure(s, clock.part(clock.left / 2))
+            if found is None and not yes[s]:
                 yes[s], reached = self._constant(s, clock)
                 found = None if reached is None else self._differ(s, torch.cat((points[s], reached)))
             if found is not None:
@@ -221,22 +256,56 @@ class _Labels:
             branches=self.branches,
             seconds=self.clock.elapsed,
             semantics=self._semantics(),
-            reasons=tuple(map(self._reason, answers)),
+            reasons=tuple(map(self._reason, answers, never)),
+            confidence=self.confidence,
         )
 
     def _margin(self) -> Tensor:
-        """[2, S] how much of a lead rounding in either network may take away."""
+        """[2, S] how much of a lead rounding in either network may take away, of outputs `loss` [2, S, K]."""
         low, high, _ = self.stars.bounding_box()
         rows, result = torch.arange(len(low), device=low.device), []
         for side in self.sides:
             try:
                 below, above = side.rounding(low, high, self.clock)
             except OutOfTime:
-                result.append(torch.full_like(self.lower, torch.inf))
+                result.append(low.new_full((len(low), self.outputs), torch.inf))
                 continue
-            loss = torch.maximum(-below, above)
-            result.append(loss[rows, self.label] + loss.amax(1))
-        return torch.stack(result)
+            result.append(torch.maximum(-below, above))
+        self.loss = torch.stack(result)
+        return self.loss[:, rows, self.label] + self.loss.amax(2)
+
+    def _sure(self, s: int, clock: Clock) -> tuple[bool, bool]:
+        """Whether the labels agree wherever the original is sure of its own, and whether it nowhere is.
+
+        By leads of all outputs over all others: of both networks in one pass, then of their difference for as long as
+        it takes to know that it stays below what a sure original leads by.
+        """
+        star, count = self.stars.select([s]), self.outputs
+        pairs = torch.ones(count, count, device=star.device).triu(1).nonzero()
+        if len(pairs) > PAIRS:
+            return False, False
+        first, second = (self._with(network, lead_rows(pairs, count)) for network in (self.original, self.compressed))
+        low, high, _ = star.bounding_box()
+        own = []
+        for network in (first, second):
+            read = steps(network, star.shape, dtype=COMPUTE_DTYPE, device=star.device, smooth=True)
+            down, up = zonotope_bounds(read, *box_rows(low, high), clock=clock)[-1]
+            own.append(lead_matrix(up, -down, pairs, count))
+        bounds = Leads(own[0], own[1]).widened(*self.loss[:, s])
+        missed = float(bounds.missed(self.least))
+        most = max(self.least, 0.0) - 2 * float(self.loss[:, s].sum(0).max())
+        if missed >= 0 and most > 0 and not clock.over:
+            question = Question("largest", max(1e-9, 1e-3 * most), most * (1 - 1e-6))
+            limits = replace(self.budget, seconds=None)
+            options = {"budget": limits, "tolerances": Tolerances(), "progress": None, "clock": clock}
+            found = compare(first, second, star, None, question, **options)
+            ends = found.range_upper.double(), -found.range_lower.double()
+            bounds = Leads(own[0], own[1], lead_matrix(*ends, pairs, count)).widened(*self.loss[:, s])
+            missed = float(bounds.missed(self.least))
+            self.branches += found.stats.branches
+        if missed < 0:
+            self.upper[s] = torch.maximum(bounds.over(self.label[s])[0], self.lower[s])
+        return missed < 0, missed == -math.inf
 
     def _constant(self, s: int, clock: Clock) -> tuple[bool, Tensor | None]:
         """Whether both networks give the star's label everywhere; and inputs [B, *shape] that show another."""
@@ -304,19 +373,19 @@ class _Labels:
         low, high = self.lower[:, None], self.upper[:, None]
         self.progress(Progress(self.branches + done, open_, low, high, low, low, self.clock.elapsed))
 
-    def _reason(self, answer: Answer) -> Reason:
-        settled = {Answer.EQUIVALENT: Reason.WITHIN, Answer.NOT_EQUIVALENT: Reason.EXCEEDED}.get(answer)
+    def _reason(self, answer: Answer, never: bool) -> Reason:
+        yes = Reason.NEVER_SURE if never else Reason.WITHIN
+        settled = {Answer.EQUIVALENT: yes, Answer.NOT_EQUIVALENT: Reason.EXCEEDED}.get(answer)
         return reason(settled, False, False, self.clock, self.budget.stars is not None, Reason.NUMERICAL)
 
     def _lead(self, network: nn.Module, label: int) -> nn.Module:
         """The leads of all other outputs over `label`."""
-        others = [i for i in range(self.outputs) if i != label]
-        layer = nn.Linear(self.outputs, len(others), bias=False, dtype=COMPUTE_DTYPE, device=self.stars.device)
-        with torch.no_grad():
-            layer.weight.zero_()
-            layer.weight[torch.arange(len(others)), others] = 1
-            layer.weight[:, label] = -1
-        return nn.Sequential(network, Reshape((self.outputs,)), layer)
+        others = [(i, label) for i in range(self.outputs) if i != label]
+        return self._with(network, lead_rows(torch.tensor(others, device=self.stars.device), self.outputs))
+
+    def _with(self, network: nn.Module, rows: Tensor) -> nn.Module:
+        """`rows` [P, K] of the outputs."""
+        return nn.Sequential(network, Reshape((self.outputs,)), linear_layer(rows, None))
 
     def _differ(self, s: int, points: Tensor) -> Tensor | None:
         """An input at which the labels certainly differ, looked for at points [B, *shape] and between them."""
@@ -332,10 +401,9 @@ class _Labels:
             crossing = [self._crossing(network, a, b, int(self.label[s])) for network in self.networks]
             points = torch.cat((points, a + ((crossing[0] + crossing[1]) / 2).reshape(shape) * (b - a)))
         points = points.to(self.stars.dtype)
-        (label1, sure1), (label2, sure2) = (_label(side, points) for side in self.sides)
-        sure = torch.where(label1 != label2, torch.minimum(sure1, sure2), -torch.inf)
-        best = sure.argmax()
-        return points[best] if float(sure[best]) > 0 else None
+        ends = [(y - error, y + error) for y, error in (side.values(points) for side in self.sides)]
+        found, best = apart_by(ends[0], ends[1], self.most).max(0)
+        return points[best] if float(found) > 0 else None
 
     @staticmethod
     def _crossing(network: tuple[Step, ...], a: Tensor, b: Tensor, label: int) -> Tensor:
@@ -347,17 +415,3 @@ class _Labels:
             still = replay(network, x)[0].argmax(1) == label
             low, high = torch.where(still, middle, low), torch.where(still, high, middle)
         return (low + high) / 2
-
-
-def _lead(low: Tensor, high: Tensor, label: Tensor) -> Tensor:
-    """[B] certain lead of any other output over `label` [B], for outputs between low and high [B, N]."""
-    own = high.gather(1, label[:, None])
-    return (low.scatter(1, label[:, None], -torch.inf) - own).amax(1)
-
-
-def _label(side: Side, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels [B] at inputs [B, *shape], and by how much they certainly lead."""
-    y, error = side.values(x)
-    label = y.argmax(1)
-    others = (y + error).scatter(1, label[:, None], -torch.inf).amax(1)
-    return label, (y - error).gather(1, label[:, None])[:, 0] - others

@@ -64,7 +64,7 @@ class Compared:
 
     def intervals(self, low: Tensor, high: Tensor) -> Tensor:
         """Certified upper bounds [B, 2, N_out] of y1 - y2 and y2 - y1 over boxes [B, N_in], by interval arithmetic."""
-        (low1, high1), (low2, high2) = (_interval(network, low, high) for network in (self.first, self.second))
+        (low1, high1), (low2, high2) = (intervals(network, low, high) for network in (self.first, self.second))
         upper = torch.stack((high1 - low2, high2 - low1), 1)
         return above(upper)
 
@@ -76,12 +76,9 @@ class Compared:
         ends = []
         for steps, run in zip((first, second), self.run, strict=True):
             if quantised(steps):
-                low, high = _by_point(outputs(steps, x), len(x))
+                low, high = by_point(outputs(steps, x), len(x))
                 y = None if run is None else run(whole.reshape(-1, *self.shape))
-                if y is not None:  # what the module computes, where it is among what was predicted
-                    inside = fits(y := y.to(low), low, high).all(1, keepdim=True)
-                    y = y.clamp(low, high)
-                    low, high = torch.where(inside, y, low), torch.where(inside, y, high)
+                low, high = narrowed(low, high, y)
             else:
                 low, high = zonotope_bounds(steps, x[:, None], torch.zeros_like(x))[-1]
             ends.append((low, high))
@@ -103,16 +100,25 @@ class Compared:
         return torch.cat((ends[0] - ends[1], ends[1] - ends[0]), 1)
 
 
-def _interval(network: tuple[Step, ...], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+def narrowed(low: Tensor, high: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Outputs [B, N_out] predicted between low and high, or what the module computes where that is among them."""
+    if y is None:
+        return low, high
+    inside = fits(y := y.to(low), low, high).all(1, keepdim=True)
+    y = y.clamp(low, high)
+    return torch.where(inside, y, low), torch.where(inside, y, high)
+
+
+def intervals(network: tuple[Step, ...], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Range [B, N_out] of a network over boxes [B, N_in], by interval arithmetic."""
     middle, radius = ball(low, high)
     radius = torch.where(low == high, 0.0, radius)
     if not quantised(network):
         return interval_bounds(network, middle[:, None], radius)[-1]
-    return _by_point(outputs(network, middle, radius), len(low))
+    return by_point(outputs(network, middle, radius), len(low))
 
 
-def _by_point(rows: tuple[Tensor, Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+def by_point(rows: tuple[Tensor, Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
     """Range [B, N_out] over the rows of each point."""
     index, low, high = rows
     index = index[:, None].expand_as(low)

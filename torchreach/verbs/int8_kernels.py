@@ -173,17 +173,22 @@ def check_replay(run: Run, network: Executed, x: Tensor) -> None:
     y = run(x)
     if y is None:
         return
-    index, low, high = outputs(network.steps, x.flatten(1).float().to(network.steps[0].bias))
+    check_outputs(y, outputs(network.steps, x.flatten(1).float().to(network.steps[0].bias)))
+
+
+def check_outputs(y: Tensor, rows: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Raises KernelMismatchError where an output [B, N_out] of the module as given is none of `rows` of `outputs`."""
+    index, low, high = rows
     y = y.to(low)
-    known = torch.zeros(len(x), dtype=torch.bool, device=low.device)
+    known = torch.zeros(len(y), dtype=torch.bool, device=low.device)
     known[index[fits(y[index], low, high).all(1)]] = True
     if bool(known.all()):
         return
     b = int((~known).nonzero()[0])
-    rows = index == b
+    own = index == b
     raise KernelMismatchError(
         f"the deployed network as given computes {_show(y[b])} at an input where its kernels were predicted to compute "
-        f"{_show(low[rows].amin(0))} to {_show(high[rows].amax(0))}: they do something that torchreach does not know, "
+        f"{_show(low[own].amin(0))} to {_show(high[own].amax(0))}: they do something that torchreach does not know, "
         "so there is no certificate"
     )
 

@@ -25,7 +25,7 @@ def answer(found: Equivalence) -> Answer:
 
 def sentence(found: Equivalence) -> str:
     """The answer in one line, the numbers rounded outward."""
-    asked = "the same label" if found.epsilon is None else f"|y1 - y2| <= {found.epsilon:g}"
+    asked = found.asked
     how = f"({found.semantics}, {counted(len(found.answer), 'star')}, {found.seconds:.1f} s)"
     match answer(found):
         case Answer.EQUIVALENT:
