@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchreach.app.progress import show_progress
     from torchreach.compress.constraints import prune_weights, quantize_weights
+    from torchreach.core.audited import Audit
     from torchreach.core.errors import (
         KernelMismatchError,
         TorchreachError,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from torchreach.training.repair import RepairOptions, Target, repair
     from torchreach.training.support import StarSupport
     from torchreach.verbs.attribution import attribute, keep_float
+    from torchreach.verbs.audit import audit
     from torchreach.verbs.discrepancy import discrepancy
     from torchreach.verbs.equivalence import equivalent
     from torchreach.verbs.merge import merge
@@ -59,6 +61,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Answer",
     "Attribution",
+    "Audit",
     "Budget",
     "Certification",
     "Comparison",
@@ -91,6 +94,7 @@ __all__ = [
     "UncalibratedWarning",
     "UncoveredKernelsWarning",
     "attribute",
+    "audit",
     "certify",
     "discrepancy",
     "equivalent",
@@ -115,6 +119,7 @@ _PLACES = {
     for module, names in {
         "app.progress": "show_progress",
         "compress.constraints": "prune_weights quantize_weights",
+        "core.audited": "Audit",
         "core.errors": "KernelMismatchError TorchreachError UncalibratedWarning UncoveredKernelsWarning",
         "core.options": "Budget Exact Search",
         "core.results": "Answer Attribution Discrepancy Equivalence KeptFloat Kernels Progress ReachResult ReachStats "
@@ -131,6 +136,7 @@ _PLACES = {
         "training.repair": "RepairOptions Target repair",
         "training.support": "StarSupport",
         "verbs.attribution": "attribute keep_float",
+        "verbs.audit": "audit",
         "verbs.discrepancy": "discrepancy",
         "verbs.equivalence": "equivalent",
         "verbs.merge": "merge",

@@ -16,31 +16,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchreach.core import results
+from torchreach.core import audited, results
+from torchreach.core.audited import Audit
 from torchreach.core.errors import FileFormatError, InvalidNetworkError, OptionError
 from torchreach.core.files import whole
 from torchreach.core.results import Discrepancy, Equivalence, ReachResult, RepairResult
 from torchreach.sets.star import StarBatch
 
-Result = Discrepancy | ReachResult | Equivalence | RepairResult
+Result = Discrepancy | ReachResult | Equivalence | RepairResult | Audit
 
 _FORMAT, _VERSION = "torchreach result", 1
 _CLASSES: dict[str, type] = {
     name: kind
-    for name, kind in vars(results).items()
+    for name, kind in {**vars(results), **vars(audited)}.items()
     if isinstance(kind, type) and (dataclasses.is_dataclass(kind) or issubclass(kind, enum.Enum))
 }
 
 
 def save_result(result: Result, path: str | Path) -> None:
-    """Writes what `discrepancy`, `reach`, `equivalent` or `repair` returned, for `load_result`; whole or not at all.
+    """Writes what `discrepancy`, `reach`, `equivalent`, `audit` or `repair` returned, for `load_result`; whole or not.
 
     Tensors keep their dtype. Of a repaired network the state dict is kept, not the structure.
 
     Raises: OptionError for anything else; OSError where `path` cannot be written.
     """
     if not isinstance(result, Result):
-        raise OptionError(f"a result of discrepancy, reach, equivalent or repair is required, got {_kind(result)}")
+        raise OptionError(
+            f"a result of discrepancy, reach, equivalent, audit or repair is required, got {_kind(result)}"
+        )
     content = {"format": _FORMAT, "version": _VERSION, "result": _encode(result)}
     with whole(Path(path)) as draft:
         torch.save(content, draft)
