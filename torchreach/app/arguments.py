@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,11 +115,7 @@ class SetOptions:
             parse_pairs(self.box)
         for option, path in (("--box", self.box_file), ("--center", self.center), ("--mask", self.mask)):
             if path is not None:
-                check_exists(path, f"{option}: ")
-                if path.suffix.lower() not in ARRAYS:
-                    raise FileFormatError(
-                        f"{option}: {path} must end in {', '.join(ARRAYS)}, got {path.suffix or 'no ending'!r}"
-                    )
+                check_array(option, path)
         if self.vnnlib is not None:
             check_exists(self.vnnlib, "--vnnlib: ")
 
@@ -132,28 +128,12 @@ class SetOptions:
     @property
     def span(self) -> tuple[float, float] | None:
         """The numbers of --clip."""
-        if self.clip is None:
-            return None
-        try:
-            low, high = (float(part) for part in self.clip.split(","))
-        except ValueError:
-            raise OptionError(f"--clip must be 'lo,hi', got {self.clip!r}") from None
-        if not low <= high:
-            raise OptionError(f"--clip must be 'lo,hi' with lo <= hi, got {self.clip!r}")
-        return low, high
+        return _span(self.clip)
 
     @property
     def sizes(self) -> tuple[int, ...] | None:
         """The numbers of --shape."""
-        if self.shape is None:
-            return None
-        parts = self.shape.split(",")
-        if not all(part.strip().isascii() and part.strip().isdigit() and int(part) for part in parts):
-            raise OptionError(
-                "--shape must be the sizes of one input without a batch axis, whole numbers such as 1,28,28, "
-                f"got {self.shape!r}"
-            )
-        return tuple(int(part) for part in parts)
+        return _sizes(self.shape)
 
 
 @dataclass(frozen=True)
@@ -166,9 +146,7 @@ class CompareSetup:
     kernels: str = "here"
 
     def __post_init__(self) -> None:
-        if self.arithmetic is not None:
-            _check_choice("--arithmetic", self.arithmetic, ARITHMETICS)
-        _check_choice("--kernels", self.kernels, KERNELS)
+        _check_reading(self.arithmetic, self.kernels)
         if self.tolerance is not None and not 0 <= self.tolerance < float("inf"):
             raise OptionError(f"--tolerance must be a number >= 0, got {self.tolerance:g}")
         if self.gap is not None and not 0 < self.gap < float("inf"):
@@ -183,16 +161,59 @@ class EquivalentSetup:
     top1: bool
     arithmetic: str | None = None
     kernels: str = "here"
+    confidence: float | None = None
 
     def __post_init__(self) -> None:
-        if self.arithmetic is not None:
-            _check_choice("--arithmetic", self.arithmetic, ARITHMETICS)
-        _check_choice("--kernels", self.kernels, KERNELS)
+        _check_reading(self.arithmetic, self.kernels)
+        _check_confidence(self.confidence)
+        if self.confidence is not None and not self.top1:
+            raise OptionError("--confidence belongs to --top1: it is about labels")
         if (self.epsilon is not None) == self.top1:
             given = "both" if self.top1 else "neither"
             raise OptionError(f"exactly one of --epsilon and --top1 is required, got {given}")
         if self.epsilon is not None and not 0 <= self.epsilon < float("inf"):
             raise OptionError(f"--epsilon must be a number >= 0, got {self.epsilon:g}")
+
+
+@dataclass(frozen=True)
+class AuditSetup:
+    """What `torchreach audit` asks: on which inputs, with which right labels, and how far these may move."""
+
+    data: Path
+    labels: Path | None
+    eps: float
+    clip: str | None
+    shape: str | None
+    confidence: float | None
+    arithmetic: str | None
+    kernels: str
+
+    def __post_init__(self) -> None:
+        _check_reading(self.arithmetic, self.kernels)
+        _check_confidence(self.confidence)
+        if not 0 <= self.eps < float("inf"):
+            raise OptionError(f"--eps must be a finite number >= 0, got {self.eps:g}")
+        if self.clip is not None and not self.eps:
+            raise OptionError("--clip belongs to --eps: without it no value moves")
+        _ = self.span, self.sizes
+        for option, path in (("--data", self.data), ("--labels", self.labels)):
+            if path is not None:
+                check_array(option, path)
+
+    @property
+    def span(self) -> tuple[float, float] | None:
+        """The numbers of --clip."""
+        return _span(self.clip)
+
+    @property
+    def sizes(self) -> tuple[int, ...] | None:
+        """The numbers of --shape."""
+        return _sizes(self.shape)
+
+    def settings(self) -> dict[str, Any]:
+        """The options as JSON values."""
+        files = {"data": str(self.data), "labels": None if self.labels is None else str(self.labels)}
+        return {**asdict(self), **files}
 
 
 @dataclass(frozen=True)
@@ -329,6 +350,47 @@ def check_networks(original: Path, compressed: Path) -> None:
 def is_state_dict(path: Path) -> bool:
     """Whether a file by its name holds a state dict."""
     return path.suffix.lower() in STATE_DICTS
+
+
+def check_array(option: str, path: Path) -> None:
+    """Raises FileFormatError where there is no file that may be an array."""
+    check_exists(path, f"{option}: ")
+    if path.suffix.lower() not in ARRAYS:
+        raise FileFormatError(f"{option}: {path} must end in {', '.join(ARRAYS)}, got {path.suffix or 'no ending'!r}")
+
+
+def _span(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise OptionError(f"--clip must be 'lo,hi', got {text!r}") from None
+    if not low <= high:
+        raise OptionError(f"--clip must be 'lo,hi' with lo <= hi, got {text!r}")
+    return low, high
+
+
+def _sizes(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.strip().isascii() and part.strip().isdigit() and int(part) for part in parts):
+        raise OptionError(
+            f"--shape must be the sizes of one input without a batch axis, whole numbers such as 1,28,28, got {text!r}"
+        )
+    return tuple(int(part) for part in parts)
+
+
+def _check_reading(arithmetic: str | None, kernels: str) -> None:
+    if arithmetic is not None:
+        _check_choice("--arithmetic", arithmetic, ARITHMETICS)
+    _check_choice("--kernels", kernels, KERNELS)
+
+
+def _check_confidence(value: float | None) -> None:
+    if value is not None and not 0 < value < 1:
+        raise OptionError(f"--confidence must lie between 0 and 1, both excluded, got {value:g}")
 
 
 def check_exists(path: Path, start: str = "") -> None:

@@ -1,4 +1,4 @@
-"""Command line: `torchreach demo`, and `compare`, `equivalent`, `attribute`, `repair` of two networks A B.
+"""Command line: `torchreach demo`, and `compare`, `equivalent`, `audit`, `attribute`, `repair` of two networks A B.
 
 Exit status 0: within tolerance (or the target is met, or none was asked for); 1: not; 2: bad input, with one
 line on stderr; 130: Ctrl-C came before an answer. Nothing here imports torch before the work begins, so that help
@@ -7,31 +7,33 @@ and errors of typing come at once.
 
 from __future__ import annotations
 
-import shlex
-import sys
-import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 import torchreach
+from torchreach.app.cli_group import Group
 from torchreach.app.cli_options import (
     ANSWER,
     ENGINE,
     REPAIR,
+    TEST_SET,
     Alpha,
     Arithmetic,
     Box,
     Center,
     Clip,
     Compressed,
+    Confidence,
+    Data,
     Device,
     Dtype,
     Eps,
+    Folder,
     Iterations,
     KernelKind,
+    Labels,
     Mask,
     Memory,
     Method,
@@ -45,56 +47,10 @@ from torchreach.app.cli_options import (
     TargetMax,
     Vnnlib,
 )
-from torchreach.core.errors import OptionError, TorchreachError
-
-# typer carries its own copy of click since 0.2x; before that it used the package.
-_ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
-
-
-class _Group(TyperGroup):
-    """Commands whose every bad input ends in one line and status 2."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """As typer's; Ctrl-C that no command has dealt with ends in one line."""
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise typer.Abort from None
-
-    def main(
-        self,
-        args: Any = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        windows_expand_args: bool = True,
-        **extra: Any,
-    ) -> Any:
-        """As typer's; errors and warnings are printed here."""
-        args = list(sys.argv[1:] if args is None else args)
-        args = args or ["--help"]
-        shown = warnings.showwarning
-        warnings.showwarning = lambda message, *_, **__: print(f"torchreach: warning: {message}", file=sys.stderr)
-        try:
-            obj = shlex.join(["torchreach", *args])
-            status = super().main(args, prog_name, complete_var, False, windows_expand_args, obj=obj, **extra)
-        except (_ClickException, TorchreachError, OSError) as error:
-            message = getattr(error, "format_message", error.__str__)()
-            print(f"torchreach: error: {' '.join(message.split())}", file=sys.stderr)
-            status = 2
-        except typer.Abort:
-            print("torchreach: interrupted", file=sys.stderr)
-            status = 130
-        finally:
-            warnings.showwarning = shown
-        status = status if isinstance(status, int) else 0
-        if standalone_mode:
-            sys.exit(status)
-        return status
-
+from torchreach.core.errors import OptionError
 
 app = typer.Typer(
-    cls=_Group,
+    cls=Group,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -200,14 +156,8 @@ def equivalent(
         bool,
         typer.Option("--top1", help="Whether the largest output is the same one, the label.", rich_help_panel=ANSWER),
     ] = False,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for report.json, made if missing. Default: write no files.",
-            metavar="DIR",
-            rich_help_panel=ANSWER,
-        ),
-    ] = None,
+    confidence: Confidence = None,
+    output: Folder = None,
     seconds: Seconds = None,
     stars: Stars = None,
     memory: Memory = None,
@@ -224,11 +174,60 @@ def equivalent(
 
     check_networks(original, compressed)
     sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
-    asked = EquivalentSetup(epsilon, top1, arithmetic, kernels)
+    asked = EquivalentSetup(epsilon, top1, arithmetic, kernels, confidence)
     setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj)
     from torchreach.app import commands
 
     raise typer.Exit(commands.equivalent(setup, (original, compressed), sets, asked))
+
+
+@app.command(epilog="Exit status: 0 the same label on all inputs, 1 not, 2 bad input, 130 interrupted.")
+def audit(
+    ctx: typer.Context,
+    original: Original,
+    compressed: Compressed,
+    data: Data,
+    labels: Labels = None,
+    eps: Annotated[
+        float,
+        typer.Option(
+            help="How far each value of an input may move, in units of the input. 0 decides the inputs themselves.",
+            rich_help_panel=TEST_SET,
+        ),
+    ] = 0.0,
+    clip: Annotated[
+        str | None,
+        typer.Option(
+            help="With --eps: valid range of an input value, for example 0,1. Default: none.",
+            metavar="LO,HI",
+            rich_help_panel=TEST_SET,
+        ),
+    ] = None,
+    shape: Shape = None,
+    confidence: Confidence = None,
+    output: Folder = None,
+    seconds: Seconds = None,
+    stars: Stars = None,
+    memory: Memory = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float64",
+    arithmetic: Arithmetic = None,
+    kernels: KernelKind = "any",
+) -> None:
+    """Do networks A and B give the same label on each input of a test set, whatever processor runs them?
+
+    Int8 codes that depend on the processor are all followed, so that it says on which inputs the label may.
+
+    Example: torchreach audit net.onnx small.onnx --data x.npy --labels y.npy
+    """
+    from torchreach.app.arguments import AuditSetup, Setup, check_networks
+
+    check_networks(original, compressed)
+    asked = AuditSetup(data, labels, eps, clip, shape, confidence, arithmetic, kernels)
+    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj)
+    from torchreach.app import commands
+
+    raise typer.Exit(commands.audit(setup, (original, compressed), asked))
 
 
 @app.command(epilog="Exit status: 0 done, or within --keep-float, 1 not within it, 2 bad input, 130 interrupted.")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 SET, ANSWER, ENGINE, REPAIR = "Input set (exactly one)", "Answer", "How to compute", "Repair"
+TEST_SET = "Test set"
 
 Original = Annotated[Path, typer.Argument(metavar="A", help="The original network: an .onnx, .tflite or .pt2 file.")]
 Compressed = Annotated[
@@ -127,6 +128,40 @@ KernelKind = Annotated[
         "pairs of products (x86 without VNNI), or any of these.",
         metavar="here|exact|...",
         rich_help_panel=ENGINE,
+    ),
+]
+Data = Annotated[
+    Path,
+    typer.Option(
+        help="Inputs: a .npy, .json or .csv array of several along its first axis.",
+        metavar="FILE",
+        rich_help_panel=TEST_SET,
+    ),
+]
+Labels = Annotated[
+    Path | None,
+    typer.Option(
+        help="The right label of each input, for accuracies: a .npy, .json or .csv array of whole numbers. Default: "
+        "none.",
+        metavar="FILE",
+        rich_help_panel=TEST_SET,
+    ),
+]
+Confidence = Annotated[
+    float | None,
+    typer.Option(
+        help="Of labels: ask only where A's softmax gives its label at least this probability, between 0 and 1. "
+        "Default: everywhere.",
+        metavar="P",
+        rich_help_panel=ANSWER,
+    ),
+]
+Folder = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for report.json, made if missing. Default: write no files.",
+        metavar="DIR",
+        rich_help_panel=ANSWER,
     ),
 ]
 Output = Annotated[

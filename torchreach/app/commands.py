@@ -17,6 +17,7 @@ from torchreach.app import console as show
 from torchreach.app.arguments import (
     METHODS,
     AttributeSetup,
+    AuditSetup,
     CompareSetup,
     DemoSetup,
     EquivalentSetup,
@@ -25,8 +26,9 @@ from torchreach.app.arguments import (
     Setup,
     is_state_dict,
 )
-from torchreach.app.inputs import InputSet, read_input_set
+from torchreach.app.inputs import InputSet, read_data, read_input_set
 from torchreach.app.report.attribution import attribution_files, kept_sentence
+from torchreach.app.report.audit import audit_json, audit_rows, audit_sentence
 from torchreach.app.report.content import NetworkInfo, Report
 from torchreach.app.report.equivalence import answer, equivalence_json, sentence, worst
 from torchreach.app.report.provenance import file_hashes
@@ -43,9 +45,11 @@ from torchreach.read.load import input_shape, load
 from torchreach.read.save import onnx_bytes, save
 from torchreach.verbs.attribution import attribute as attribution
 from torchreach.verbs.attribution import keep_float
+from torchreach.verbs.audit import audit as audited
 from torchreach.verbs.discrepancy import discrepancy
 from torchreach.verbs.equivalence import equivalent as equivalence
 from torchreach.verbs.int8_pair import rounds
+from torchreach.verbs.labels import before_softmax
 
 OK, NOT_OK, INTERRUPTED = 0, 1, 130  # exit statuses; 128 + SIGINT where Ctrl-C came before an answer
 
@@ -106,6 +110,7 @@ def equivalent(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: 
             inputs.stars,
             asked.epsilon,
             top1=asked.top1,
+            confidence=asked.confidence,
             budget=setup.budget,
             progress=live.stars,
             arithmetic=asked.arithmetic,
@@ -127,6 +132,37 @@ def equivalent(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: 
         show.print_line(setup.out, f"report: {setup.output / 'report.json'}")
     show.print_sentence(setup.out, sentence(found), whole is Answer.EQUIVALENT, whole is Answer.UNKNOWN)
     return _status(setup, whole is Answer.EQUIVALENT, bool(pressed) and whole is Answer.UNKNOWN)
+
+
+def audit(setup: Setup, paths: tuple[Path, Path], asked: AuditSetup) -> int:
+    """Runs `torchreach audit`; the exit status."""
+    device = _device(setup)
+    original, runs = load(paths[0]).to(device), _compressed(paths)
+    points, labels = read_data(asked, original, getattr(torch, setup.dtype), _file_shape(paths))
+    with first_interrupt() as pressed, show.live(setup.err, "audit") as live:
+        found = audited(
+            original,
+            runs,
+            points.to(device),
+            asked.eps,
+            None if labels is None else labels.to(device),
+            confidence=asked.confidence,
+            clip=asked.span,
+            budget=setup.budget,
+            progress=live.inputs,
+            kernels=asked.kernels,
+            arithmetic=asked.arithmetic,
+        )
+    show.print_rows(setup.out, audit_rows(found), f"{len(found):,} inputs of {asked.data}")
+    if setup.output is not None:
+        files = {"data": file_hashes(asked.data)} | ({"labels": file_hashes(asked.labels)} if asked.labels else {})
+        networks, settings = _described(paths, (original, runs)), setup.settings(**asked.settings())
+        text = audit_json(found, networks, setup.command_line, settings, files, time.monotonic() - setup.began)
+        write_files(setup.output, {"report.json": text})
+        show.print_line(setup.out, f"report: {setup.output / 'report.json'}")
+    ok, apart = found.count(Answer.EQUIVALENT) == len(found), found.count(Answer.NOT_EQUIVALENT)
+    show.print_sentence(setup.out, audit_sentence(found), ok, not ok and not apart)
+    return _status(setup, ok, bool(pressed) and not apart)
 
 
 def attribute(
@@ -210,7 +246,7 @@ def _compressed(paths: tuple[Path, Path]) -> nn.Module:
 def _described(paths: tuple[Path, Path], networks: tuple[nn.Module, nn.Module]) -> dict[str, NetworkInfo]:
     """What a report says of the two networks, by role."""
     return {
-        role: NetworkInfo.of(str(path), load(network), sha256=file_hashes(path))
+        role: NetworkInfo.of(str(path), load(before_softmax(network)), sha256=file_hashes(path))
         for role, path, network in zip(("original", "compressed"), paths, networks, strict=True)
     }
 
@@ -229,11 +265,17 @@ def _inputs(
 ) -> InputSet:
     """The input set, in the shape that the files say an input has."""
 
-    def file_shape() -> tuple[int, ...] | None:
+    return read_input_set(sets, original, getattr(torch, setup.dtype), _file_shape(paths)).to(device)
+
+
+def _file_shape(paths: tuple[Path, Path]) -> Callable[[], tuple[int, ...] | None]:
+    """What asks the files for the shape of an input."""
+
+    def shape() -> tuple[int, ...] | None:
         shapes = (input_shape(path) for path in paths if not is_state_dict(path))
         return next((shape for shape in shapes if shape is not None), None)
 
-    return read_input_set(sets, original, getattr(torch, setup.dtype), file_shape).to(device)
+    return shape
 
 
 def _repair(
@@ -365,6 +407,7 @@ def evaluate(network: nn.Module, x: Tensor, found: Discrepancy | Equivalence | N
     Of a float64 copy, close to what a certificate of real arithmetic speaks of; where `found` speaks of a network as
     it is executed, of that network itself.
     """
+    network = before_softmax(network)
     parameter = next(network.parameters(), None)
     half = parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16)
     real = found is None or found.semantics in (Semantics.FLOAT, Semantics.WEIGHT_ONLY)

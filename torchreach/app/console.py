@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -41,6 +41,10 @@ class Live:
     def count(self, done: int, most: int) -> None:
         """Progress by numbers alone."""
         self.write(f"{self.what}: comparison {done} of at most {most}")
+
+    def inputs(self, done: int, most: int) -> None:
+        """Progress over a test set."""
+        self.write(f"{self.what}: {done:,} of {counted(most, 'input')}")
 
     def step(self, step: RepairStep) -> None:
         """Progress of a repair: its last evaluation."""
@@ -179,6 +183,14 @@ def print_equivalence(console: Console, found: Equivalence, labels: tuple[str, .
         table.add_row(Text(label), found.answer[s].value, interval, own)
     if len(labels) > MOST_ROWS:
         table.caption = f"the first {MOST_ROWS} of {len(labels)} stars; --output writes all"
+    console.print(table)
+
+
+def print_rows(console: Console, rows: Mapping[str, str], title: str) -> None:
+    """A row for each name and what is said of it."""
+    table = _table("", "", title=title)
+    for name, text in rows.items():
+        table.add_row(Text(name), Text(text))
     console.print(table)
 
 

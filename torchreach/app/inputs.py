@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchreach.app.arguments import SetOptions, check_pairs, parse_pairs
+from torchreach.app.arguments import AuditSetup, SetOptions, check_pairs, parse_pairs
 from torchreach.core.errors import FileFormatError, InvalidSetError, ShapeError
 from torchreach.core.roundoff import round_down, round_up
 from torchreach.sets.star import StarBatch
@@ -58,12 +58,7 @@ def read_input_set(
 
     Raises: FileFormatError, InvalidSetError, OptionError, ShapeError; each names the option.
     """
-    inputs = input_size(network)
-    shape = options.sizes or ((inputs,) if inputs is not None else file_shape())
-    if options.sizes is not None and inputs not in (None, prod(options.sizes)):
-        raise ShapeError(
-            f"--shape {options.shape} must hold {inputs} values, as the networks take, got {prod(options.sizes)}"
-        )
+    shape = _shape_of(options, network, file_shape)
     if options.center is not None:
         return _around(options, shape, dtype)
     if options.vnnlib is not None:
@@ -75,6 +70,46 @@ def read_input_set(
     lower, upper = (_shaped("--box", side[None], shape) for side in _read_pairs(options).unbind(1))
     text = f"box {options.box}" if len(options.box) <= 80 else f"box of {lower.numel()} inputs"
     return InputSet("box", text, _boxes(lower, upper, dtype), ("box",))
+
+
+def read_data(
+    options: AuditSetup,
+    network: nn.Module,
+    dtype: torch.dtype,
+    file_shape: Callable[[], tuple[int, ...] | None] = lambda: None,
+) -> tuple[Tensor, Tensor | None]:
+    """Inputs [B, *shape] of --data, shaped as `read_input_set` says, and labels [B] of --labels.
+
+    Raises: FileFormatError, InvalidSetError, ShapeError; each names the option.
+    """
+    path, own = options.data, options.labels
+    points = _as_inputs("--data", _read_array("--data", path), _shape_of(options, network, file_shape))
+    _check_finite(f"--data {path}", points)
+    span = options.span
+    if span is not None and ((points < span[0]) | (points > span[1])).any():
+        raise InvalidSetError(
+            f"--data {path} must lie within --clip {options.clip}, got values from {points.min():g} to {points.max():g}"
+        )
+    if own is None:
+        return points.to(dtype), None
+    labels = _read_array("--labels", own).flatten()
+    if len(labels) != len(points):
+        raise ShapeError(f"--labels must be one number for each of {len(points)} inputs, got {len(labels)}")
+    if not bool((labels == labels.round()).all()):
+        raise InvalidSetError(f"--labels {own} must hold whole numbers")
+    return points.to(dtype), labels.long()
+
+
+def _shape_of(
+    options: SetOptions | AuditSetup, network: nn.Module, file_shape: Callable[[], tuple[int, ...] | None]
+) -> tuple[int, ...] | None:
+    """Shape of one input: that of --shape, [inputs] of a network that starts with a linear layer, or the file's."""
+    inputs = input_size(network)
+    if options.sizes is not None and inputs not in (None, prod(options.sizes)):
+        raise ShapeError(
+            f"--shape {options.shape} must hold {inputs} values, as the networks take, got {prod(options.sizes)}"
+        )
+    return options.sizes or ((inputs,) if inputs is not None else file_shape())
 
 
 def input_size(network: nn.Module) -> int | None:

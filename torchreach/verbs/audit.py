@@ -211,12 +211,14 @@ class _Audit:
         x = self.x[index].flatten(1).to(COMPUTE_DTYPE)
         rows = [reading.rows(x) for reading in self.readings]
         here = [reading.here(x, own) for reading, own in zip(self.readings, rows, strict=True)]
-        may = [may_give(own, len(x)) for own in rows]
-        count = may_give(rows[0], len(x), self.least) if self.confidence is not None else may[0]
+        may, every = zip(*(may_give(own, len(x)) for own in rows), strict=True)
+        count = may_give(rows[0], len(x), self.least)[0] if self.confidence is not None else may[0]
         tied = ties(rows[0], len(x)) | ties(rows[1], len(x))
         self.label[:, index] = torch.stack([label_of(*own)[0] for own in here])
+        # Several labels of one kernel are a tie; or it was not followed which kernel gives which.
+        apart = (may[0] & ~every[0]).any(1) | (may[1] & ~every[1]).any(1)
         several = (may[0].sum(1) > 1) | (may[1].sum(1) > 1)
-        self.depends[index] = several & ~tied
+        self.depends[index] = apart | (several & ~tied)
         (low1, high1), (low2, high2) = (by_point(own, len(x)) for own in rows)
         upper = above(torch.maximum(high1 - low2, high2 - low1).amax(1))
         lower = below(torch.maximum(here[0][0] - here[1][1], here[1][0] - here[0][1]).amax(1)).clamp(min=0)

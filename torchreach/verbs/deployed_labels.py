@@ -195,8 +195,8 @@ class _Star:
         x = self.met.at[None]
         rows = [reading.rows(x) for reading in self.readings]
         self.met.run(x, self.clock)
-        first = may_give(rows[0], 1, self.least)
-        self.agree = not self.met.apart and bool(agree(first, may_give(rows[1], 1)))
+        first, second = may_give(rows[0], 1, self.least)[0], may_give(rows[1], 1)[0]
+        self.agree = not self.met.apart and bool(agree(first, second))
         self.vacuous = self.agree and not bool(first.any())
         self.tie = any(bool(ties(own, 1)) for own in rows)
         ends = Leads(*(leads(*by_point(own, 1)) for own in rows))

@@ -136,10 +136,16 @@ def both_scored(
     return (first[0], second[0]), (first[1], second[1])
 
 
+def before_softmax(network: nn.Module) -> nn.Module:
+    """A network of a file without the softmax of codes that it ends in, which no bound knows; any other as it is."""
+    if isinstance(network, DeployedNetwork) and len(network.operations):
+        return network.scores() if isinstance(network.operations[-1], Softmax) else network
+    return network
+
+
 def _scored(network: nn.Module, shape: tuple[int, ...]) -> tuple[nn.Module, bool]:
     if isinstance(network, DeployedNetwork):
-        ends = len(network.operations) > 0 and isinstance(network.operations[-1], Softmax)
-        return (network.scores() if ends else network), True
+        return before_softmax(network), True
     other = scores(network, shape)[0]
     return other, other is network
 
@@ -285,13 +291,14 @@ class Reading:
         return below(ends[0] - loss), above(ends[1] + loss)
 
 
-def may_give(rows: Rows, count: int, least: float = -math.inf) -> Tensor:
-    """[B, K] which labels may be in question (see `asked`) at each of `count` points, by any of its rows of outputs."""
+def may_give(rows: Rows, count: int, least: float = -math.inf) -> tuple[Tensor, Tensor]:
+    """[B, K] which labels are in question (see `asked`) at each of `count` points: by any of its rows, and by all."""
     index, low, high = rows
     size = max(NUMBERS // max(low.shape[1], 1) ** 2, 1)
     each = [asked(leads(*part), least) for part in zip(low.split(size), high.split(size), strict=True)]
     found = torch.zeros(count, low.shape[1], dtype=torch.int64, device=low.device)
-    return found.index_add_(0, index, torch.cat(each).long()) > 0
+    found.index_add_(0, index, torch.cat(each).long())
+    return found > 0, found == torch.bincount(index, minlength=count)[:, None]
 
 
 def agree(first: Tensor, second: Tensor) -> Tensor:

@@ -100,13 +100,26 @@ def heading(
     """What a report without pages begins with: what was run, where, on which networks and which set."""
     stars = inputs.stars
     return {
+        **run_heading(command, command_line, settings, networks, stars.device),
+        "input_set": {"text": inputs.text, "sha256": stars_hash(stars), "bounds": bounds(stars)},
+    }
+
+
+def run_heading(
+    command: str,
+    command_line: str,
+    settings: Mapping[str, Any],
+    networks: Mapping[str, NetworkInfo],
+    device: torch.device,
+) -> dict[str, Any]:
+    """`heading` without the set."""
+    return {
         "command": command,
         "command_line": command_line,
         "versions": versions(),
-        "machine": asdict(Machine.here(stars.device)),
+        "machine": asdict(Machine.here(device)),
         "settings": dict(settings),
         "networks": {role: asdict(network) for role, network in networks.items()},
-        "input_set": {"text": inputs.text, "sha256": stars_hash(stars), "bounds": bounds(stars)},
     }
 
 

@@ -11,6 +11,7 @@ from torchreach.app.report.content import NetworkInfo, heading
 from torchreach.app.report.report import json_bytes
 from torchreach.core.outward import at_least, at_most, counted
 from torchreach.core.results import Answer, Equivalence
+from torchreach.core.terms import Reason
 
 SCHEMA = 1
 
@@ -30,7 +31,9 @@ def sentence(found: Equivalence) -> str:
     match answer(found):
         case Answer.EQUIVALENT:
             bound = "" if found.epsilon is None else f", at most {at_most(float(found.upper.max()))}"
-            return f"equivalent: certified {asked} for every input{bound} {how}"
+            never = found.reasons.count(Reason.NEVER_SURE)
+            none = f"; {Reason.NEVER_SURE.meaning}, on {counted(never, 'star')}" if never else ""
+            return f"equivalent: certified {asked} for every input{bound}{none} {how}"
         case Answer.NOT_EQUIVALENT:
             star = worst(found)
             number = counted(found.count(Answer.NOT_EQUIVALENT), "star")
@@ -71,6 +74,7 @@ def equivalence_json(
         "semantics": found.semantics,
         "kernels": {"name": found.kernels, "uncovered": list(found.uncovered)},
         "answer": answer(found).value,
+        "confidence": found.confidence,
         "text": sentence(found),
         "stars": [
             {
