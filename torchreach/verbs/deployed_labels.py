@@ -34,8 +34,9 @@ from torchreach.core.memory import default_budget
 from torchreach.core.options import Budget
 from torchreach.core.results import Answer, Equivalence, Progress, ProgressCallback, Reason, Semantics
 from torchreach.core.roundoff import round_down, round_up
+from torchreach.domains.input_grid import InputGrid
 from torchreach.domains.relaxed_difference import RelaxedDifference, relaxation_bytes, with_rows
-from torchreach.domains.rounding import InputGrid, outputs, varying
+from torchreach.domains.rounding import outputs, varying
 from torchreach.graph.layers import Reshape
 from torchreach.graph.steps import Step
 from torchreach.graph.weights import linear_layer

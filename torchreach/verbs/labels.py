@@ -39,7 +39,8 @@ from torchreach.core.errors import OptionError
 from torchreach.core.roundoff import SINGLE, above, below
 from torchreach.core.tolerances import COMPUTE_DTYPE
 from torchreach.domains.execution import Format
-from torchreach.domains.rounding import InputGrid, outputs
+from torchreach.domains.input_grid import InputGrid
+from torchreach.domains.rounding import outputs
 from torchreach.graph.deployed import DeployedNetwork, Softmax
 from torchreach.graph.steps import Step
 from torchreach.read.steps import steps
