@@ -31,7 +31,7 @@ FILES = {
 }
 STEPS = (0.01, 0.25, 1.0)  # radii of boxes, in steps between neighbouring input codes
 SAMPLES = 1000
-POINT_COLUMNS = ("network", "inputs", "certified", "attained", "same label", "differs", "open", "CPU s")
+POINT_COLUMNS = ("network", "inputs", "certified", "attained", "same label", "differs", "open", "depends", "CPU s")
 BOX_COLUMNS = (
     "network", "input", "radius (codes)", "certified", "attained", "sampled", "certified / attained", "bounds from",
     "CPU s", "MB",
@@ -83,7 +83,9 @@ def points(_: argparse.Namespace) -> list[dict]:
         row = {"network": name, "inputs": f"{len(x)} {kind}", "CPU s": seconds}
         row |= {"certified": float(found.upper.max()), "attained": float(found.lower.max())}
         if name in ("kws", "resnet8"):
-            row |= {"same label": found.same, "differs": found.different, "open": found.open}
+            answers = (tr.Answer.EQUIVALENT, tr.Answer.NOT_EQUIVALENT, tr.Answer.UNKNOWN)
+            row |= dict(zip(("same label", "differs", "open"), map(found.count, answers), strict=True))
+            row["depends"] = int(found.depends.sum())
         rows.append(row)
         common.say(f"{name}: {rows[-1]}")
     return rows

@@ -77,14 +77,14 @@ def check_points(network: DeployedNetwork, codes: Tensor) -> None:
     assert float((high - low).max()) <= 1e-5 * (1 + float(want.abs().max()))
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(8))
 def test_codes_of_points_are_exact(seed, tmp_path):
     network = random_graph(seed, tmp_path)
     check_points(network, drawn(network, seed, POINTS))
 
 
 @pytest.mark.parametrize("form", ONNX)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(1))
 def test_codes_of_points_are_exact_as_onnxruntime_computes_them(seed, form, tmp_path):
     network = random_onnx(seed, form, tmp_path)
     check_points(network, drawn(network, seed, POINTS))
@@ -102,6 +102,23 @@ def test_codes_of_points_are_exact_in_rarer_forms_of_onnx(net, form, tmp_path):
     check_intervals(network, 0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8, 108))
+def test_many_graphs_hold_what_litert_computes(seed, tmp_path):
+    network = random_graph(seed, tmp_path)
+    check_points(network, drawn(network, seed, POINTS))
+    check_intervals(network, seed, count=10_000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ONNX)
+@pytest.mark.parametrize("seed", range(1, 13))
+def test_many_graphs_hold_what_onnxruntime_computes(seed, form, tmp_path):
+    network = random_onnx(seed, form, tmp_path)
+    check_points(network, drawn(network, seed, POINTS))
+    check_intervals(network, seed, count=10_000)
+
+
 def test_the_codes_of_a_residual_network_are_exact():
     network = tr.load(file("pretrainedResnet_quant"))
     assert isinstance(network, DeployedNetwork)
@@ -109,12 +126,12 @@ def test_the_codes_of_a_residual_network_are_exact():
     check_points(network, drawn(network, 0, 2))
 
 
-def check_intervals(network: DeployedNetwork, seed: int) -> None:
+def check_intervals(network: DeployedNetwork, seed: int, count: int = 500) -> None:
     generator = torch.Generator().manual_seed(seed)
     ends = int(network.entry.lowest), int(network.entry.highest)
     middle, reach = drawn(network, seed, 1)[0], torch.randint(0, 3, network.shape, generator=generator)
     first, last = (middle - reach).clamp(*ends), (middle + reach).clamp(*ends)
-    spread = torch.rand(500, *network.shape, generator=generator) * (last - first + 1)
+    spread = torch.rand(count, *network.shape, generator=generator) * (last - first + 1)
     codes = torch.minimum(first + spread.floor().long(), last)
     want = executed(network, codes)
     low, high = (network.entry.value(end).flatten() for end in (first, last))
@@ -140,18 +157,18 @@ def check_intervals(network: DeployedNetwork, seed: int) -> None:
     assert bool((-off.amin(0) <= upper[1]).all())
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_intervals_and_relaxations_hold_what_is_executed(seed, tmp_path):
     check_intervals(random_graph(seed, tmp_path), seed)
 
 
 @pytest.mark.parametrize("form", ONNX)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(1))
 def test_intervals_and_relaxations_hold_what_onnxruntime_computes(seed, form, tmp_path):
     check_intervals(random_onnx(seed, form, tmp_path), seed)
 
 
-@pytest.mark.parametrize("seed", [2, 4, 5, 9, 10, 11])
+@pytest.mark.parametrize("seed", [4, 9, 11])
 @pytest.mark.parametrize("inputs", [1, 200])
 def test_certificates_hold_what_is_executed(seed, inputs, tmp_path):
     network = random_graph(seed, tmp_path)
