@@ -68,7 +68,7 @@ def compare(files, *args, b="b.onnx"):
 
 def test_help_names_every_command_and_option():
     text = run("--help").output
-    for command in ("demo", "compare", "equivalent", "attribute", "repair"):
+    for command in ("demo", "compare", "equivalent", "audit", "attribute", "repair"):
         assert command in text
     for option in (
         "--box",
@@ -328,6 +328,79 @@ def test_labels_are_compared(files):
     assert "not equivalent: the labels differ at an input of star 0, 2 stars in all" in other.stdout
 
 
+def test_labels_are_compared_where_the_original_is_sure(files, tmp_path):
+    found = equivalent(files, "--box", BOX, "--top1", "--confidence", 0.99, "--output", tmp_path)
+    assert found.exit_code == 0, found.output
+    last = found.stdout.splitlines()[-1]
+    assert last.startswith("equivalent: certified the same label wherever the original is sure to 0.99 for every input")
+    assert "the original is nowhere as sure of a label as was asked for" in last
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["confidence"], report["stars"][0]["reason"]) == (0.99, "nowhere sure")
+
+
+def audit(files, *args, b="b.onnx"):
+    return run("audit", files / "a.onnx", files / b, *args)
+
+
+def test_a_test_set_is_audited(files, tmp_path):
+    np.save(tmp_path / "y.npy", np.array([0, 1]))
+    data = ("--data", files / "two.npy")
+    found = audit(files, *data, "--labels", tmp_path / "y.npy", "--output", tmp_path / "out")
+    assert found.exit_code == 0, found.output
+    assert found.stdout.splitlines()[-1].startswith(
+        "the same label certified on 2 of 2 inputs, 0 differ, 0 open (float, "
+    )
+    assert "accuracy, original" in found.stdout
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["counts"]["equivalent"] == 2
+    assert report["accuracy"]["original"] == report["accuracy"]["compressed"]
+    assert len(report["inputs"]) == 2
+    assert report["inputs"][0]["upper"] <= report["max_difference"]["upper"]
+    assert len(report["test_set"]["data"]["two.npy"]) == 64
+    ball = audit(files, *data, "--eps", 0.001, "--clip=-1,1", "--seconds", 5)
+    assert "on 2 of 2 inputs and all within 0.001" in ball.stdout.splitlines()[-1]
+    save(_negated(files / "a.onnx"), files / "negated.onnx", (3,))
+    other = audit(files, *data, b="negated.onnx")
+    assert other.exit_code == 1
+    assert "on 0 of 2 inputs, 2 differ, 0 open" in other.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--data", "gone.npy"), "--data: no such file: gone.npy"),
+        (("--data", "{}/a.onnx"), "must end in .json, .npy, .csv, got '.onnx'"),
+        (("--data", "{}/short.npy"), "--data must hold 3 values per input"),
+        (("--data", "{}/nan.npy"), "must be finite"),
+        (("--data", "{}/two.npy", "--labels", "{}/x.npy"), "--labels must be one number for each of 2 inputs, got 3"),
+        (("--data", "{}/two.npy", "--labels", "{}/halves.npy"), "must hold whole numbers"),
+        (("--data", "{}/two.npy", "--eps", "-1"), "--eps must be a finite number >= 0, got -1"),
+        (("--data", "{}/two.npy", "--clip", "0,1"), "--clip belongs to --eps"),
+        (("--data", "{}/two.npy", "--eps", "1", "--clip", "0,1"), "must lie within --clip 0,1"),
+        (("--data", "{}/two.npy", "--confidence", "1"), "--confidence must lie between 0 and 1, both excluded, got 1"),
+    ],
+)
+def test_bad_audits(files, args, message):
+    np.save(files / "halves.npy", np.array([0.5, 1.0]))
+    result = audit(files, *(str(arg).format(files) for arg in args))
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_file_that_ends_in_a_softmax_of_codes_is_audited(tmp_path):
+    from tests.data import require_data
+
+    path = require_data("mlperf_tiny", "kws_ref_model.tflite")
+    network = tr.load(path)
+    np.save(tmp_path / "x.npy", np.zeros((2, *network.shape), dtype=np.float32))
+    result = run("audit", path, path, "--data", tmp_path / "x.npy", "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    same = run("equivalent", path, path, "--center", tmp_path / "x.npy", "--eps", 0, "--top1")
+    assert same.exit_code == 0, same.output
+    assert "fixed-point multipliers" in result.stdout.splitlines()[-1]
+
+
 def _negated(path):
     from torchreach.read.load import load
 
@@ -399,6 +472,8 @@ def test_unknown_is_not_equivalent(files, monkeypatch):
         ((), "exactly one of --epsilon and --top1 is required, got neither"),
         (("--epsilon", 1, "--top1"), "exactly one of --epsilon and --top1 is required, got both"),
         (("--epsilon", "nan"), "--epsilon must be a number >= 0, got nan"),
+        (("--epsilon", "1", "--confidence", "0.9"), "--confidence belongs to --top1"),
+        (("--top1", "--confidence", "0"), "--confidence must lie between 0 and 1, both excluded, got 0"),
     ],
 )
 def test_bad_questions_of_equivalence(files, args, message):
@@ -608,6 +683,9 @@ def test_help_and_what_is_typed_wrongly_are_answered_without_torch(files):
         [*right, "--arithmetic", "imagined"],
         [*right, "--kernels", "all"],
         ["equivalent", *right[1:]],
+        ["equivalent", *right[1:], "--top1", "--confidence", "2"],
+        ["audit", a, b],
+        ["audit", a, b, "--data", "gone.npy"],
         ["repair", *right[1:], "--save", "better.txt"],
         ["repair", *right[1:], "--alpha", "0"],
         ["demo", "--data", "letters"],
@@ -619,6 +697,7 @@ def test_help_and_what_is_typed_wrongly_are_answered_without_torch(files):
         ["compare", "--help"],
         ["repair", "--help"],
         ["equivalent", "--help"],
+        ["audit", "--help"],
         ["demo", "--help"],
         [],
     ]

@@ -188,7 +188,7 @@ def print_equivalence(console: Console, found: Equivalence, labels: tuple[str, .
 
 def print_rows(console: Console, rows: Mapping[str, str], title: str) -> None:
     """A row for each name and what is said of it."""
-    table = _table("", "", title=title)
+    table = _table("what", "found", title=title)
     for name, text in rows.items():
         table.add_row(Text(name), Text(text))
     console.print(table)

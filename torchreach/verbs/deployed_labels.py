@@ -354,7 +354,7 @@ class _Star:
         assert grid is not None
         cells = Cells(with_rows(self.own[0], self.rows), self.own[1], grid, *part[:2])
         top, done, total = torch.full_like(self.upper, -torch.inf), True, int(cells.total)
-        size = min(CHUNK, self.met.few)
+        size = min(CHUNK, self.met.few, max(NUMBERS // self.readings[0].outputs ** 2, 1))
         for start in range(0, total, size):
             self.clock.check()
             if self._full(0):

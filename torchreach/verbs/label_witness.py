@@ -37,7 +37,7 @@ def witnesses(readings: tuple[Reading, Reading], stars: StarBatch, most: float) 
     x = representable((low + high) / 2, low, high, dtype)
     x = torch.where(is_box[:, None], x, stars.sample(1)[:, 0].flatten(1).to(x))
     widest = max(step.features for reading in readings for step in reading.steps)
-    few = max(NUMBERS // max(widest, readings[0].outputs ** 2), 1)
+    few = max(NUMBERS // widest, 1)
     labels = torch.cat([label_of(*readings[0].here(part))[0] for part in x.split(few)])
     return [
         Witness(readings, stars.select([s]), low[s], high[s], plain, x[s], labels[s], most, dtype, few)
