@@ -158,8 +158,8 @@ def test_a_relaxation_that_forgets_rounding_is_caught(monkeypatch):
     exact = tr.discrepancy(original, small, stars)
     without_cells(monkeypatch)
     monkeypatch.setattr(deployed.DeployedStar, "_ascend", lambda _: None)  # what is attained would hide it
-    honest = rounding._excess
-    monkeypatch.setattr(rounding, "_excess", lambda *a, **k: tuple(0 * part for part in honest(*a, **k)))
+    honest = rounding.excess
+    monkeypatch.setattr(rounding, "excess", lambda *a, **k: tuple(0 * part for part in honest(*a, **k)))
     wrong = tr.discrepancy(original, small, stars)
     assert bool(
         (wrong.range_lower > exact.range_lower + 1e-3).any() or (wrong.range_upper < exact.range_upper - 1e-3).any()

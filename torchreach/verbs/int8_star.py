@@ -168,6 +168,8 @@ class DeployedStar:
             if not quick:
                 self._ascend()
             if cells and grid is not None:
+                if relaxation and not few and not quick:  # a single pass is soon done
+                    self._relax_and_branch(grid, "")
                 self._enumerate(grid, few)
             if self.answered or not relaxation or (few and self.complete):
                 return
