@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,18 @@ import torch
 from torch import nn
 
 import torchreach as tr
-from benchmarks import budgets, common, deployed, exact_acasxu, exact_mnist, growth, kernels, peers, split_counts
+from benchmarks import (
+    budgets,
+    common,
+    deployed,
+    exact_acasxu,
+    exact_mnist,
+    growth,
+    kernels,
+    labels,
+    peers,
+    split_counts,
+)
 from tests.data import require_data
 from tests.networks import from_arrays, random_network
 
@@ -237,3 +249,16 @@ def test_budgets_are_measured_and_what_is_late_or_wrong_is_noticed(capsys):
     assert budgets.problems(row | {"lower": 2.5}) == ["p, 1 s: lower 2.5 above upper 2"]
     assert budgets.problems(row | {"sampled": 1.5}) == ["p, 1 s: a sample attains 1.5, more than the witness, 1"]
     assert len(budgets.problems(row | {"sampled": 2.5})) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_answer_about_labels_that_samples_contradict_is_counted():
+    g = torch.Generator().manual_seed(0)
+    network = random_network(0, [3, 8, 4]).float()
+    small = kernels.int8(network, torch.rand(100, 3, generator=g))
+    x = torch.rand(30, 3, generator=g)
+    found = tr.audit(network.double(), small, x)
+    assert labels.wrong(network, small, x, 0.0, found, 2) == 0
+    swapped = {tr.Answer.EQUIVALENT: tr.Answer.NOT_EQUIVALENT}
+    lied = replace(found, answer=tuple(swapped.get(one, one) for one in found.answer))
+    assert labels.wrong(network, small, x, 0.0, lied, 2) == found.count(tr.Answer.EQUIVALENT) > 0

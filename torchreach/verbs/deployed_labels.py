@@ -293,7 +293,8 @@ class _Star:
             elif missed < 0:
                 top, never = torch.maximum(top, bounds.over(self.met.label)[0]), never and missed == -math.inf
             elif not few or bool((part[0] == part[1]).all()):
-                return  # halving hardly helps where many inputs vary
+                # Halving hardly helps where many inputs vary.
+                whole, top = False, torch.maximum(top, bounds.over(self.met.label)[0])
             else:
                 self.met.by_chance(*part[:2], self.clock, seed=self.branches)
                 step = second[0] if part[2] is None else second[1]
@@ -367,7 +368,7 @@ class _Star:
             second = leads(*ends)
             missed = self._of_cells(low, high, index, second, bounds).missed(self.least)
             bent = index[(missed >= 0) & ~linear[index]].unique()
-            if len(bent):
+            if len(bent) and len(self.own[2]) <= VERTEX_DIM:
                 least, most = self._ranges(*(end[bent] for end in boxes))
                 low[bent], high[bent] = torch.maximum(low[bent], least), torch.minimum(high[bent], most)
             own = self._of_cells(low, high, index, second, bounds)
