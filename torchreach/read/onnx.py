@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -83,8 +84,19 @@ def _read(path: Path) -> onnx.ModelProto:
         raise FileFormatError(f"{path} is not a readable ONNX file: {_first_line(error)}") from None
     if not model.graph.node or not model.graph.input or not model.graph.output:
         raise FileFormatError(f"{path} is not a readable ONNX file: it holds no complete graph")
+    if not all(
+        isinstance(name, str) for name in _names(model.graph)
+    ):  # protobuf gives bytes that are no text as they are
+        raise FileFormatError(f"{path} is not a readable ONNX file: one of its names is no text")
     _sort(model.graph)
     return model
+
+
+def _names(graph: onnx.GraphProto) -> Iterator[object]:
+    for node in graph.node:
+        yield from (node.op_type, node.name, node.domain, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
+    yield from (value.name for value in (*graph.initializer, *graph.input, *graph.output))
 
 
 def _sort(graph: onnx.GraphProto) -> None:
