@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 import torchreach as tr
 from benchmarks import common
-from benchmarks.search import SOUND, tiny_inputs
+from benchmarks.search import SOUND, timed, tiny_inputs
 from torchreach.graph.deployed import DeployedNetwork, Softmax
 
 FILES = {
@@ -81,12 +80,6 @@ def tiles() -> list[Tensor]:
         small = nn.functional.interpolate(small, (128, 192), mode="area")
         result += [part for row in small.split(32, 2) for part in row.split(32, 3)]
     return result
-
-
-def timed(work):
-    began = time.process_time()
-    result = work()
-    return result, time.process_time() - began
 
 
 def points(_: argparse.Namespace) -> list[dict]:

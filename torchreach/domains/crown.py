@@ -38,10 +38,8 @@ from torch.nn import functional as F
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.masks import leading, lengths
 from torchreach.core.roundoff import allowance, ball, gamma
-from torchreach.domains.rounding import excess
+from torchreach.domains.rounding import excess, saturation
 from torchreach.domains.smooth import Cells
-from torchreach.graph.kernels import IntegerSums
-from torchreach.graph.roundings import PlacedSums
 from torchreach.graph.steps import Step
 from torchreach.graph.twin_blocks import Blocks
 from torchreach.graph.twins import Twins, twins
@@ -226,18 +224,7 @@ def _bends(step: Step) -> Tensor:
     if step.quantizer is None:
         assert step.relu is not None
         return step.relu
-    fused = (step.quantizer.zero_point == step.quantizer.lowest).expand_as(step.bias)
-    return fused & ~torch.as_tensor(step.quantizer.carried, device=fused.device)
-
-
-def _lost(sums: IntegerSums | PlacedSums, middle: Tensor, radius: Tensor) -> Tensor:
-    """[B, N] how much saturation changes sums at most, for inputs within `radius` of `middle` [B, N_in]."""
-    most = torch.zeros(())
-    for way in range(len(sums.pairings)):
-        lost = sums.loss(way, middle - radius, middle + radius)
-        if lost is not None:
-            most = torch.maximum(most.to(middle), torch.maximum(lost[0].abs(), lost[1].abs()))
-    return most.to(middle)
+    return step.quantizer.rectifies.expand_as(step.bias)
 
 
 def bounded(
@@ -253,8 +240,9 @@ def bounded(
     for k, step in enumerate(network.steps[:-1]):
         clock.check()
         error = network.error(k, A)
-        if step.sums is not None:
-            error = error + _lost(step.sums, *ball(middle - radius, middle + radius))
+        lost = saturation(step, middle - radius, middle + radius)
+        if lost is not None:
+            error = error + torch.maximum(lost[0].abs(), lost[1].abs())
         z, spread = step.linear(middle) + step.bias, step.magnitude(radius) + 2 * error
         low, high = z - spread, z + spread
         ways = None

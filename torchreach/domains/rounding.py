@@ -256,18 +256,24 @@ def _entry(
     return step, list(steps[2:]), size.new_zeros(columns.shape[1])
 
 
+def saturation(step: Step, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Range [B, N_out] of what saturation adds to the step's sums, in any of its ways, for inputs in [low, high]."""
+    every = [] if step.sums is None else [step.sums.loss(way, low, high) for way in range(len(step.sums.pairings))]
+    if all(lost is None for lost in every):
+        return None
+    none = torch.zeros_like(step.bias)[None]
+    least = torch.stack([none.expand(len(low), -1) if lost is None else lost[0] for lost in every]).amin(0)
+    most = torch.stack([none.expand(len(low), -1) if lost is None else lost[1] for lost in every]).amax(0)
+    return least, most
+
+
 def _with_loss(step: Step, low: Tensor, high: Tensor) -> Step:
     """The step, for inputs in [low, high] [N_in], with what saturation may add to its sums as bias and noise."""
-    every = [] if step.sums is None else [
-        step.sums.loss(way, low[None], high[None]) for way in range(len(step.sums.pairings))
-    ]  # fmt: skip
+    lost = saturation(step, low[None], high[None])
     step = replace(step, sums=None)
-    if all(lost is None for lost in every):
+    if lost is None:
         return step
-    none = torch.zeros_like(step.bias)[None]
-    least = torch.stack([none if lost is None else lost[0] for lost in every]).amin(0)[0]
-    most = torch.stack([none if lost is None else lost[1] for lost in every]).amax(0)[0]
-    middle, noise = ball(least, most)
+    middle, noise = ball(lost[0][0], lost[1][0])
     size = step.bias_magnitude + middle.abs()
     return replace(step, bias=step.bias + middle, bias_magnitude=size, noise=step.with_noise(noise))
 
@@ -291,8 +297,7 @@ def _relaxed_step(
         shift, radius = excess(step.quantizer, low, high, kernel, codes)
         noise, relu = noise - kernel + radius + 4 * SINGLE * (largest + shift.abs() + radius), None
     else:
-        relu = (step.quantizer.zero_point == step.quantizer.lowest).expand_as(low)
-        relu = relu & ~torch.as_tensor(step.quantizer.carried, device=low.device)
+        relu = step.quantizer.rectifies.expand_as(low).clone()
         ends = torch.where(relu, low.clamp(min=0), low), torch.where(relu, high.clamp(min=0), high)
         shift, radius = excess(step.quantizer, *ends, kernel)
         noise = noise - kernel + radius

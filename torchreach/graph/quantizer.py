@@ -191,6 +191,11 @@ class Quantizer(nn.Module):
         """Whether codes are those of the exact sums, whoever computes them."""
         return self.rule is not None
 
+    @property
+    def rectifies(self) -> Tensor:
+        """Where codes end at zero, as those of a ReLU do, and values are not merely carried."""
+        return (self.zero_point == self.lowest) & ~torch.as_tensor(self.carried, device=self.zero_point.device)
+
     def half_step(self, size: Tensor) -> Tensor:
         """Bound on |value of the code - x| where codes do not saturate, for |x| <= size [..., N]."""
         half = (self.scale / 2).expand_as(size)

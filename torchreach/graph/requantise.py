@@ -58,18 +58,17 @@ class Requantise(nn.Module):
 
     def flat(self, shape: tuple[int, ...]) -> Requantise:
         """The same for flattened values [B, N] of `shape`."""
-        result = copy.deepcopy(self)
-        for name, value in self.named_buffers():
-            if value.ndim:
-                setattr(result, name, value.expand(shape).flatten())
-        return result
+        return self._arranged(shape, torch.flatten)
 
     def channels_first(self, shape: tuple[int, ...]) -> Requantise:
         """The same for values [C, H, W], of one for values of `shape` [H, W, C]."""
+        return self._arranged(shape, lambda value: value.movedim(-1, 0).contiguous())
+
+    def _arranged(self, shape: tuple[int, ...], order: Callable[[Tensor], Tensor]) -> Requantise:
         result = copy.deepcopy(self)
         for name, value in self.named_buffers():
             if value.ndim:
-                setattr(result, name, value.expand(shape).movedim(-1, 0).contiguous())
+                setattr(result, name, order(value.expand(shape)))
         return result
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Requantise:

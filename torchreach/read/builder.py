@@ -103,6 +103,7 @@ class ChainBuilder:
         # Of deployed networks. `codes`: the grid of the value, while it is a quantised tensor; `raw`: while it is a
         # plain tensor of integer codes, which arithmetic would misread.
         self.deployed = False
+        self.joins = False  # whether its values may be joined and used again, as those of a network of codes
         self.codes: Quantizer | None = None
         self.raw = False
         self.uncalibrated: list[str] = []
@@ -225,7 +226,7 @@ class ChainBuilder:
         self.at = len(self.nodes) - 1
 
     def _refuse_rounding(self, name: str, kind: str) -> None:
-        if self.deployed:
+        if self.deployed and not self.joins:
             self.refuse(name, kind, _ROUNDED)
 
     def arithmetic(self, operation: str, operand: Tensor, name: str) -> None:

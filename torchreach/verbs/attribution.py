@@ -302,12 +302,9 @@ def _rounded(
         grid = rounding[-1] if rounding else grid
         name = (rounding[-1].name if rounding else "").replace(".", "/") or str(k)
         names.append(name if name not in names else f"{name} ({k})")
-    pair = [nn.Sequential(OrderedDict(zip(names, map(_joined, part), strict=True))).eval() for part in groups]
+    parts = [[nn.Sequential(*group) for group in found] for found in groups]
+    pair = [nn.Sequential(OrderedDict(zip(names, part, strict=True))).eval() for part in parts]
     return pair[0], pair[1], tuple(names)
-
-
-def _joined(layers: list[nn.Module]) -> nn.Module:
-    return nn.Sequential(*layers)
 
 
 def _units(network: nn.Module) -> dict[str, nn.Module]:

@@ -49,7 +49,7 @@ class _Codes:
 
     def add(self, name: str) -> None:
         builder, network = self.builder, self.network
-        builder.deployed, builder.shape = self.rounded, network.shape
+        builder.deployed, builder.joins, builder.shape = self.rounded, True, network.shape
         if self.rounded and self.chain:
             builder.append(network.entry, name)
         elif self.rounded:
@@ -63,19 +63,18 @@ class _Codes:
                 continue
             first = self._add(operation, places)
             self.values.append({first: builder.at})
-        if True not in self.values[-1]:
-            return
-        self._take(len(self.values) - 1, False, network.operations[-1].name)  # type: ignore[arg-type]
+        if True in self.values[-1]:
+            self._take(len(self.values) - 1, False, network.operations[-1].name)  # type: ignore[arg-type]
+        builder.joins = False
 
     def _take(self, place: int, first: bool, name: str) -> int:
         """The node of a value, channels first or as in the file; the next layer takes it."""
         held, builder = self.values[place], self.builder
         if first not in held:
-            builder.at = next(iter(held.values()))
-            builder.shape = builder.nodes[builder.at].shape
+            builder.move(next(iter(held.values())), name)
             builder.append(Rearrange("permute", *((0, 3, 1, 2) if first else (0, 2, 3, 1))), name)
             held[first] = builder.at
-        builder.at, builder.shape = held[first], builder.nodes[held[first]].shape
+        builder.move(held[first], name)
         return builder.at
 
     def _add(self, operation: ops.Operation, places: tuple[int, ...]) -> bool:
@@ -101,9 +100,9 @@ class _Codes:
         elif isinstance(operation, ops.MaxPool):
             self._max_pool(operation)
         elif isinstance(operation, ops.Joined):
-            self._join("cat", given, name, FIRST[operation.axis % 4] if first else operation.axis)
+            builder.join("cat", tuple(given), name, FIRST[operation.axis % 4] if first else operation.axis)
         elif len(given) > 1:
-            self._join("add" if all(operation.rising) else "sub", given, name)
+            builder.join("add" if all(operation.rising) else "sub", tuple(given), name)
         for layer in operation.layers():
             builder.append(layer, name)
         if operation.rounds:
@@ -144,15 +143,7 @@ class _Codes:
         value = operation.sources[at].value(codes)[0]
         return ElementwiseAffine(one if at or operation.rising[1] else -one, value if operation.rising[at] else -value)
 
-    def _join(self, op: str, nodes: list[int], name: str, axis: int = 0) -> None:
-        """Such values are refused elsewhere in networks that round."""
-        self.builder.deployed = False
-        self.builder.join(op, tuple(nodes), name, axis)
-        self.builder.deployed = self.rounded
-
     def _max_pool(self, operation: ops.MaxPool) -> None:
         left, right, top, bottom = operation.sides
         sides = ((top, bottom), (left, right))
-        self.builder.deployed = False
         max_pool(self.builder, operation.name, operation.kernel, operation.stride, sides, 1, False)
-        self.builder.deployed = self.rounded
