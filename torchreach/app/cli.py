@@ -45,6 +45,7 @@ from torchreach.app.cli_options import (
     Stars,
     Target,
     TargetMax,
+    TestShape,
     Vnnlib,
 )
 from torchreach.core.errors import OptionError
@@ -203,7 +204,7 @@ def audit(
             rich_help_panel=TEST_SET,
         ),
     ] = None,
-    shape: Shape = None,
+    shape: TestShape = None,
     confidence: Confidence = None,
     output: Folder = None,
     seconds: Seconds = None,

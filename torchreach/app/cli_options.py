@@ -65,15 +65,12 @@ Clip = Annotated[
         rich_help_panel=SET,
     ),
 ]
-Shape = Annotated[
-    str | None,
-    typer.Option(
-        help="Shape of one input without its batch axis, for example 1,28,28, where the networks take pictures and "
-        "their files do not say it. The numbers of a set are in the order of the flattened input.",
-        metavar="SIZES",
-        rich_help_panel=SET,
-    ),
-]
+_SHAPE = (
+    "Shape of one input without its batch axis, for example 1,28,28, where the networks take pictures and their files "
+    "do not say it. The numbers of a set are in the order of the flattened input."
+)
+Shape = Annotated[str | None, typer.Option(help=_SHAPE, metavar="SIZES", rich_help_panel=SET)]
+TestShape = Annotated[str | None, typer.Option(help=_SHAPE, metavar="SIZES", rich_help_panel=TEST_SET)]
 Seconds = Annotated[
     float | None,
     typer.Option(
