@@ -20,6 +20,7 @@ from torchreach.domains import rounding
 from torchreach.graph.quantizer import Quantizer
 from torchreach.graph.steps import steps_of
 from torchreach.search import cells
+from torchreach.search.signs import search_signs
 from torchreach.verbs import int8_star as deployed
 
 ENGINES = [name for name in ("x86", "fbgemm", "onednn") if name in torch.backends.quantized.supported_engines]
@@ -157,7 +158,7 @@ def test_a_relaxation_that_forgets_rounding_is_caught(monkeypatch):
     stars = tr.StarBatch.from_image(x[None], 0.04)
     exact = tr.discrepancy(original, small, stars)
     without_cells(monkeypatch)
-    monkeypatch.setattr(deployed.DeployedStar, "_ascend", lambda _: None)  # what is attained would hide it
+    monkeypatch.setattr(deployed.DeployedStar, "ascend", lambda *_, **__: None)  # what is attained would hide it
     honest = rounding.excess
     monkeypatch.setattr(rounding, "excess", lambda *a, **k: tuple(0 * part for part in honest(*a, **k)))
     wrong = tr.discrepancy(original, small, stars)
@@ -516,7 +517,7 @@ def test_noise_of_affine_steps_is_bounded_everywhere():
     value = quick_bounds(Both.of(pair.first, pair.second, pair), low, high).upper
     assert bool((d <= value[0, 0]).all() and (-d <= value[0, 1]).all())
     question = deployed.Question("signed", 0.05)
-    *_, last = islice(deployed.search_signs(pair, low[0], high[0], question), 10)
+    *_, last = islice(search_signs(pair, low[0], high[0], question), 10)
     assert bool((d <= last.upper[0]).all() and (-d <= last.upper[1]).all())
 
 

@@ -19,6 +19,7 @@ from torchreach.core.errors import OptionError
 from torchreach.core.results import Reason
 from torchreach.graph.quantizer import Quantizer
 from torchreach.search.result import Question
+from torchreach.verbs import int8_relaxed
 from torchreach.verbs import int8_star as deployed_star
 from torchreach.verbs.first_look import Places
 from torchreach.verbs.int8_pair import deployed_discrepancy
@@ -199,7 +200,7 @@ def test_memory_of_a_relaxation_has_no_matrices_of_convolutions():
 
 
 def test_progress_is_reported(monkeypatch):
-    monkeypatch.setattr(deployed_star, "STATES", 1)
+    monkeypatch.setattr(int8_relaxed, "STATES", 1)
     original, small, x = case(3, inputs=10)
     stars = tr.StarBatch.from_image(torch.stack((x, -x)), 0.05)
     seen = []

@@ -18,11 +18,11 @@ from tests.test_difference import boxes, layers_at, noisy_copy, pair_of, samples
 from tests.test_scales import exactly
 from torchreach.core.errors import OptionError, ShapeError
 from torchreach.domains.difference import Backward, difference_bounds
-from torchreach.domains.hexagon import Hexagon
 from torchreach.search.boxes import search_boxes
+from torchreach.search.dual import Dual
 from torchreach.search.reduced_pair import Reduced
 from torchreach.search.result import Constraints, Question, SearchResult
-from torchreach.search.signs import Branches, Dual, choose, search_signs
+from torchreach.search.signs import Branches, choose, search_signs
 from torchreach.search.witness import ascend
 from torchreach.training.loss import matrices
 
@@ -148,28 +148,27 @@ def test_every_sample_lies_in_a_branch_and_below_its_bound() -> None:
         """[R, samples] by the signs that were split, in the two networks each on its own."""
         result = torch.ones(len(nodes.row), len(x), dtype=torch.bool)
         for packed, root, free, (z, z2) in zip(nodes.hexagons, net.root, net.free, values, strict=True):
-            was = root.pack()
+            was = root
             for part, v in ((0, z[:, free]), (2, z2[:, free])):
                 above = (packed[:, part] == 0) & (was[:, part] < 0)
                 below = (packed[:, part + 1] == 0) & (was[:, part + 1] > 0)
                 result &= ((~above[:, None] | (v >= -1e-12)) & (~below[:, None] | (v <= 1e-12))).all(2)
         return result
 
-    packed = [h.pack().expand(4, -1, -1) for h in net.root]
+    packed = [h.expand(4, -1, -1) for h in net.root]
     dual = Dual(net, net.root, objectives)
     bound, slopes, mean, coefficients = dual.descend(dual.start(), 30, 0.95, low)
-    split, more = choose(packed, mean, coefficients, bound)
-    nodes = Branches(packed, slopes, torch.arange(4), bound, split, more)
+    nodes = Branches(packed, slopes, torch.arange(4), bound, *choose(net, packed, mean, coefficients, bound))
     for _ in range(5):
-        nodes = nodes.children()
-        dual = Dual(net, [Hexagon.unpack(h) for h in nodes.hexagons], objectives[nodes.row])
+        nodes = nodes.children(net)
+        dual = Dual(net, nodes.hexagons, objectives[nodes.row])
         bound, slopes, mean, coefficients = dual.descend(nodes.slopes, 10, 0.95, low[nodes.row])
         members = inside(nodes)
         for row in range(4):
             assert members[nodes.row == row].any(0).all()
         assert (~members | (bound[:, None] >= reached[:, nodes.row].T)).all()
-        split, more = choose(nodes.hexagons, mean, coefficients, bound)
-        nodes = Branches(nodes.hexagons, slopes, nodes.row, bound, split, more)
+        chosen = choose(net, nodes.hexagons, mean, coefficients, bound)
+        nodes = Branches(nodes.hexagons, slopes, nodes.row, bound, *chosen)
 
 
 @BOTH

@@ -42,6 +42,7 @@ from torchreach.core.tolerances import COMPUTE_DTYPE
 from torchreach.domains.hexagon import ClosedPlanes, Graph, Hexagon, height, height_allowance, start_slopes
 from torchreach.domains.pair import Pair
 from torchreach.domains.smooth import CurvePlanes, activated
+from torchreach.domains.stairs import StairPair
 from torchreach.domains.zonotope import BUFFERS, Bounds, bent, interval_bounds, zonotope_bounds
 from torchreach.graph.steps import Step
 from torchreach.graph.twins import Maps
@@ -77,6 +78,8 @@ class Backward:
     lists: dict[int, tuple[Tensor, Tensor, ClosedPlanes]] = field(default_factory=dict)
     scores: dict[int, Tensor] | None = None  # takes, of `closed`, the largest heights of planes [B, N]
     off: Tensor | None = None
+    # Of layers that are not relu but rounded; only `search.reduced_pair` goes back through them.
+    stairs: dict[int, StairPair] = field(default_factory=dict)
     clock: Clock = NO_LIMIT  # looked at in every layer; OutOfTime
 
     def __post_init__(self) -> None:
@@ -88,16 +91,16 @@ class Backward:
         errors, noise = self.pair.error(0, size, off), self.pair.noise(0)
         self.errors.append(tuple(2 * error - part for error, part in zip(errors, noise, strict=True)))  # type: ignore
 
-    def add(self, hexagon: Hexagon) -> None:
-        """Bounds [B, N] of all neurons of the next hidden layer."""
+    def add(self, hexagon: Hexagon, stairs: StairPair | None = None) -> None:
+        """Bounds [B, N] of all neurons of the next hidden layer, and their stairs if they are rounded."""
         k, pair = len(self.hexagons), self.pair
         if k < pair.shared:
             zero = torch.zeros_like(hexagon.dl)
             hexagon = hexagon.with_difference(zero, zero).tightened()
         step = pair.first[k]
         with torch.no_grad():  # rounding allowances need no gradient
-            errors = pair.error(k + 1, *sizes(step, hexagon))
-        used = ((hexagon.u1 > 0) | (hexagon.u2 > 0)).any(0)
+            errors = pair.error(k + 1, *(sizes(step, hexagon) if stairs is None else stairs.sizes(hexagon)))
+        used = ((hexagon.u1 > 0) | (hexagon.u2 > 0) if stairs is None else stairs.used(hexagon)).any(0)
         for _, index in step.curves:
             used[index] = True
         on = used.nonzero().flatten()
@@ -111,7 +114,9 @@ class Backward:
         place = used.cumsum(0) - 1  # among those that are on
         curves = [(f, place[index]) for f, index in step.curves]
         self.curves.append([CurvePlanes.of(f, kept.map(lambda part, i=i: part[:, i]), i) for f, i in curves])
-        undecided = (~kept.settled()).any(0)
+        if stairs is not None:
+            self.stairs[k] = stairs = stairs.part(on)
+        undecided = (~kept.settled() if stairs is None else stairs.undecided(kept)).any(0)
         for _, index in curves:
             undecided[index] = False
         self.free.append(undecided.nonzero().flatten())

@@ -67,6 +67,11 @@ class Hexagon:
         """The networks in each other's place."""
         return Hexagon(self.l2, self.u2, self.l1, self.u1, -self.du, -self.dl)
 
+    def moved(self, shift: Tensor) -> Hexagon:
+        """Both numbers plus shift [N]. Rounded outward."""
+        l1, u1, l2, u2, dl, du = self.parts()
+        return Hexagon(below(l1 + shift), above(u1 + shift), below(l2 + shift), above(u2 + shift), dl, du)
+
     def with_difference(self, dl: Tensor, du: Tensor) -> Hexagon:
         """The same bounds of z and z2 with others of d."""
         return Hexagon(self.l1, self.u1, self.l2, self.u2, dl, du)
@@ -152,24 +157,34 @@ def relu_difference(z: Tensor, d: Tensor) -> Tensor:
 def _vertices(hexagon: Hexagon) -> tuple[Tensor, Tensor, Tensor]:
     """(z, d) [B, N, K] of points that include all vertices of H's quadrants, and whether [B, N] there is none.
 
-    They are crossings of two of the eight lines: 21, of which at most 11 lie in H. A point that is kept
-    although it lies outside by rounding only raises a height. Unused places repeat the first point.
+    Unused places repeat the first point.
+    """
+    zero = torch.zeros_like(hexagon.l1)[..., None]
+    z, d, there = vertices(hexagon, zero, zero)
+    count = max(int(there.sum(2).max()), 1) if there.numel() else 1
+    order = leading(there, count)
+    kept = there.gather(2, order)
+    order = torch.where(kept, order, order[..., :1])
+    return z.gather(2, order), d.gather(2, order), ~there.any(2)
+
+
+def vertices(hexagon: Hexagon, lines: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(z, d) [B, N, K] of points and which of them lie in H: among these all vertices of H cut at some lines.
+
+    lines: [B, N, I] numbers z, other: [B, N, J] numbers z2, NaN where there is none. The points are crossings of two of
+    all lines: for one of each 21, of which at most 11 lie in H. A point that is kept although it lies outside by
+    rounding only raises a height.
     """
     l1, u1, l2, u2, dl, du = hexagon.parts()
-    zero = torch.zeros_like(l1)
-    lines_z, lines_y, lines_d = torch.stack((l1, u1, zero), 2), torch.stack((l2, u2, zero), 2), torch.stack((dl, du), 2)
+    lines_z, lines_y = torch.cat((torch.stack((l1, u1), 2), lines), 2), torch.cat((torch.stack((l2, u2), 2), other), 2)
+    lines_d = torch.stack((dl, du), 2)
     z1, y1 = _cross(lines_z, lines_y)
     z2, d2 = _cross(lines_z, lines_d)
     y3, d3 = _cross(lines_y, lines_d)
     z = torch.cat((z1, z2, y3 + d3), 2)
     y = torch.cat((y1, z2 - d2, y3), 2)
     d = torch.cat((z1 - y1, d2, d3), 2)
-    there = _within(z, l1, u1) & _within(y, l2, u2) & _within(d, dl, du)
-    count = max(int(there.sum(2).max()), 1) if there.numel() else 1
-    order = leading(there, count)
-    kept = there.gather(2, order)
-    order = torch.where(kept, order, order[..., :1])
-    return z.gather(2, order), d.gather(2, order), ~there.any(2)
+    return z, d, _within(z, l1, u1) & _within(y, l2, u2) & _within(d, dl, du)
 
 
 def _cross(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,10 +24,11 @@ from torchreach.domains.input_grid import InputGrid
 from torchreach.domains.joint import Both, joint_bounds
 from torchreach.domains.pair import Pair
 from torchreach.domains.rounding import Relaxed, is_identity, relax, with_inputs
+from torchreach.domains.stairs import StairPair, Stairs, without_noise
 from torchreach.domains.zonotope import box_rows, zonotope_bounds
 from torchreach.graph.layers import Reshape, fan_in
 from torchreach.graph.steps import Step
-from torchreach.graph.twins import twin_numbers
+from torchreach.graph.twins import twin_numbers, twins
 from torchreach.graph.weights import linear_layer
 
 
@@ -50,6 +51,8 @@ class RelaxedDifference:
     highest: Tensor
     upper: Tensor
     saturable: tuple[tuple[str, ...], tuple[str, ...]]
+    rounded: tuple[tuple[Stairs | None, ...], tuple[Stairs | None, ...]]  # of each network's layers
+    after: tuple[Tensor | None, Tensor | None]  # [N_out] noise of outputs that are rounded
 
     @staticmethod
     def of(
@@ -112,7 +115,56 @@ class RelaxedDifference:
             highest,
             _clamped(upper, bottom, top, lowest, highest),
             (() if relaxed1 is None else relaxed1.saturable, relaxed2.saturable),
+            tuple(_stairs(relaxed, len(relaxed2.stairs), rows is None) for relaxed in (relaxed1, relaxed2)),  # type: ignore
+            (None if relaxed1 is None else relaxed1.after, relaxed2.after),
         )
+
+    def staircases(self) -> tuple[Pair, tuple[Hexagon, ...], tuple[StairPair | None, ...]]:
+        """The pair, its bounds and the stairs of its hidden layers: staircases in place of the noise of rounding.
+
+        Outputs that are rounded become one more hidden layer, shifted so that relu is the identity on them.
+        """
+        assert self.pair is not None
+        pair, networks = self.pair, (self.pair.first, self.pair.second)
+        networks = [
+            [
+                step if part is None else replace(step, noise=above(step.with_noise(-part.spare)))
+                for step, part in zip(steps, stairs, strict=True)
+            ]
+            for steps, stairs in zip(networks, self.rounded, strict=True)
+        ]
+        bounds = [without_noise(*each) for each in zip(self.root, *self.rounded, strict=True)]
+        pairs = [StairPair.of(*each, like=h.l1[0]) for *each, h in zip(*self.rounded, self.root, strict=True)]
+        rounded = pairs.pop()
+        if rounded is None:
+            first, second = map(tuple, networks)
+            return replace(pair, first=first, second=second), (*bounds[:-1], self.root[-1]), tuple(pairs)
+        # Away from zero, whatever the numbers, by more than they are rounded.
+        low = torch.minimum(bounds[-1].l1, bounds[-1].l2)[0] - rounded.first.radius - rounded.second.radius
+        shift = above((-low).clamp(min=0) + 1e-6 * (1 + low.abs()))
+        ends = [_identity(shift, off) for off in self.after]
+        for steps, end in zip(networks, ends, strict=True):
+            last = steps[-1]
+            steps[-1] = replace(
+                last,
+                bias=last.bias + shift,
+                bias_magnitude=last.bias_magnitude + shift,
+                relu=torch.ones_like(shift, dtype=torch.bool),
+            )
+            steps.append(end)
+        first, second = map(tuple, networks)
+        biases = [step.bias for step in first]
+        changed = replace(
+            pair,
+            first=first,
+            second=second,
+            maps=[*pair.maps, twins(*ends)],
+            b=biases,
+            db=[*pair.db, torch.zeros_like(shift)],
+            exact=[*pair.exact, True],
+        )
+        bounds[-1] = bounds[-1].moved(shift)
+        return changed, (*bounds, self.root[-1]), (*pairs, rounded.moved(shift))
 
     def clamped(self, upper: Tensor) -> Tensor:
         """Bounds [2, N_out] on y1 - y2 and y2 - y1 from those of the pair."""
@@ -160,6 +212,18 @@ def with_rows(steps: tuple[Step, ...], rows: Tensor, noise: Tensor | None = None
         noise=None if off is None else above(size @ off),
     )
     return (*steps[:-1], changed)
+
+
+def _identity(like: Tensor, noise: Tensor | None) -> Step:
+    """A last step that changes none of its features, of which there are as many as in `like` [N_out]."""
+    layer, zero = linear_layer(torch.diag_embed(torch.ones_like(like)), None), torch.zeros_like(like)
+    return Step("rounded outputs", nn.Sequential(layer), tuple(like.shape), zero, zero, 1, None, noise=noise)
+
+
+def _stairs(relaxed: Relaxed | None, count: int, outputs: bool) -> tuple[Stairs | None, ...]:
+    """Of each of so many layers, the last one only if `outputs`."""
+    stairs = (None,) * count if relaxed is None else relaxed.stairs
+    return stairs if outputs else (*stairs[:-1], None)
 
 
 def _unclamped(relaxed: Relaxed, rows: Tensor, low: Tensor, high: Tensor, clock: Clock) -> tuple[Step, ...]:

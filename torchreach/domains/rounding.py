@@ -32,11 +32,11 @@ import torch
 from torch import Tensor, nn
 
 from torchreach.core.clock import NO_LIMIT, Clock
-from torchreach.core.roundoff import SINGLE, allowance, ball, gamma
+from torchreach.core.roundoff import SINGLE, ball, gamma
 from torchreach.domains.input_grid import InputGrid
+from torchreach.domains.stairs import Stairs, clamped_line, excess
 from torchreach.domains.zonotope import box_rows, relu_band
 from torchreach.graph.layers import RESHAPING, ElementwiseAffine
-from torchreach.graph.quantizer import Quantizer
 from torchreach.graph.roundings import leaves
 from torchreach.graph.steps import Step
 from torchreach.graph.twins import check_entries, dense
@@ -135,29 +135,6 @@ def _apart(low: Tensor, high: Tensor, limit: int) -> tuple[Tensor, Tensor, Tenso
     return parent, low, high
 
 
-def excess(
-    quantizer: Quantizer,
-    low: Tensor,
-    high: Tensor,
-    kernel: Tensor | float = 0.0,
-    codes: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Range (middle, radius) of Q(computed z) - z over z in [low, high] with the smallest and largest of `codes`.
-
-    kernel: how far the computed z may be from z.
-    """
-    low, high = low - kernel, high + kernel
-    first, last = quantizer.code_range(low, high) if codes is None else codes
-    half, several = quantizer.half_step(torch.maximum(low.abs(), high.abs())), last > first
-    most, least = quantizer.value(first) - low, quantizer.value(last) - high
-    most = torch.where(several, torch.maximum(most, half), most) + kernel
-    least = torch.where(several, torch.minimum(least, -half), least) - kernel
-    middle, radius = ball(least, most)
-    radius = radius + allowance(high.abs() + low.abs())
-    passing = torch.as_tensor(quantizer.passing, device=low.device)
-    return torch.where(passing, 0.0, middle), torch.where(passing, 0.0, radius)
-
-
 @dataclass(frozen=True)
 class Relaxed:
     """A ReLU network with noise, and then a clamp to [lowest, highest], that contains a deployed network over one box.
@@ -165,6 +142,7 @@ class Relaxed:
     Its inputs are those of the network and then `extra` variables in [-1, 1], one for each input that the input
     quantiser rounds in more than one way.
     saturable: names of layers in which a pair of products can leave int16 over the box, whichever engine pairs them.
+    stairs: of each step what its neurons' noise is made of. after: [N_out] noise of the outputs once they are rounded.
     """
 
     steps: tuple[Step, ...]
@@ -172,6 +150,8 @@ class Relaxed:
     lowest: Tensor  # [N_out]
     highest: Tensor
     saturable: tuple[str, ...]
+    stairs: tuple[Stairs | None, ...]
+    after: Tensor
 
 
 @torch.no_grad()
@@ -191,7 +171,7 @@ def relax(
     extra = step.in_shape[0] - len(lower)
     ones = lower.new_ones(extra)
     rows, slack = box_rows(torch.cat((lower, -ones))[None], torch.cat((upper, ones))[None])
-    result: list[Step] = []
+    result, stairs = list[Step](), list[Stairs | None]()
     while True:
         clock.check()
         if step.sums is not None:
@@ -199,16 +179,18 @@ def relax(
         step = _with_loss(step, *values)
         low, high = _range(*_mapped(step, rows, slack, clock))
         last = not rest or (len(rest) == 1 and step.quantizer is not None and is_identity(rest[0]))
-        step, values = _relaxed_step(step, low[0], high[0], size, last=last)
+        step, values, rounded = _relaxed_step(step, low[0], high[0], size, last=last)
         size = torch.maximum(*(end.abs() for end in values))
         result.append(step)
+        stairs.append(rounded)
         if last:
             quantizer = steps[-2].quantizer if rest else None
             lowest, highest = (torch.full_like(low[0], end) for end in (-torch.inf, torch.inf))
             if quantizer is not None:
                 ends = (quantizer.lowest, quantizer.highest)
                 lowest, highest = (quantizer.value(torch.as_tensor(end).to(low[0])).expand_as(low[0]) for end in ends)
-            return Relaxed(tuple(result), extra, lowest, highest, tuple(saturable))
+            after = torch.zeros_like(size) if rounded is None else 4 * SINGLE * rounded.largest
+            return Relaxed(tuple(result), extra, lowest, highest, tuple(saturable), tuple(stairs), after)
         rows, slack = _mapped(step, rows, slack, clock)
         if step.relu is not None and bool(step.relu.any()):
             rows, slack = relu_band(rows, slack, *_range(rows, slack), step.relu)
@@ -245,10 +227,11 @@ def _entry(
     first, matrix = steps[1], _matrix(steps[1])
     low, high = grid.codes(lower, upper)
     ends = torch.stack((grid.scale * lower + grid.shift, grid.scale * upper + grid.shift))
-    middle, radius = excess(grid.quantizer, ends.amin(0), ends.amax(0), grid.error(size), (low, high))
+    slope, middle, radius = clamped_line(grid.quantizer, ends.amin(0), ends.amax(0), grid.error(size), (low, high))
     fixed = low == high
-    middle = torch.where(fixed, grid.quantizer.value(low), middle + grid.shift)
-    columns = torch.cat((matrix * torch.where(fixed, 0.0, grid.scale), (matrix * radius)[:, ~fixed]), 1)
+    slope = torch.where(fixed, 0.0, slope)
+    middle = torch.where(fixed, grid.quantizer.value(low), middle + slope * grid.shift)
+    columns = torch.cat((matrix * (slope * grid.scale), (matrix * radius)[:, ~fixed]), 1)
     size = torch.maximum(grid.quantizer.value(low).abs(), grid.quantizer.value(high).abs())
     noise = _composed(first, ends.abs().amax(0) + size + middle.abs() + radius)
     # What kernels round off in the sum is all in its terms: the columns are no longer what they multiply.
@@ -280,20 +263,20 @@ def _with_loss(step: Step, low: Tensor, high: Tensor) -> Step:
 
 def _relaxed_step(
     step: Step, low: Tensor, high: Tensor, size: Tensor, *, last: bool
-) -> tuple[Step, tuple[Tensor, Tensor]]:
+) -> tuple[Step, tuple[Tensor, Tensor], Stairs | None]:
     """The step, with z in [low, high] [N_out] and inputs |x| <= size, as affine, noise and ReLU.
 
     last: a quantiser here rounds the outputs; its clamp is left to `Relaxed`.
-    Returns also the range of the activations.
+    Returns also the range of the activations, and what the noise is made of if a quantiser makes it.
     """
     kernel = kernel_error(step, torch.maximum(low.abs(), high.abs())[None], size[None])[0]
     noise = step.with_noise(kernel)
-    largest = torch.maximum(low.abs(), high.abs()) + kernel
+    largest, unclamped = torch.maximum(low.abs(), high.abs()) + kernel, None
     if step.quantizer is None:
-        return replace(step, noise=noise), (low - kernel, high + kernel)
+        return replace(step, noise=noise), (low - kernel, high + kernel), None
     if last:
         # After the quantiser there is one product in float32.
-        codes = step.quantizer.code_range(low - kernel, high + kernel, clamped=False)
+        codes = unclamped = step.quantizer.code_range(low - kernel, high + kernel, clamped=False)
         shift, radius = excess(step.quantizer, low, high, kernel, codes)
         noise, relu = noise - kernel + radius + 4 * SINGLE * (largest + shift.abs() + radius), None
     else:
@@ -301,8 +284,11 @@ def _relaxed_step(
         ends = torch.where(relu, low.clamp(min=0), low), torch.where(relu, high.clamp(min=0), high)
         shift, radius = excess(step.quantizer, *ends, kernel)
         noise = noise - kernel + radius
+    own = step.with_noise(kernel)  # of the affine block, without what is rounded
     codes = step.quantizer.code_range(low - kernel, high + kernel)
+    known = codes if unclamped is None else unclamped
     ends = (step.quantizer.value(codes[0]), step.quantizer.value(codes[1]))
+    stairs = Stairs.of(step.quantizer, known, largest, shift, radius, noise, own)
     layer = step.block[0] if len(step.block) == 1 else None
     if not last and isinstance(layer, nn.Linear):
         # Where no threshold is crossed the neuron is a constant.
@@ -310,9 +296,10 @@ def _relaxed_step(
         matrix = torch.where(constant[:, None], 0.0, layer.weight)
         bias = torch.where(constant, step.quantizer.value(codes[0]), step.bias + shift)
         noise = torch.where(constant, 0.0, noise)
-        return replace(_linear_step(step, matrix, bias, noise), relu=relu, quantizer=None), ends
+        stairs = stairs.fixed(constant)
+        return replace(_linear_step(step, matrix, bias, noise), relu=relu, quantizer=None), ends, stairs
     changed = {"bias": step.bias + shift, "bias_magnitude": step.bias_magnitude + shift.abs()}
-    return replace(step, noise=noise, relu=relu, quantizer=None, **changed), ends
+    return replace(step, noise=noise, relu=relu, quantizer=None, **changed), ends, stairs
 
 
 def with_inputs(steps: tuple[Step, ...], at: int, extra: int, size: Tensor) -> tuple[Step, ...]:

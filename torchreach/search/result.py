@@ -155,6 +155,16 @@ class Compared(Protocol):
     def values(self, x: Tensor, activate: Activate) -> Tensor: ...
 
 
+class Attained(Protocol):
+    """What is attained so far, and who takes candidates for more: a `Best`."""
+
+    @property
+    def met(self) -> Evidence: ...
+    def offer(self, x: Tensor) -> None:
+        """Takes inputs [B, N_in] of the box that may attain more."""
+        ...
+
+
 class Best:
     """What is attained so far in one box [1, N_in]: evidence [2, N_out] at points [N_in]; grows by `offer`."""
 

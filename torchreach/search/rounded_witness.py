@@ -14,6 +14,7 @@ Axis letters: B points (a start of one objective each), K candidates, N features
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import count as count_from
 
 import torch
 from torch import Tensor
@@ -94,17 +95,19 @@ def wander(
     rounds: int = 48,
     seed: int = 0,
     clock: Clock = NO_LIMIT,
+    longer: bool = False,
 ) -> Iterator[Tensor]:
     """Inputs [O, M] of the box [M], ever better ones for each of O objectives, from `start` [O, M]; seeded.
 
-    value: [B, O] at inputs [B, M]. count: of inputs looked at in a round, at least. clock: ends it after a few rounds.
+    value: [B, O] at inputs [B, M]. count: of inputs looked at in a round, at least. clock: ends it after a few rounds;
+    longer: it alone does, if it is limited.
 
     Random ones of the whole box first; then the best so far with some of their inputs, ever fewer, moved or drawn anew.
     """
     generator = torch.Generator().manual_seed(seed)
     count = max(count, len(start))
     best, at = start.new_full((len(start),), -torch.inf), start
-    for k in range(rounds):
+    for k in count_from(0) if longer and clock.limited else range(rounds):
         share = 1.0 if k < rounds // 4 else max(0.5 * (1 - k / rounds), 1.5 / max(len(lower), 1))
         parent = at[torch.arange(count, device=at.device) % len(at)]
         drawn = lower + (upper - lower) * _random(generator, lower, count, len(lower))

@@ -14,7 +14,7 @@ Axis letters: B points, M inputs that vary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime
-from torchreach.core.errors import UnsupportedLayerError
 from torchreach.core.evidence import Evidence, reason
 from torchreach.core.options import Budget
 from torchreach.core.roundoff import round_down
@@ -31,18 +30,18 @@ from torchreach.core.tolerances import COMPUTE_DTYPE
 from torchreach.domains.input_grid import InputGrid
 from torchreach.domains.joint import Both, joint_bounds
 from torchreach.domains.pair import Pair
-from torchreach.domains.relaxed_difference import RelaxedDifference, relaxation_bytes, rounded_bounds
+from torchreach.domains.relaxed_difference import relaxation_bytes
 from torchreach.domains.rounding import blank, varying
 from torchreach.graph.steps import Step
 from torchreach.search.best_first import best_first
 from torchreach.search.cells import LIMIT, NUMBERS, Cells, cells_of, representable, search_cells
 from torchreach.search.grid_boxes import Parts, divided
-from torchreach.search.result import Question, SearchResult
+from torchreach.search.result import Question
 from torchreach.search.rounded_witness import climb, wander
-from torchreach.search.signs import search_signs
 from torchreach.sets.star import StarBatch
 from torchreach.verbs.first_look import STARTS, Places, ascend
 from torchreach.verbs.int8_compared import Compared, quantised
+from torchreach.verbs.int8_relaxed import relaxed_states, sign_states
 from torchreach.verbs.reach import VERTEX_DIM, reach_within
 
 log = logging.getLogger(__name__)
@@ -52,8 +51,6 @@ MEMORY = 2**23
 FEW = 2**20  # numbers in one intermediate tensor of points
 ZONOTOPES = 8  # share of the memory that zonotopes of a cell may take
 COPIES = 16  # of what is kept of a cell, or of an intermediate tensor, at once
-# States of a search without a budget of seconds.
-STATES = 8
 # Boxes looked at without a budget of seconds, and cells of one that is enumerated.
 BOXES, LEAF = 64, 2**12
 FIRST_STEPS, STEPS = 3, 30  # of ascents: before anything else, and where a box is not enumerated
@@ -111,7 +108,7 @@ class DeployedStar:
         return self._exceeded or bool((self.evidence.top <= self.question.enough(self.evidence.lower)).all())
 
     @property
-    def _limit(self) -> float:
+    def limit(self) -> float:
         return torch.inf if self.budget.stars is None else self.budget.stars
 
     @property
@@ -138,7 +135,7 @@ class DeployedStar:
         """Points of the star, or an ascent of few steps: at least a part of it, whatever the time."""
         self._restrict()
         if self.points is not None:
-            self._offer(self.points[:, self.varied[2]], whole=self.points)
+            self.offer(self.points[:, self.varied[2]], whole=self.points)
         elif bool((self.box[0] == self.box[1]).all()):
             return  # what a point attains is known
         self._climb(FIRST_STEPS, clock.part(FIRST * clock.left))
@@ -149,7 +146,7 @@ class DeployedStar:
             return
         self.looked_at = True
         for network, steps in zip(self.networks.executed, self.varied[:2], strict=True):
-            network.look_at(steps, *self._ends(), closely=self._room, clock=self.clock)
+            network.look_at(steps, *self._ends(), closely=self.room, clock=self.clock)
 
     def run(self, *, cells: bool, relaxation: bool, split: str) -> None:
         """Better bounds, for as long as the question is open and there is time.
@@ -166,7 +163,7 @@ class DeployedStar:
         quick = cells and grid is not None and cells_of(grid, *self._ends()) * features <= self.few
         with suppress(OutOfTime):
             if not quick:
-                self._ascend()
+                self.ascend()
             if cells and grid is not None:
                 if relaxation and not few and not quick:  # a single pass is soon done
                     self._relax_and_branch(grid, "")
@@ -174,7 +171,7 @@ class DeployedStar:
             if self.answered or not relaxation or (few and self.complete):
                 return
             if quick:
-                self._ascend()
+                self.ascend()
             self._relax_and_branch(grid, split if split != "auto" else "inputs" if few and len(index) else "signs")
 
     def _restrict(self) -> None:
@@ -221,13 +218,13 @@ class DeployedStar:
         if not few:
             cells.root = self._range_of_first(cells)
         result = None
-        self.spent |= total > self._limit
+        self.spent |= total > self.limit
         for result in search_cells(
             cells,
             self._ranges if few else None,
             self.question,
             clock=self.clock,
-            limit=self._limit,
+            limit=self.limit,
             numbers=self.numbers,
             dtype=self.networks.dtype,
         ):
@@ -242,7 +239,7 @@ class DeployedStar:
 
     def _relax_and_branch(self, grid: InputGrid | None, split: str) -> None:
         low, high = self._ends()
-        for upper in self._relaxed(low, high, grid, search=split == "signs"):
+        for upper in relaxed_states(self, low, high, grid, search=split == "signs"):
             self.relaxed = True
             self.evidence.certify(upper)
             self.report()
@@ -258,7 +255,7 @@ class DeployedStar:
         start = self.branches
 
         def full(left: Parts) -> bool:
-            spent = len(left) * each > self.memory or self.branches + self.cells >= self._limit
+            spent = len(left) * each > self.memory or self.branches + self.cells >= self.limit
             self.spent |= spent
             many = not self.clock.limited and self.branches - start >= BOXES
             return spent or many or self.clock.over or self._exceeded
@@ -277,7 +274,7 @@ class DeployedStar:
         if grid is None or cells_of(grid, low, high) > LEAF:
             step = self.own[1][0] if grid is None else self.own[1][1]
             halves = divided(step, low, high, grid)
-            bounds = [next(self._relaxed(*half, search=False), parts.upper[0]) for half in halves]
+            bounds = [next(relaxed_states(self, *half, search=False), parts.upper[0]) for half in halves]
             return Parts(halves, torch.minimum(torch.stack(bounds), parts.upper), parts.more.repeat(2))
         cells = Cells(self.own[0], self.own[1], grid, low, high)
         *_, result = search_cells(
@@ -285,7 +282,7 @@ class DeployedStar:
             self._ranges,
             self.question,
             clock=self.clock,
-            limit=self._limit - self.branches - self.cells,
+            limit=self.limit - self.branches - self.cells,
             numbers=self.numbers,
             dtype=self.networks.dtype,
         )
@@ -304,9 +301,9 @@ class DeployedStar:
     def _range_of_first(self, cells: Cells) -> tuple[Tensor, Tensor]:
         """y1's own range [N_out] over the box: its difference from a network that is zero."""
         upper = torch.stack((cells.root[1], -cells.root[0]))
-        if self._room:
+        if self.room:
             pair = Pair.of(cells.first, blank(cells.first))
-            for state in self._search(pair, cells.lower, cells.upper, self.clock.part(self.clock.left / 2)):
+            for state in sign_states(self, pair, cells.lower, cells.upper, self.clock.part(self.clock.left / 2)):
                 upper = torch.minimum(upper, state.upper)
                 self.report()
         elif bool((cells.upper > cells.lower).any()):
@@ -316,56 +313,9 @@ class DeployedStar:
         return -upper[1], upper[0]
 
     @property
-    def _room(self) -> bool:
+    def room(self) -> bool:
         """Whether there is memory for a relaxation of both networks."""
         return self.own is not None and relaxation_bytes(self.own[0], self.own[1], self.numbers) <= self.memory
-
-    def _relaxed(self, low: Tensor, high: Tensor, grid: InputGrid | None, *, search: bool) -> Iterator[Tensor]:
-        """Bounds [2, N_out] over a box [M] from the relaxation: of a single pass, then tighter ones of a search.
-
-        None at all where there is no memory for it. Raises OutOfTime where there is no time.
-        """
-        first, second, _ = self.varied
-        if not self._room:
-            upper = None if grid is None else rounded_bounds(first, second, low, high, self.clock)
-            if upper is not None:
-                yield upper
-            self.spent = True
-            self.fallback = f"a relaxation needs {relaxation_bytes(first, second, self.numbers) / 1e9:.2g} GB of memory"
-            return
-        try:
-            relaxed = RelaxedDifference.of(first, second, low, high, grid, clock=self.clock)
-        except UnsupportedLayerError as error:
-            self.fallback = str(error)
-            log.info("no relaxation: %s", error)
-            return
-        if not self.looked_at:  # the first box is the whole one
-            self.looked_at = True
-            for network, names in zip(self.networks.executed, relaxed.saturable, strict=True):
-                network.saturable.update(names)
-        yield relaxed.upper
-        if search and relaxed.pair is not None:
-            for state in self._search(relaxed.pair, relaxed.low, relaxed.high, self.clock, root=relaxed.root):
-                if self.points is None:  # its witness may be one of ours
-                    self._offer(state.witness[..., : len(low)].flatten(0, 1))
-                yield relaxed.clamped(state.upper)
-
-    def _search(self, pair: Pair, low: Tensor, high: Tensor, clock: Clock, **options) -> Iterator[SearchResult]:
-        """States of a search until the clock is over, or a few of them."""
-        if pair.depth == 1:
-            return  # linear: a single pass is exact
-        question = replace(self.question, tolerance=max(self.question.tolerance, 1e-6))
-        before = self.branches
-        states = search_signs(
-            pair, low, high, question, memory=self.memory / 2, seed=self.seed, clock=clock, **options
-        )  # fmt: skip
-        for count, state in enumerate(states):
-            self.branches = before + state.branches
-            yield state
-            full = self.branches >= self._limit
-            self.spent |= full
-            if clock.over or full or state.closed or (not clock.limited and count + 1 >= STATES):
-                return
 
     # -- what is attained -------------------------------------------------------------------------------
 
@@ -381,13 +331,13 @@ class DeployedStar:
             return
         order = self.evidence.upper.flatten().argsort(descending=True, stable=True)
         for x in climb(first, second, *self._ends(), order, steps=steps, seed=self.seed, clock=clock, numbers=self.few):
-            self._offer(x)
+            self.offer(x)
             self.report()
             if self._exceeded:
                 return
 
-    def _ascend(self) -> None:
-        """Inputs by chance, near the best ones, and by ascents."""
+    def ascend(self, *, longer: bool = False) -> None:
+        """Inputs by chance, near the best ones, and by ascents; longer: by chance as long as there is time for it."""
         if self.answered:
             return
         index, count = self.varied[2], self.few // (4 * self._widest)
@@ -398,11 +348,12 @@ class DeployedStar:
             start, given = self.at[1:], self._inputs
             ends = -torch.ones_like(start[0]), torch.ones_like(start[0])
         value = lambda x: self.networks.estimate(*self.varied[:2], *given(x))  # noqa: E731
-        for x in wander(value, *ends, start, count, seed=self.seed, clock=clock):
-            self._offer(x) if self.places is None else self._offer_at(x)
+        for x in wander(value, *ends, start, count, seed=self.seed, clock=clock, longer=longer):
+            self.offer(x) if self.places is None else self._offer_at(x)
             if self._exceeded:
                 return
-        self._climb(STEPS, self.clock.part(SECOND * self.clock.left))
+        if not longer:
+            self._climb(STEPS, self.clock.part(SECOND * self.clock.left))
 
     @property
     def _widest(self) -> int:
@@ -417,7 +368,7 @@ class DeployedStar:
         if self.points is not None or not bool(better.any()):
             return
         self.evidence.attain(value, self._whole(x))
-        self._offer(x[better])
+        self.offer(x[better])
 
     def _inputs(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs [B, M] and [B, N_in] at coordinates of the star, pulled into it, in its dtype."""
@@ -430,9 +381,9 @@ class DeployedStar:
         assert self.places is not None
         t = t[self.places.holds(self.places.pull(t[None]))[0]]
         if len(t):
-            self._offer(*self._inputs(t))
+            self.offer(*self._inputs(t))
 
-    def _offer(self, x: Tensor, whole: Tensor | None = None) -> None:
+    def offer(self, x: Tensor, whole: Tensor | None = None) -> None:
         """Takes inputs x [B, M] as numbers of the dtype in which inputs are attained. whole: [B, N_in] as they are."""
         first, second, _ = self.varied
         if whole is None:
