@@ -19,7 +19,10 @@ import torchreach as tr
 from benchmarks import common, exact_mnist
 from tests.simulated_device import NAME, WHY_NOT, Counts, counting
 
-COLUMNS = ("case", "method", "regions", "expected", "launches", "per region", "reads", "uploads", "MB", "operations")
+COLUMNS = (
+    *("case", "method", "root bounds", "regions", "expected", "launches", "per region", "reads", "uploads", "MB"),
+    "operations",
+)
 WHERE = ("case", "kind", "number", "share %", "operation", "line")
 # One network and a pair, from little to much work; vertices, and programs (MNIST).
 CASES = (
@@ -62,6 +65,7 @@ def measure(case: common.Case, method: str, where: bool) -> tuple[dict, Counts]:
     row = {
         "case": case.name,
         "method": found.stats.method,
+        "root bounds": found.stats.root_bounds,
         "regions": len(found),
         "expected": case.expected,
         "launches": counts.launches,

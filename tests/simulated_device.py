@@ -177,6 +177,14 @@ class SimTensor(Tensor):
     def numpy(self, **_: Any) -> Any:
         raise TypeError(f"can't convert {NAME}:0 device type tensor to numpy. Use Tensor.cpu() first")
 
+    # torch makes tensors of lists where backends in Python are hidden.
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return super().__getitem__(_indices(index))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(_indices(index), value)
+
     def new_tensor(self, data: Any, *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
         return torch.tensor(data, dtype=dtype or self.dtype, **{"device": self.device, **options})
 
@@ -290,12 +298,43 @@ def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
     return change(value)
 
 
+def _indices(index: Any) -> Any:
+    """Lists in an index as tensors on the host."""
+    if isinstance(index, tuple):
+        return tuple(map(_indices, index))
+    return torch.tensor(index) if isinstance(index, list) else index
+
+
 def _unwrap(value: Any) -> Any:
     return value.raw if isinstance(value, SimTensor) else value
 
 
+class _Backend:
+    """What torch asks of a device's module, `torch.sim`: outside of a simulation there is no device."""
+
+    def device_count(self) -> int:
+        return int(_depth > 0)
+
+    is_available = is_initialized = lambda self: self.device_count() > 0
+
+    def current_device(self) -> int:
+        return 0
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed_all(self, seed: int) -> None:
+        """Numbers that no generator is given for come from the CPU's."""
+
+    def get_rng_state(self, _: Any = None) -> Tensor:
+        return torch.empty(0)
+
+    def set_rng_state(self, *_: Any) -> None:
+        """There is none."""
+
+
 def _register() -> None:
-    getattr(backend_registration, SETUP)(NAME)
+    getattr(backend_registration, SETUP)(NAME, _Backend())
     library = torch.library.Library("_", "IMPL")
     library.fallback(lambda func, *args, **kwargs: _run(func, *args, **kwargs), dispatch_key="PrivateUse1")
     factories = torch.library.Library("aten", "IMPL")

@@ -7,6 +7,7 @@ x.ndim == 2`, `len(x)`), which fx cannot follow, by `torch.export` on an example
 
 from __future__ import annotations
 
+import copy
 import logging
 import operator
 import weakref
@@ -182,6 +183,8 @@ def _check_traced(builder: ChainBuilder, module: nn.Module, layers: nn.Sequentia
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(max(BATCHES), *builder.input_shape, generator=generator, dtype=torch.float64)
     x = x.to(like.device, like.dtype)
+    if any(value.device != like.device for value in layers.buffers()):  # masks and indices that reading made
+        layers = copy.deepcopy(layers).to(like.device)
     for part in (part for size in BATCHES for part in x.split(size)):
         with torch.no_grad(), evaluation_mode(module):
             try:
