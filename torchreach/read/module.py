@@ -7,7 +7,6 @@ x.ndim == 2`, `len(x)`), which fx cannot follow, by `torch.export` on an example
 
 from __future__ import annotations
 
-import copy
 import logging
 import operator
 import weakref
@@ -109,6 +108,7 @@ def _read(module: nn.Module, input_shape: Shape | None) -> tuple[nn.Sequential, 
     _add(builder, module, "")
     executed = Graph.to(builder.nodes, builder.at)
     result = builder.finish(warn=module not in _WARNED)
+    _gather(result, module)
     if builder.uncalibrated:
         _WARNED.add(module)
     if builder.traced and not builder.deployed and builder.input_shape is not None:
@@ -172,6 +172,19 @@ def _refuse_stuck(builder: ChainBuilder, module: nn.Module) -> None:
             builder.refuse(name, type(part).__name__, "a train() method keeps it in training mode after eval()")
 
 
+def _gather(layers: nn.Sequential, module: nn.Module) -> None:
+    """Moves masks and indices that reading made to where the module's weights are."""
+    values = (*module.parameters(), *module.buffers())
+    device = next((value.device for value in values if value.is_floating_point()), torch.device("cpu"))
+    if device.type == "cpu":
+        return
+    for part in layers.modules():
+        if type(part).__module__.startswith("torchreach."):
+            for name, value in list(part.named_buffers(recurse=False)):
+                if value.device.type == "cpu":
+                    setattr(part, name, value.to(device))
+
+
 def _check_traced(builder: ChainBuilder, module: nn.Module, layers: nn.Sequential) -> None:
     """Refuses a module that computes something else than `layers` at random inputs, alone or in a batch.
 
@@ -183,8 +196,6 @@ def _check_traced(builder: ChainBuilder, module: nn.Module, layers: nn.Sequentia
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(max(BATCHES), *builder.input_shape, generator=generator, dtype=torch.float64)
     x = x.to(like.device, like.dtype)
-    if any(value.device != like.device for value in layers.buffers()):  # masks and indices that reading made
-        layers = copy.deepcopy(layers).to(like.device)
     for part in (part for size in BATCHES for part in x.split(size)):
         with torch.no_grad(), evaluation_mode(module):
             try:
