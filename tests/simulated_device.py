@@ -18,11 +18,7 @@ once there was a simulation, which changes nothing on other devices; what a simu
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -30,21 +26,17 @@ import torch
 from torch import Tensor
 from torch.utils import backend_registration
 
-import torchreach
+from tests.device_counts import Counts, active, note
 from torchreach.graph import weights
 
 NAME = "sim"
-SETUP = "_setup_privateuseone_for_python_backend"  # torch 2.9 has no such backend in Python
-# A second accelerator in one process would make torch take this one for the current one.
-WHY_NOT = (
-    "there is a CUDA device to test on"
-    if torch.cuda.is_available()
-    else None
-    if hasattr(backend_registration, SETUP)
-    else f"torch {torch.__version__} has no backends in Python"
-)
+SETUP = "_setup_privateuseone_for_python_backend"
+WHY_NOT: str | None = None
+if not hasattr(backend_registration, SETUP):
+    WHY_NOT = f"torch {torch.__version__} has no backends in Python"
+elif torch.cuda.is_available():  # of two accelerators in one process, torch would take this one for the current one
+    WHY_NOT = "there is a CUDA device to test on"
 SEEDS = 1 << 62  # generators of the device have seeds from here on
-SOURCES = str(Path(torchreach.__file__).parent)
 
 COPIES = {"copy_", "_to_copy"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
@@ -63,40 +55,7 @@ FACTORIES = (
     "randperm.generator",
 )
 
-
-@dataclass
-class Counts:
-    """What ran while these were counted."""
-
-    where: bool = False  # whether to look for the line of torchreach that an event comes from
-    events: Counter[tuple[str, str, str]] = field(default_factory=Counter)  # by (kind, operation, line)
-    bytes: int = 0
-
-    @property
-    def launches(self) -> int:
-        return self._number("launch")
-
-    @property
-    def reads(self) -> int:
-        return self._number("read")
-
-    @property
-    def uploads(self) -> int:
-        return self._number("upload")
-
-    def of(self, kind: str) -> Counter[tuple[str, str]]:
-        """Events of a kind ("launch", "read" or "upload") by (operation, line)."""
-        return Counter({(name, line): number for (what, name, line), number in self.events.items() if what == kind})
-
-    def _number(self, kind: str) -> int:
-        return sum(number for (what, _, _), number in self.events.items() if what == kind)
-
-    def add(self, kind: str, name: str) -> None:
-        self.events[kind, name, _line() if self.where else ""] += 1
-
-
-_counting: list[Counts] = []
-_depth = 0
+_depth = 0  # of nested simulations
 _library: list[torch.library.Library] = []  # what was registered holds as long as these live
 
 
@@ -121,11 +80,11 @@ def counting(*, where: bool = False) -> Iterator[Counts]:
     """Counts what runs on the device inside, a simulation too; `where` also finds the lines, which takes time."""
     counts = Counts(where)
     with simulated():
-        _counting.append(counts)
+        active.append(counts)
         try:
             yield counts
         finally:
-            _counting.remove(counts)
+            active.remove(counts)
 
 
 class SimTensor(Tensor):
@@ -157,8 +116,7 @@ class SimTensor(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         copy: Tensor = SimTensor(self.raw.clone())
-        if isinstance(self, torch.nn.Parameter):
-            copy = torch.nn.Parameter(copy, self.requires_grad)
+        copy = torch.nn.Parameter(copy) if isinstance(self, torch.nn.Parameter) else copy
         memo[id(self)] = copy.requires_grad_(self.requires_grad)
         return copy
 
@@ -171,7 +129,7 @@ class SimTensor(Tensor):
         return self.raw.untyped_storage()
 
     def tolist(self) -> Any:
-        _add("read", "tolist")
+        note("read", "tolist")
         return self.raw.tolist()
 
     def numpy(self, **_: Any) -> Any:
@@ -200,7 +158,7 @@ def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs["device"] = torch.device("cpu")
     kwargs.pop("pin_memory", None)
     result = func(*_mapped(_unwrap, args), **_mapped(_unwrap, kwargs))
-    if _counting:
+    if active:
         _count(func, name, args, kwargs, to_host, [*tensors, *_flat(result)])
     if to_host:
         return result
@@ -240,44 +198,27 @@ def _refuse(func: Any, name: str, args: Any, kwargs: dict[str, Any], tensors: li
 def _count(func: Any, name: str, args: Any, kwargs: dict[str, Any], to_host: bool, values: list[Any]) -> None:
     ours = isinstance(args[0], SimTensor) if args else False
     if name == "copy_" and (not ours or not isinstance(args[1], SimTensor)):
-        _add("upload" if ours else "read", "copy to the device" if ours else "copy to the host")
+        note("upload" if ours else "read", "copy to the device" if ours else "copy to the host")
         return
     if to_host:
-        _add("read", "copy to the host")
+        note("read", "copy to the host")
         return
-    if name in ALLOCATIONS or name in VIEWS or any(r.alias_info and not r.alias_info.is_write for r in _returns(func)):
+    aliases = [part.alias_info for part in func._schema.returns if part.alias_info]
+    if name in ALLOCATIONS | VIEWS or any(not alias.is_write for alias in aliases):
         return
-    _add("launch", name)
+    note("launch", name)
     bytes_ = sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
-    for counts in _counting:
+    for counts in active:
         counts.bytes += bytes_
     if name in READS or (func is torch.ops.aten.repeat_interleave.Tensor and kwargs.get("output_size") is None):
-        _add("read", name)
+        note("read", name)
     if name in INDEXING:
         indices = [index for index in args[1] if index is not None]
         for _ in [index for index in indices if not isinstance(index, SimTensor)]:
-            _add("upload", "host index")
-        if any(index.dtype in (torch.bool, torch.uint8) for index in indices if isinstance(index, SimTensor)):
-            _add("read", "boolean index")
-
-
-def _add(kind: str, name: str) -> None:
-    for counts in _counting:
-        counts.add(kind, name)
-
-
-def _line() -> str:
-    """Line of torchreach that the present operation comes from."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_filename.startswith(SOURCES):
-            return f"torchreach{frame.f_code.co_filename.removeprefix(SOURCES)}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "elsewhere"
-
-
-def _returns(func: Any) -> list[Any]:
-    return func._schema.returns
+            note("upload", "host index")
+        masks = [index for index in indices if isinstance(index, SimTensor) and index.dtype == torch.bool]
+        if masks and all(isinstance(value, SimTensor) for value in args[2:3]):  # a number of the host fills a mask
+            note("read", "boolean index")
 
 
 def _flat(value: Any) -> Iterator[Any]:
@@ -315,7 +256,11 @@ class _Backend:
     def device_count(self) -> int:
         return int(_depth > 0)
 
-    is_available = is_initialized = lambda self: self.device_count() > 0
+    def is_available(self) -> bool:
+        return _depth > 0
+
+    def is_initialized(self) -> bool:
+        return _depth > 0
 
     def current_device(self) -> int:
         return 0
