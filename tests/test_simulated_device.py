@@ -122,11 +122,13 @@ def test_modules_move_and_train_as_elsewhere(device: str) -> None:
     here = copy.deepcopy(there).to(device)
     weight = here[0].weight
     for network in (here.float(), there.float()):
-        optimizer = torch.optim.Adam(network.parameters(), 0.1)
+        x = torch.ones(4, 3, device=weight.device if network is here else "cpu")
         for _ in range(3):
-            optimizer.zero_grad()
-            network(torch.ones(4, 3, device=weight.device if network is here else "cpu")).square().sum().backward()
-            optimizer.step()
+            network.zero_grad()
+            network(x).square().sum().backward()
+            with torch.no_grad():
+                for parameter in network.parameters():
+                    parameter -= 0.1 * parameter.grad
     assert here[0].weight is weight
     assert isinstance(weight, nn.Parameter)
     for one, other in zip(here.cpu().parameters(), there.parameters(), strict=True):
@@ -157,7 +159,7 @@ def pooled() -> nn.Module:
 
 VERBS: dict[str, tuple[Callable[[], nn.Module], Callable[..., tr.Discrepancy | tr.Equivalence]]] = {
     "exact": (dense, lambda *pair: tr.discrepancy(*pair, "exact")),
-    "search": (dense, lambda *pair: tr.discrepancy(*pair, "search")),
+    "search": (dense, lambda *pair: tr.discrepancy(*pair, "search", gap=0.5)),
     "epsilon": (dense, lambda *pair: tr.equivalent(*pair, 0.5)),
     "labels": (dense, lambda *pair: tr.equivalent(*pair, top1=True, confidence=0.6)),
     "executed": (dense, lambda one, other, x: tr.discrepancy(one.float(), other.half(), x, arithmetic="executed")),
@@ -170,7 +172,7 @@ VERBS: dict[str, tuple[Callable[[], nn.Module], Callable[..., tr.Discrepancy | t
 def test_verbs_give_the_intervals_of_the_cpu(verb: str) -> None:
     make, run = VERBS[verb]
     middle = torch.linspace(-1, 1, 3, dtype=torch.float64)[None]
-    stars = tr.StarBatch.from_box(middle - 0.02, middle + 0.02)
+    stars = tr.StarBatch.from_box(middle - 0.01, middle + 0.01)
     original = make()
     compressed, found = rounded_copy(original, 16), []
     for device in ("cpu", NAME):
