@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests.simulated_device import NAME, simulated
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -24,6 +27,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+@pytest.fixture(autouse=True)
+def simulation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The simulated device for the tests that run on it, and for no other."""
+    parameters = getattr(getattr(request.node, "callspec", None), "params", {})
+    with simulated() if parameters.get("device") == NAME else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture

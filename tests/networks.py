@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,15 +12,28 @@ import torch
 from torch import Tensor, nn
 
 import torchreach as tr
+from tests import simulated_device
 from tests.data import require_data
 from torchreach.graph.steps import Step
 from torchreach.read.steps import steps
 from torchreach.verbs.int8_kernels import executed
 
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")),
-]
+
+def devices(*marks: pytest.MarkDecorator) -> list[Any]:
+    """What tests are parametrised by as `device`; `marks` are those of the simulated device alone."""
+    cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    why_not = simulated_device.WHY_NOT
+    simulated = pytest.mark.skipif(why_not is not None, reason=f"no simulated device: {why_not}")
+    return [
+        "cpu",
+        pytest.param("cuda", marks=cuda),
+        pytest.param(simulated_device.NAME, marks=(simulated, *marks)),
+    ]
+
+
+DEVICES = devices()
+# For tests that take seconds there.
+DEVICES_SIM_SLOW = devices(pytest.mark.slow)
 METHODS = ["vertices", "programs"]
 
 

@@ -23,11 +23,13 @@ from benchmarks import (
     growth,
     kernels,
     labels,
+    launches,
     peers,
     split_counts,
 )
 from tests.data import require_data
 from tests.networks import from_arrays, random_network
+from tests.simulated_device import WHY_NOT
 
 
 @pytest.fixture(autouse=True)
@@ -229,6 +231,18 @@ def test_kernels_are_sampled_and_what_lies_outside_is_noticed():
     assert (found["outside"], found["random"], found["chosen"]) == (0, 200, 100)
     assert 0 < found["attained"] <= found["certified"]
     assert found["largest"] <= found["certified"]
+
+
+@pytest.mark.skipif(WHY_NOT is not None, reason=f"no simulated device: {WHY_NOT}")
+def test_launches_are_counted_with_the_lines_that_issue_them(tmp_path, capsys):
+    require_data("exact", "acasxu.json")
+    out = tmp_path / "out.json"
+    assert launches.main(["--case", "1_1 prop_1 centre 0.02", "--where", "--json", str(out)]) == 0
+    (row,) = report(out)["rows"]
+    assert row["regions"] == 38
+    assert row["launches"] == sum(number for kind, *_, number in row["events"] if kind == "launch") > row["reads"] > 0
+    assert "torchreach/sets/polytope.py:" in capsys.readouterr().out
+    assert launches.problems(row | {"regions": 5}) == ["1_1 prop_1 centre 0.02: 5 regions, expected 38"]
 
 
 def test_deployed_notices_a_sample_outside_and_a_witness_that_fails():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import torchreach as tr
 from tests.data import require_data
-from tests.networks import DEVICES, executed_steps, random_network
+from tests.networks import DEVICES_SIM_SLOW, executed_steps, random_network
 from torchreach.domains import rounding
 from torchreach.graph.quantizer import Quantizer
 from torchreach.graph.steps import steps_of
@@ -453,7 +453,7 @@ def test_a_spent_budget_gives_a_valid_interval(monkeypatch):
     assert bool((tr.discrepancy(original, small, stars).upper <= found.upper + 1e-9).all())
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES_SIM_SLOW)
 def test_batches_and_dtypes(device):
     original, small, x = case(13)
     images = torch.stack((x, x.flip(0), 0 * x)).to(device)

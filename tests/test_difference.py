@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import torchreach as tr
-from tests.networks import DEVICES, random_network, rounded_copy
+from tests.networks import DEVICES_SIM_SLOW, random_network, rounded_copy
 from torchreach.core.errors import InvalidSetError, ShapeError, UnsupportedLayerError
 from torchreach.domains.box_difference import quick_bounds
 from torchreach.domains.difference import difference_bounds
@@ -39,7 +39,7 @@ def pair_of(original: nn.Module, compressed: nn.Module, shape: tuple[int, ...], 
 def quick(pair: Pair, lower: Tensor, upper: Tensor) -> tuple[list[Hexagon], Tensor]:
     """Bounds of both networks' hidden neurons, without any of z - z2, and those of y1 - y2 and y2 - y1."""
     found = quick_bounds(Both.of(pair.first, pair.second, pair), lower, upper)
-    inf = torch.full((), torch.inf)
+    inf = torch.full((), torch.inf, device=lower.device)
     hidden = []
     for one, other in zip(*found.neurons, strict=True):
         far = inf.expand_as(one.low)
@@ -172,7 +172,7 @@ def test_a_hexagon_without_points_is_empty_and_a_single_point_is_not() -> None:
     assert Graph.of(nothing).empty.all()
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES_SIM_SLOW)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("sizes", SHAPES, ids=str)
 def test_no_sample_and_no_attack_leaves_the_bounds(sizes: list[int], dtype: torch.dtype, device: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import torchreach as tr
-from tests.networks import DEVICES, METHODS, random_network, random_pair, rounded_copy
+from tests.networks import DEVICES_SIM_SLOW, METHODS, random_network, random_pair, rounded_copy
 from tests.test_difference import noisy_copy, pair_of
 from torchreach.core.errors import OptionError, ShapeError
 from torchreach.domains import difference
@@ -52,7 +52,7 @@ def test_discrepancy_equals_the_mixed_integer_model_and_holds_for_samples(block:
         assert (y.abs() <= found.upper).all(), f"seed {seed}"
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES_SIM_SLOW)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("method", METHODS)
 def test_samples_never_leave_the_range(device: str, dtype: torch.dtype, method: str) -> None:

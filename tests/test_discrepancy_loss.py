@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 
 import torchreach as tr
 from benchmarks import loss_against_targets
-from tests.networks import DEVICES, random_network, rounded_copy
+from tests.networks import DEVICES, DEVICES_SIM_SLOW, random_network, rounded_copy
 from tests.test_difference import boxes, noisy_copy, pair_of, samples
 from torchreach.compress.constraints import Constraints
 from torchreach.core.errors import InvalidNetworkError, InvalidSetError, OptionError, ShapeError, UnsupportedLayerError
@@ -33,7 +33,7 @@ def evaluate(network: nn.Module, x: Tensor) -> Tensor:
         return double(x)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES_SIM_SLOW)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("sizes", SHAPES, ids=str)
 def test_no_sample_exceeds_the_loss(sizes: list[int], dtype: torch.dtype, device: str) -> None:
@@ -134,7 +134,7 @@ def test_layers_that_are_equal_still_get_a_gradient() -> None:
 
 
 @pytest.mark.parametrize("full", [True, False])
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES_SIM_SLOW)
 def test_training_on_the_loss_lowers_it_and_leaves_the_original_alone(device: str, full: bool) -> None:
     original = random_network(5, [6, 16, 16, 3], dtype=torch.float32).to(device)
     student = rounded_copy(original, 4)

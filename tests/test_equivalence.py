@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import torchreach as tr
-from tests.networks import DEVICES, random_network, rounded_copy
+from tests.networks import DEVICES_SIM_SLOW, random_network, rounded_copy
 from tests.test_difference import noisy_copy
 from torchreach.core.errors import OptionError, ShapeError, UnsupportedLayerError
 from torchreach.verbs import equivalence
@@ -55,7 +55,7 @@ def assert_true(found: tr.Equivalence, original: nn.Module, compressed: nn.Modul
         assert differs[s] or answer is not NO
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES_SIM_SLOW)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_epsilon_is_decided_on_both_sides_of_the_exact_value(dtype: torch.dtype, device: str) -> None:
     for seed in range(4):

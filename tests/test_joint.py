@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import torchreach as tr
-from tests.networks import DEVICES, random_network
+from tests.networks import DEVICES_SIM_SLOW, random_network
 from tests.random_graphs import RandomGraph, graph_pair
 from torchreach.domains import crown
 from torchreach.domains.box_difference import quick_bounds
@@ -96,7 +96,7 @@ def outside(both: Both, low: Tensor, high: Tensor, upper: Tensor, count: int, se
 
 
 @by_kind
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES_SIM_SLOW)
 def test_no_sample_and_no_attack_leaves_the_bounds(kinds: tuple[str, str], device: str) -> None:
     for seed in range(3):
         both, (low, high) = both_of(kinds, 10 * seed, device), boxes(seed, 6, device)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import torchreach as tr
 from tests.data import require_data
-from tests.networks import random_network
+from tests.networks import devices, random_network
 from torchreach.domains import lirpa
 from torchreach.domains._lirpa_compat import converting, load_auto_lirpa
 from torchreach.domains.lirpa import LirpaUnavailableError, preactivation_bounds
@@ -33,11 +33,9 @@ try:
 except ImportError as error:
     REASON = str(error)
 
+# auto_LiRPA holds tensors in a type of its own, which no tensor of the simulated device can be.
+DEVICES = devices(pytest.mark.skip(reason="auto_LiRPA does not work on the simulated device"))
 needs_lirpa = pytest.mark.skipif(bool(REASON), reason=REASON or "auto_LiRPA works")
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
-]
 
 
 class Arithmetic(nn.Module):

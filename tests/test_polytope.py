@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.networks import DEVICES
+from tests.networks import DEVICES, DEVICES_SIM_SLOW
 from torchreach.sets.polytope import PolytopeBatch, merge
 
 TOLERANCE = 1e-10
@@ -141,7 +141,7 @@ def test_two_almost_equal_cuts_leave_a_sliver_between_them() -> None:
     assert points(sliver).matmul(plane[1:]).add(plane[0]).abs().max() <= 4e-8
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES_SIM_SLOW)
 def test_facets_beyond_one_word_are_kept_apart(device: str) -> None:
     """A cube cut down towards a ball: the words widen from 15 to 31 to 63 facets, and then there are two."""
     normal = torch.randn(90, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import torchreach as tr
-from tests.networks import DEVICES, METHODS, random_network
+from tests.networks import DEVICES, DEVICES_SIM_SLOW, METHODS, random_network
 from torchreach.core.errors import OptionError, ShapeError, UnsupportedLayerError
 
 ROOT_BOUNDS = ["lirpa", "zonotope", "interval", "none"]
@@ -33,7 +33,7 @@ def activation_patterns(network: nn.Sequential, x: torch.Tensor) -> torch.Tensor
     return torch.cat(patterns, 1)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES_SIM_SLOW)
 @pytest.mark.parametrize("method", METHODS)
 def test_regions_in_the_plane_are_those_a_fine_grid_meets(device: str, method: str) -> None:
     network = random_network(3, [2, 4, 3, 1])
@@ -275,7 +275,7 @@ def test_bad_input_is_refused_before_any_work() -> None:
         tr.Tolerances(sign=0)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES_SIM_SLOW)
 def test_pieces_that_share_rows_give_the_regions_of_pieces_that_do_not(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

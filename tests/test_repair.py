@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from tests.data import require_data
+from tests.networks import DEVICES_SIM_SLOW
 from torchreach import Exact, RepairStep, StarBatch, Status, discrepancy
 from torchreach.compress.constraints import Constraints, FloatGrid, prune_weights, quantize_weights
 from torchreach.core.errors import InvalidNetworkError, OptionError, ShapeError
@@ -23,10 +24,6 @@ from torchreach.training.repair import RepairOptions, Target, repair
 
 QUICK = RepairOptions(samples=50, epochs=20, batch_size=64)
 FAST = partial(repair, method=Exact(root_bounds="zonotope"), training=QUICK)
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")),
-]
 
 
 def network(seed: int = 0, sizes: tuple[int, ...] = (3, 8, 6, 2)) -> nn.Sequential:
@@ -256,7 +253,7 @@ def test_frozen_parameters_stay():
         FAST(original, copy.deepcopy(pruned).requires_grad_(False), boxes(), target=0.5)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES_SIM_SLOW)
 @pytest.mark.parametrize(("net", "sets"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
 def test_networks_and_stars_keep_their_dtype_and_device(device, net, sets):
     original = network().to(device, net)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import torchreach as tr
 from benchmarks import search as benchmark
 from tests.data import require_data
-from tests.networks import DEVICES, acasxu_pair, cases, random_network, rounded_copy
+from tests.networks import DEVICES_SIM_SLOW, acasxu_pair, cases, random_network, rounded_copy
 from tests.test_difference import boxes, layers_at, noisy_copy, pair_of, samples
 from tests.test_scales import exactly
 from torchreach.core.errors import OptionError, ShapeError
@@ -107,7 +107,7 @@ def test_witnesses_lie_in_the_box_and_replay(search) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES_SIM_SLOW)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_no_sample_and_no_attack_exceeds_a_search_that_ended_early(search, dtype: torch.dtype, device: str) -> None:
     for seed, noise in enumerate((0.0, 1e-2, 0.3)):

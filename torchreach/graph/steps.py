@@ -224,4 +224,4 @@ def _fits(block: nn.Sequential, dtype: torch.dtype, device: torch.device) -> boo
     # only these behave differently in training
     modes = nn.BatchNorm1d | nn.BatchNorm2d | nn.Dropout | nn.Dropout1d | nn.Dropout2d
     training = any(layer.training for layer in block.modules() if isinstance(layer, modes))
-    return not training and all(t.dtype == dtype and t.device == device for t in tensors if t.is_floating_point())
+    return not training and all(t.device == device and (t.dtype == dtype or not t.is_floating_point()) for t in tensors)

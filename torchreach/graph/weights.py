@@ -31,6 +31,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d)
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
+_PLAIN: tuple[type, ...] = (Tensor, nn.Parameter)
 _PACKED = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Int4Tensor", "Int4TilePackedTo4dTensor", "Float8Tensor")
 _KIND = "_torchao_kind"
 _ON_ACTIVATIONS = ("act_quant_kwargs", "activation_quantization", "act_quant_scale", "act_pre_scale")
@@ -93,7 +94,7 @@ def plain_tensor(value: Any, name: str, refuse: Refuse) -> Tensor:
         value = value.detach().dequantize()
     if isinstance(value, Tensor):
         check_values(value, name)
-    if type(value) not in (Tensor, nn.Parameter):
+    if type(value) not in _PLAIN:
         refuse(
             f"{name!r} must be a tensor, got {type(value).__name__}, of which torchreach does not know what it holds"
         )

@@ -108,6 +108,7 @@ def _read(module: nn.Module, input_shape: Shape | None) -> tuple[nn.Sequential, 
     _add(builder, module, "")
     executed = Graph.to(builder.nodes, builder.at)
     result = builder.finish(warn=module not in _WARNED)
+    _gather(result, module)
     if builder.uncalibrated:
         _WARNED.add(module)
     if builder.traced and not builder.deployed and builder.input_shape is not None:
@@ -169,6 +170,19 @@ def _refuse_stuck(builder: ChainBuilder, module: nn.Module) -> None:
     for name, part in standalone_copy(module).eval().named_modules():
         if part.training and isinstance(part, _MODAL):
             builder.refuse(name, type(part).__name__, "a train() method keeps it in training mode after eval()")
+
+
+def _gather(layers: nn.Sequential, module: nn.Module) -> None:
+    """Moves masks and indices that reading made to where the module's weights are."""
+    values = (*module.parameters(), *module.buffers())
+    device = next((value.device for value in values if value.is_floating_point()), torch.device("cpu"))
+    if device.type == "cpu":
+        return
+    for part in layers.modules():
+        if type(part).__module__.startswith("torchreach."):
+            for name, value in list(part.named_buffers(recurse=False)):
+                if value.device.type == "cpu":
+                    setattr(part, name, value.to(device))
 
 
 def _check_traced(builder: ChainBuilder, module: nn.Module, layers: nn.Sequential) -> None:
