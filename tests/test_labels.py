@@ -155,9 +155,8 @@ def test_labels_need_two_outputs():
         tr.audit(network, network, x)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_files_of_litert_are_audited_by_their_own_codes(seed, tmp_path):
-    """A random chain of LiteRT's kernels, a softmax behind it: labels are those of the codes before."""
+def ended_chain(seed: int) -> bytes:
+    """A random chain of LiteRT's kernels, a softmax behind it."""
     from tests.test_tflite import Chain
 
     class Ended(Chain):
@@ -166,7 +165,13 @@ def test_files_of_litert_are_audited_by_their_own_codes(seed, tmp_path):
             out = self.model.tensor((1, 5), scale=1 / 256, zero=-128)
             self.scores, self.at = self.at, self.model.add("SOFTMAX", [self.at], out, "SoftmaxOptions", beta=1.0)
 
-    (tmp_path / "chain.tflite").write_bytes(Ended(seed).build())
+    return Ended(seed).build()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_files_of_litert_are_audited_by_their_own_codes(seed, tmp_path):
+    """Labels are those of the codes before the softmax."""
+    (tmp_path / "chain.tflite").write_bytes(ended_chain(seed))
     network = tr.load(tmp_path / "chain.tflite")
     twin = tr.weight_only(network.scores(), network.shape).double()
     g = torch.Generator().manual_seed(seed)

@@ -185,7 +185,7 @@ def test_operators_without_a_rule_are_refused_by_name_place_and_file(tmp_path):
 def test_damaged_files_end_in_one_line(tmp_path):
     whole, rng = ad01(tmp_path, "QDQ", "QUInt8", "QInt8", False).read_bytes(), np.random.default_rng(0)
     path, failed = tmp_path / "damaged.onnx", 0
-    for _ in range(100):
+    for _ in range(50):
         content = bytearray(whole)
         for place in rng.integers(0, min(len(content), 6000), 4):
             content[len(content) - 1 - int(place)] = int(rng.integers(256))
