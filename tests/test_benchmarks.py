@@ -33,8 +33,9 @@ from tests.simulated_device import WHY_NOT
 
 
 @pytest.fixture(autouse=True)
-def threads():
-    """Benchmarks set the number of threads of their process; the other tests keep theirs."""
+def threads(monkeypatch: pytest.MonkeyPatch):
+    """Benchmarks set the number of threads of their process; the other tests keep theirs. Nor is there a warm-up."""
+    monkeypatch.setitem(common.measure.__kwdefaults__, "warmup", 0)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -208,7 +209,8 @@ def test_growth_counts_regions_and_draws(tmp_path: Path, capsys: pytest.CaptureF
 def test_deployed_holds_against_the_kernels(tmp_path):
     require_data("fnn_repair", "mnist_fnn_s_quan.pth")
     out = tmp_path / "out.json"
-    arguments = ["--images", "7", "--pixels", "4", "--samples", "200", "--seconds", "1", "--json", str(out)]
+    arguments = ["--images", "7", "--pixels", "4", "--samples", "200", "--seconds", "1", "--repeats", "1"]
+    arguments += ["--json", str(out)]
     assert deployed.main(arguments) == 0
     rows = json.loads(out.read_text())["rows"]
     assert [row["network"] for row in rows] == ["shipped"] * 2 + ["calibrated"] * 2

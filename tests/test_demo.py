@@ -13,7 +13,7 @@ from tests.data import require_data
 from torchreach.app.cli import app
 
 pytestmark = pytest.mark.usefixtures("no_log")
-SMALL = ("--images", "2", "--epochs", "3", "--bits", "4", "--iterations", "3", "--target", "0.95", "--output", "out")
+SMALL = ("--images", "1", "--epochs", "2", "--bits", "4", "--iterations", "2", "--target", "0.95", "--output", "out")
 
 
 def _demo(monkeypatch, folder, *args):

@@ -133,7 +133,7 @@ def without_cells(monkeypatch) -> None:
     monkeypatch.setattr(deployed, "BOXES", 0)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))])
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 def test_the_relaxation_contains_the_exact_range(monkeypatch, seed, scale):
     """scale 0.3: calibrated on a smaller domain than the set's, so that codes saturate."""
@@ -176,11 +176,11 @@ def test_dividing_the_box_closes_the_interval(monkeypatch, leading):
         stars = tr.StarBatch.from_box(torch.zeros(1, 2).double(), torch.full((1, 2), 0.2).double())
     else:
         original, small, x = case(3, inputs=2)
-        stars = tr.StarBatch.from_image(x[None], 0.04)
+        stars = tr.StarBatch.from_image(x[None], 0.02)
     monkeypatch.setattr(deployed, "LIMIT", 0)
     monkeypatch.setattr(deployed, "LEAF", 8)
     intervals = []
-    for boxes in (0, 16, 128):
+    for boxes in (0, 4, 16):
         monkeypatch.setattr(deployed, "BOXES", boxes)
         found = tr.discrepancy(original, small, stars)
         assert_contains(found, differences(original, small, samples(stars, 5_000)))
@@ -344,7 +344,8 @@ def test_one_module_is_equal_to_itself():
     assert found.status == (tr.Status.EXACT,)
 
 
-def test_points_without_an_input_grid():
+def test_points_without_an_input_grid(monkeypatch):
+    monkeypatch.setattr(deployed, "BOXES", 8)
     network = random_network(2, [2, 6, 2])
     small = nn.Sequential(*network[:2], Quantizer(0.2, 0, 0, 255), network[2])
     point = torch.full((1, 2), 0.1, dtype=torch.float64)
@@ -388,7 +389,8 @@ def test_a_network_and_its_twins_satisfy_the_triangle_inequality():
     assert bool((weights.lower <= rounding_only.upper + both.upper).all())
 
 
-def test_either_network_or_both_may_be_deployed():
+def test_either_network_or_both_may_be_deployed(monkeypatch):
+    monkeypatch.setattr(deployed, "BOXES", 8)
     original, small, x = case(8)
     stars = tr.StarBatch.from_image(x[None], 0.03)
     forth, back = tr.discrepancy(original, small, stars), tr.discrepancy(small, original, stars)
@@ -444,7 +446,7 @@ def test_constrained_stars_are_bounded_by_their_box_and_attained_inside():
 
 def test_a_spent_budget_gives_a_valid_interval(monkeypatch):
     original, small, x = case(12, inputs=4)
-    stars = tr.StarBatch.from_image(x[None], 0.08)
+    stars = tr.StarBatch.from_image(x[None], 0.04)
     monkeypatch.setattr(cells, "NUMBERS", 2**12)
     found = tr.discrepancy(original, small, stars, budget=tr.Budget(seconds=1e-3))
     assert found.status == (tr.Status.BOUNDED,)
@@ -559,7 +561,7 @@ def test_the_shipped_network_is_certified_as_it_is_executed():
 def test_all_pixels_of_the_shipped_network_get_a_certified_interval():
     original, small, images = shipped()
     stars = tr.StarBatch.from_image(images[:1], 0.01)
-    found = tr.discrepancy(original, small, stars, budget=tr.Budget(seconds=5))
+    found = tr.discrepancy(original, small, stars, budget=tr.Budget(seconds=2))
     x = samples(stars, 2_000)
     assert_contains(found, differences(original, small, x))
     assert found.max_upper <= 1.01 * found.max_lower

@@ -125,7 +125,7 @@ def test_a_gap_is_enough_where_it_was_asked_for():
 
 
 def test_later_stars_get_an_ascent_before_the_first_one_is_finished():
-    original, small, x = case(3, inputs=10)
+    original, small, x = case(3, inputs=6)
     stars = tr.StarBatch.from_image(x.repeat(4, 1), 0.1)
     order = []
     start, run = deployed_star.DeployedStar.start, deployed_star.DeployedStar.run

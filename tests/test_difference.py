@@ -173,8 +173,15 @@ def test_a_hexagon_without_points_is_empty_and_a_single_point_is_not() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES_SIM_SLOW)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("sizes", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [
+        *((sizes, torch.float64) for sizes in SHAPES),
+        *((sizes, torch.float32) for sizes in SHAPES[:2]),
+        *(pytest.param(sizes, torch.float32, marks=pytest.mark.slow) for sizes in SHAPES[2:]),
+    ],
+    ids=str,
+)
 def test_no_sample_and_no_attack_leaves_the_bounds(sizes: list[int], dtype: torch.dtype, device: str) -> None:
     for seed, noise in enumerate(NOISE):
         original = random_network(seed, sizes)

@@ -22,6 +22,7 @@ from torchreach.search.witness import ascend
 from torchreach.verbs import float_pair as portfolio
 
 RADIUS = 0.2
+in_blocks = pytest.mark.parametrize("block", [0, pytest.param(1, marks=pytest.mark.slow)])  # of seeds
 
 
 def random_box(seed: int, inputs: int) -> tr.StarBatch:
@@ -35,9 +36,9 @@ def differences(original: nn.Module, compressed: nn.Module, x: Tensor) -> Tensor
         return original(x) - compressed(x)
 
 
-@pytest.mark.parametrize("block", [0, *(pytest.param(block, marks=pytest.mark.slow) for block in range(1, 8))])
+@pytest.mark.parametrize("block", [0, *(pytest.param(block, marks=pytest.mark.slow) for block in range(1, 20))])
 def test_discrepancy_equals_the_mixed_integer_model_and_holds_for_samples(block: int) -> None:
-    for seed in range(25 * block, 25 * (block + 1)):
+    for seed in range(10 * block, 10 * (block + 1)):
         original, compressed, inputs = random_pair(seed)
         stars = random_box(seed, inputs)
         found = tr.discrepancy(original, compressed, stars, tr.Exact(METHODS[seed % 2]))
@@ -52,12 +53,14 @@ def test_discrepancy_equals_the_mixed_integer_model_and_holds_for_samples(block:
         assert (y.abs() <= found.upper).all(), f"seed {seed}"
 
 
+@in_blocks
 @pytest.mark.parametrize("device", DEVICES_SIM_SLOW)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("method", METHODS)
-def test_samples_never_leave_the_range(device: str, dtype: torch.dtype, method: str) -> None:
+def test_samples_never_leave_the_range(device: str, dtype: torch.dtype, method: str, block: int) -> None:
     """Samples are evaluated in float64: the certificate speaks of the real-valued networks."""
-    for seed in range(20 if method == "vertices" else 6):
+    count = 10 if method == "vertices" else 3
+    for seed in range(count * block, count * (block + 1)):
         original, compressed, inputs = random_pair(seed + 500)
         original, compressed = original.to(device, dtype), compressed.to(device, dtype)
         g = torch.Generator().manual_seed(seed)
@@ -187,9 +190,10 @@ def assert_holds(found: tr.Discrepancy, original: nn.Module, compressed: nn.Modu
     assert stars.contains(found.witness, tolerance=1e-6).all()
 
 
+@in_blocks
 @pytest.mark.parametrize("method", ["auto", "search", *SEARCHES], ids=str)
-def test_every_method_gives_the_exact_interval_of_small_pairs(method: str | tr.Search) -> None:
-    for seed in range(4):
+def test_every_method_gives_the_exact_interval_of_small_pairs(method: str | tr.Search, block: int) -> None:
+    for seed in (2 * block, 2 * block + 1):
         original, compressed = near_pair(seed)
         stars = random_box(seed, 3)
         exact = tr.discrepancy(original, compressed, stars, "exact")
@@ -203,10 +207,13 @@ def test_every_method_gives_the_exact_interval_of_small_pairs(method: str | tr.S
         assert_holds(found, original, compressed, stars)
 
 
+@in_blocks
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("method", ["auto", "search", *SEARCHES], ids=str)
-def test_nothing_leaves_the_interval_of_a_search_that_ended_early(method: str | tr.Search, dtype: torch.dtype) -> None:
-    for seed in range(6):
+def test_nothing_leaves_the_interval_of_a_search_that_ended_early(
+    method: str | tr.Search, dtype: torch.dtype, block: int
+) -> None:
+    for seed in range(3 * block, 3 * (block + 1)):
         original, compressed, inputs = random_pair(seed + 700)
         original, compressed = original.to(dtype), compressed.to(dtype)
         g = torch.Generator().manual_seed(seed)
@@ -226,7 +233,7 @@ def test_nothing_leaves_the_interval_of_a_search_that_ended_early(method: str | 
 
 @by_split
 def test_stars_with_constraints_and_maps_are_searched_as_they_are(method: tr.Search) -> None:
-    for seed in range(3):
+    for seed in range(2):
         original, compressed = near_pair(seed)
         g = torch.Generator().manual_seed(seed)
         box = tr.StarBatch.from_box(-torch.ones(2).double(), torch.ones(2).double())
@@ -284,7 +291,7 @@ def test_each_star_of_a_batch_has_its_own_status() -> None:
     low, high = hard.lower[0], hard.upper[0]
     point = (low + high) / 2
     stars = tr.StarBatch.from_box(torch.stack((low, point)), torch.stack((high, point + 1e-4)))
-    found = tr.discrepancy(original, compressed, stars, budget=tr.Budget(seconds=4))
+    found = tr.discrepancy(original, compressed, stars, budget=tr.Budget(seconds=2))
     assert found.status == (tr.Status.BOUNDED, tr.Status.EXACT)
     assert_holds(found, original, compressed, stars)
 
@@ -337,7 +344,7 @@ def test_turns_grow_until_one_method_is_done(monkeypatch: pytest.MonkeyPatch) ->
 def test_sets_of_very_many_regions_are_searched_first() -> None:
     original, compressed, stars = hard_pair()
     wide = tr.StarBatch.from_box(stars.lower - 3, stars.upper + 3)
-    found = tr.discrepancy(original, compressed, wide, budget=tr.Budget(seconds=3))
+    found = tr.discrepancy(original, compressed, wide, budget=tr.Budget(seconds=1))
     assert found.stats.method.startswith("signs")
     small = tr.discrepancy(*near_pair(0), random_box(0, 3), budget=tr.Budget(stars=10_000))
     assert small.stats.method == "vertices"

@@ -109,7 +109,7 @@ def test_held_bounds_change_gradients_but_not_values() -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("sizes", [[3, 2], [3, 6, 5, 2], [4, 5, 5, 5, 2]], ids=str)
+@pytest.mark.parametrize("sizes", [[3, 2], [3, 4, 3, 2], [3, 4, 3, 3, 2]], ids=str)
 def test_gradients_are_those_of_finite_differences(sizes: list[int]) -> None:
     original = random_network(1, sizes)
     student = noisy_copy(original, 0.2, 1)

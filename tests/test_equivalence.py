@@ -58,7 +58,7 @@ def assert_true(found: tr.Equivalence, original: nn.Module, compressed: nn.Modul
 @pytest.mark.parametrize("device", DEVICES_SIM_SLOW)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_epsilon_is_decided_on_both_sides_of_the_exact_value(dtype: torch.dtype, device: str) -> None:
-    for seed in range(4):
+    for seed in range(2):
         original = random_network(seed, [3, 10, 8, 3], dtype=dtype).to(device)
         compressed = noisy_copy(original.cpu(), 1e-2, seed).to(device)
         original = original.to(device)

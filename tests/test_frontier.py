@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import torchreach as tr
 from tests.clocks import expiring, in_worker
@@ -239,7 +240,7 @@ def test_processes_are_forked_from_the_main_thread_only(forks: list[Any]) -> Non
 
 
 def run_frontier(
-    budget: tr.Budget, monkeypatch: pytest.MonkeyPatch, **options: Any
+    budget: tr.Budget, monkeypatch: pytest.MonkeyPatch, network: nn.Module = NETWORK, **options: Any
 ) -> tuple[tr.ReachResult, frontier.Frontier]:
     """A run and its work list."""
     made: list[frontier.Frontier] = []
@@ -251,14 +252,15 @@ def run_frontier(
 
     with monkeypatch.context() as patch:
         patch.setattr(frontier.Frontier, "__init__", note)
-        result = tr.reach(NETWORK, box(3, 3), budget=budget, **options)
+        result = tr.reach(network, box(3, 3), budget=budget, **options)
     return result, made[0]
 
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("method", METHODS)
 def test_little_memory_changes_the_order_and_not_the_result(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    options: dict[str, Any] = {"method": tr.Exact(method), "keep_stars": False}
+    network = NETWORK if method == "vertices" else random_network(5, [3, 8, 6, 2])  # programs take longer
+    options: dict[str, Any] = {"network": network, "method": tr.Exact(method), "keep_stars": False}
     plenty, high = run_frontier(tr.Budget(memory=1e10), monkeypatch, **options)
     least = high.peak // 3
     little, low = run_frontier(tr.Budget(memory=least), monkeypatch, **options)

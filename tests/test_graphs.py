@@ -154,7 +154,7 @@ def test_exact_reach_counts_the_patterns_that_occur(name: str, radius: float, en
     spread.flatten()[:2] = radius
     stars = tr.StarBatch.from_box(centre - spread, centre + spread)
     found = tr.reach(module, stars, tr.Exact(engine))
-    count = 251 if name == "block" else 501
+    count = 151 if name == "block" else 301
     grid = radius * torch.linspace(-1, 1, count, dtype=torch.float64)
     x = centre.repeat(count**2, *[1] * len(shape)).flatten(1)
     x[:, :2] += torch.cartesian_prod(grid, grid)

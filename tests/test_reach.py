@@ -37,7 +37,7 @@ def activation_patterns(network: nn.Sequential, x: torch.Tensor) -> torch.Tensor
 @pytest.mark.parametrize("method", METHODS)
 def test_regions_in_the_plane_are_those_a_fine_grid_meets(device: str, method: str) -> None:
     network = random_network(3, [2, 4, 3, 1])
-    side = torch.linspace(-1, 1, 1201, dtype=torch.float64)
+    side = torch.linspace(-1, 1, 601, dtype=torch.float64)
     grid = torch.cartesian_prod(side, side)
     met = activation_patterns(network, grid).unique(dim=0)
     reached = tr.reach(network.to(device), unit_box(2, device=device), tr.Exact(method))
@@ -154,7 +154,7 @@ def test_constraints_restrict_the_range(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("budget", [tr.Budget(stars=1), tr.Budget(stars=40), tr.Budget(seconds=1e-9)])
 def test_a_spent_budget_gives_a_valid_interval(method: str, budget: tr.Budget) -> None:
-    network = random_network(5, [4, 16, 16, 16, 2])
+    network = random_network(5, [4, 12, 10, 2])
     stars = unit_box(4)
     full = tr.reach(network, stars, tr.Exact("vertices"))
     bounded = tr.reach(network, stars, tr.Exact(method), budget=budget)
@@ -281,7 +281,7 @@ def test_pieces_that_share_rows_give_the_regions_of_pieces_that_do_not(
 ) -> None:
     network = random_network(11, [9, 12, 8, 3]).to(device)
     middle = torch.full((9,), 0.1, dtype=torch.float64, device=device)
-    stars = tr.StarBatch.from_box(middle - 0.3, middle + 0.3).intersect(torch.ones(9), 1.2)
+    stars = tr.StarBatch.from_box(middle - 0.2, middle + 0.2).intersect(torch.ones(9), 1.1)
     found = []
     for rows in (64, 0):
         monkeypatch.setattr(importlib.import_module("torchreach.engines.programs"), "SHARED_ROWS", rows)

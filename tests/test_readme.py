@@ -61,8 +61,8 @@ def test_the_first_python_example_runs() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_the_int8_example_runs_and_no_sample_leaves_the_interval() -> None:
     pytest.importorskip("torchao", reason="torchao is not installed")
-    without_repair = PYTHON[0].split("result = tr.repair")[0]
-    names = run_python([without_repair, PYTHON[1]])
+    setting, short = PYTHON[0].split("found = tr.discrepancy")[0], PYTHON[1].replace("seconds=5", "seconds=1")
+    names = run_python([setting, short])
     found, stars = names["found_int8"], names["stars"]
     assert found.semantics.value == "deployed int8"
     generator = torch.Generator().manual_seed(0)

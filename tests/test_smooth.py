@@ -303,8 +303,14 @@ def attacked(
     return best
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float64) for name in NAMES),
+        *((name, torch.float32) for name in ("tanh", "gelu")),
+        *(pytest.param(name, torch.float32, marks=pytest.mark.slow) for name in NAMES if name not in ("tanh", "gelu")),
+    ],
+)
 def test_no_sample_and_no_attack_leaves_a_certificate(name: str, dtype: torch.dtype) -> None:
     original = network(CASES[name][0], [4, 10, 8, 3], dtype=dtype)
     compressed = tr.quantize_weights(original, 6)
