@@ -17,7 +17,7 @@ from tests.test_difference import noisy_copy, pair_of
 from torchreach.core.errors import OptionError, ShapeError
 from torchreach.domains import difference
 from torchreach.domains.hexagon import height
-from torchreach.search import signs
+from torchreach.search import dual
 from torchreach.search.witness import ascend
 from torchreach.verbs import float_pair as portfolio
 
@@ -399,7 +399,7 @@ def test_a_planted_wrong_slope_is_caught(method: tr.Search, monkeypatch: pytest.
         value, at = height(*args, **kwargs)
         return value - 0.02, at
 
-    for module in (difference, signs):
+    for module in (difference, dual):
         monkeypatch.setattr(module, "height", low)
     with pytest.raises(AssertionError):
         assert_holds(search(), original, compressed, stars)

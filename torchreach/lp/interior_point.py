@@ -20,7 +20,7 @@ from torch import Tensor
 
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.lp.halfspaces import Halfspaces, Sets
-from torchreach.lp.problem import LPBatch, LPSolution
+from torchreach.lp.problem import LPBatch, LPSolution, for_each
 
 START = 0.1
 TO_BOUNDARY = 0.9995
@@ -57,8 +57,8 @@ def maximize(
         corner = torch.where(problem.objective >= 0, 1.0, -1.0).to(start.dtype)
         return LPSolution(problem.value(corner), upper, corner, dual, 0)
 
-    above = torch.as_tensor(above, dtype=start.dtype, device=start.device).expand(size)
-    below = torch.as_tensor(below, dtype=start.dtype, device=start.device).expand(size)
+    above = for_each(above, start)
+    below = for_each(below, start)
     todo = torch.arange(size, device=start.device)
     work, state = problem, _State.start(problem, start)
     used = 0

@@ -21,6 +21,11 @@ from torchreach.core.roundoff import gamma
 from torchreach.lp.halfspaces import Sets
 
 
+def for_each(value: Tensor | float, like: Tensor) -> Tensor:
+    """[B] what may be given as one number for all programs, made where `like` [B, ...] is; nothing is uploaded."""
+    return value.expand(len(like)) if isinstance(value, Tensor) else like.new_full((len(like),), value)
+
+
 @dataclass(frozen=True)
 class LPBatch:
     """B linear programs: objective [B, M], constant [B], over B sets."""

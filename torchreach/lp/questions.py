@@ -20,7 +20,7 @@ from torch import Tensor
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.lp.halfspaces import Sets
 from torchreach.lp.interior_point import factor, maximize
-from torchreach.lp.problem import LPBatch, LPSolution
+from torchreach.lp.problem import LPBatch, LPSolution, for_each
 
 # Numbers per tensor in one batch: large enough to hide the cost of a call, small enough to stay in cache.
 NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 26}
@@ -99,7 +99,7 @@ def refute(problem: LPBatch, y: Tensor, below: Tensor | float, steps: int, clock
 
     Raises: OutOfTime.
     """
-    below = torch.as_tensor(below, dtype=y.dtype, device=y.device).expand(len(y))
+    below = for_each(below, y)
     best = y.new_full((len(y),), torch.inf)
     todo = torch.arange(len(y), device=y.device)
     way = torch.zeros_like(y)
@@ -148,7 +148,7 @@ def solve(
     clock: Clock = NO_LIMIT,
 ) -> LPSolution:
     """`maximize` in batches of bounded memory. Raises OutOfTime."""
-    below = torch.as_tensor(below, dtype=start.dtype, device=start.device).expand(len(start))
+    below = for_each(below, start)
     parts = [
         maximize(problem.select(i), start[i], gap=gap, above=above, below=below[i], clock=clock)
         for i in slices(len(start), problem.sets.variables + problem.sets.row_numbers, start.device)
