@@ -156,11 +156,13 @@ class VertexEngine:
             order = depth.argsort(1, descending=True)
             part = replace(part, open=part.open.gather(1, order))
             left = (depth > 0).sum(1)  # planes that cross
-            cut = left.nonzero().flatten()
-            which = torch.arange(size, device=cut.device) * width + order[:, 0]
-            if len(cut) < size:
-                done.add(part.select((left == 0).nonzero().flatten()).closed())
-                if not len(cut):
+            number, most_left = torch.stack(((left > 0).sum(), left.max())).tolist()
+            which = torch.arange(size, device=left.device) * width + order[:, 0]
+            if number < size:
+                # those that planes cross, in their order, then the others
+                cut, rest = (left == 0).to(torch.uint8).argsort(stable=True).split([number, size - number])
+                done.add(part.select(rest).closed())
+                if not number:
                     continue
                 part, left, which = part.select(cut), left.index_select(0, cut), which.index_select(0, cut)
             plane = part.open[:, 0]
@@ -170,8 +172,8 @@ class VertexEngine:
                 followed.tolerance.index_select(0, plane)[:, None],
                 left == 1,
             )
-            parent = child % len(cut)
-            open = part.open[:, 1 : int(left.max())].index_select(0, parent)
+            parent = child % number
+            open = part.open[:, 1:most_left].index_select(0, parent)
             star, cuts = part.star.index_select(0, parent), part.cuts.index_select(0, parent) + 1
             first = 0
             for body, finished in groups:
@@ -182,7 +184,7 @@ class VertexEngine:
                     done.add(piece.closed())
                 else:
                     waiting.add(piece)
-            self.tally.count(chunk.layer, splits=len(cut))
+            self.tally.count(chunk.layer, splits=number)
 
         chunks = self._handed_back(chunk, waiting)
         size = max(32, BLOCK.get(chunk.rows.device.type, BLOCK["cuda"]) // chunk.rows[0].numel())

@@ -128,9 +128,9 @@ class PolytopeBatch:
 
         # Each child has the vertices kept of its parent, in their order, then the new ones. Children stand in
         # the order of their groups, each in as many slots as its group has.
-        keep = used & ~below, used & ~above
-        kept = torch.cat([part.sum(1) for part in keep])
-        fresh = torch.bincount(star, minlength=size)
+        keep = used & ~torch.stack((below, above))  # [2, S, K]
+        kept = keep.sum(2).flatten()
+        fresh = kept.new_zeros(size).scatter_add_(0, star, torch.ones_like(star))  # bincount would read its maximum
         count = kept + fresh.repeat(2)
         room = (count + SLOTS - 1).div(SLOTS, rounding_mode="floor")
         group = 2 * room if apart is None else 2 * room + apart.repeat(2)
@@ -141,8 +141,7 @@ class PolytopeBatch:
         base[order] = room.cumsum(0) - room
 
         # Where each slot takes its vertex from: the parents' slots, then the new vertices.
-        found = [part.flatten().nonzero()[:, 0] for part in keep]
-        kept_at = torch.cat(found)
+        kept_at = keep.flatten().nonzero()[:, 0] % (size * slots)
         start = kept.cumsum(0) - kept
         first = kept_at.index_select(0, start.clamp(max=max(len(kept_at) - 1, 0)).index_select(0, order))
         total = SLOTS * sum(k // 2 * number for k, number in enumerate(sizes))
@@ -158,7 +157,7 @@ class PolytopeBatch:
         # The new facet takes the lowest number that no vertex of the parent touches; new vertices lie on
         # facets of kept ones only.
         incidence, shared, bit = _new_facet(self.incidence, shared)
-        incidence = incidence | bit[:, None] * (used & ~above & ~below)[..., None]
+        incidence = incidence | bit[:, None] * (keep[0] & keep[1])[..., None]
         bits = torch.cat((incidence.flatten(0, 1), shared | bit.index_select(0, star))).index_select(0, source)
         points = torch.cat((vertices, crossing)).index_select(0, source)
         count = count.index_select(0, order)
