@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchreach.core.roundoff import above, ball, below, gamma
-from torchreach.domains.difference import Backward
+from torchreach.domains.difference import CHUNK, Backward
 from torchreach.domains.hexagon import Graph, Hexagon
 from torchreach.domains.pair import Pair
 from torchreach.domains.stairs import staircase_graph
@@ -127,9 +127,12 @@ class _Onward:
     high: Tensor
 
     @staticmethod
-    def of(pair: Pair, work: Backward, k: int) -> _Onward:
+    def of(pair: Pair, work: Backward, k: int) -> _Onward | None:
+        """Of layer k; None where its matrix would be large."""
         step, rows, hexagon = pair.second[k], work.on[k][work.free[k]], work.hexagons[k - 1]
         free, stairs = work.free[k - 1], work.stairs[k - 1]
+        if len(rows) * pair.maps[k].shape[1] > CHUNK // 4:
+            return None
         V = pair.maps[k].rows(rows)[1][:, work.on[k - 1]]
         low, high = stairs.second.ends(
             hexagon.l2, hexagon.u2, torch.zeros_like(hexagon.l2), stairs.second.count.expand_as(hexagon.l2)

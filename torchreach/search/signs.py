@@ -268,26 +268,20 @@ def _tightened(
     open = ~hexagon.settled() if stairs is None else stairs.undecided(hexagon)
     rows = open[0].nonzero().flatten()
     net, n = Reduced(pair, work, rows), len(rows)
-    if not n:
+    widest = max([1, n, *(len(free) for free in net.free)])
+    if not n or (not clock.limited and 6 * n * widest > CHUNK):
         return hexagon
-    eye = torch.eye(n, dtype=hexagon.l1.dtype, device=hexagon.l1.device)
-    none = torch.zeros_like(eye)
-    # l1, u1, l2, u2, dl, du: on (z, d), with z2 = z - d
-    sides = ((-eye, none), (eye, none), (-eye, eye), (eye, -eye), (none, -eye), (none, eye))
-    objectives = torch.cat([torch.cat(side, 1) for side in sides])
-    numbers = min(CHUNK, memory / (8 * WORKING)) / (
-        VERTICES * ROUNDED_VERTICES * max([1, *(len(free) for free in net.free)])
-    )
-    limit, found, clock = (
-        max(int(numbers), 1),
-        hexagon.map(lambda part: part[:, rows]).parts(),
-        clock.part(LAYER * clock.left),
-    )
+    # l1, u1, l2, u2, dl, du as objectives on (z, d), with z2 = z - d
+    sides = hexagon.l1.new_tensor([[-1, 0], [1, 0], [-1, 1], [1, -1], [0, -1], [0, 1]])
+    limit = max(int(min(CHUNK, memory / (8 * WORKING)) / (VERTICES * ROUNDED_VERTICES * widest)), 1)
+    found, clock = hexagon.map(lambda part: part[:, rows]).parts(), clock.part(LAYER * clock.left)
     bounds = torch.stack([-found[0], found[1], -found[2], found[3], -found[4], found[5]])[:, 0].flatten()
     for i in torch.arange(6 * n, device=rows.device).split(limit):
         if clock.over:
             break
-        dual = Dual(net, net.root, objectives[i])
+        objectives, own, side = bounds.new_zeros(len(i), 2, n), i % n, sides[i // n]
+        objectives.scatter_(2, own[:, None, None].expand(-1, 2, 1), side[..., None])
+        dual = Dual(net, net.root, objectives.flatten(1))
         value = dual.descend(dual.start(), LAYER_STEPS, DECAY, torch.full_like(bounds[i], -torch.inf), clock)[0]
         bounds[i] = torch.minimum(bounds[i], value)
     l1, u1, l2, u2, dl, du = bounds.reshape(6, 1, n)
