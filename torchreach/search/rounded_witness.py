@@ -99,20 +99,24 @@ def wander(
 ) -> Iterator[Tensor]:
     """Inputs [O, M] of the box [M], ever better ones for each of O objectives, from `start` [O, M]; seeded.
 
-    value: [B, O] at inputs [B, M]. count: of inputs looked at in a round, at least. clock: ends it after a few rounds;
-    longer: it alone does, if it is limited.
+    value: [B, O] at inputs [B, M]. count: of inputs looked at in a round, at least. clock: ends it after a few rounds.
 
     Random ones of the whole box first; then the best so far with some of their inputs, ever fewer, moved or drawn anew.
+    longer: the last of these only, a few inputs of `start` at a time, until the clock ends it, if it is limited.
     """
     generator = torch.Generator().manual_seed(seed)
     count = max(count, len(start))
     best, at = start.new_full((len(start),), -torch.inf), start
-    for k in count_from(0) if longer and clock.limited else range(rounds):
+    if longer:
+        best = value(start).diagonal()
+    for k in range(rounds) if not longer else count_from(rounds) if clock.limited else range(rounds, 2 * rounds):
         share = 1.0 if k < rounds // 4 else max(0.5 * (1 - k / rounds), 1.5 / max(len(lower), 1))
         parent = at[torch.arange(count, device=at.device) % len(at)]
         drawn = lower + (upper - lower) * _random(generator, lower, count, len(lower))
         near = torch.minimum(torch.maximum(parent + NEAR * (2 * drawn - lower - upper), lower), upper)
-        drawn = torch.where((torch.arange(count, device=at.device) < count // 2)[:, None] & (k > 0), near, drawn)
+        drawn = torch.where(
+            (torch.arange(count, device=at.device) < count // 2)[:, None] & (0 < k < rounds), near, drawn
+        )
         x = torch.where(_random(generator, lower, count, len(lower)) < share, drawn, parent)
         found, row = value(x).max(0)
         at = torch.where((found > best)[:, None], x[row], at)

@@ -51,6 +51,7 @@ MEMORY = 2**23
 FEW = 2**20  # numbers in one intermediate tensor of points
 ZONOTOPES = 8  # share of the memory that zonotopes of a cell may take
 COPIES = 16  # of what is kept of a cell, or of an intermediate tensor, at once
+LONGER = 4  # objectives of which inputs are looked for by chance for longer
 # Boxes looked at without a budget of seconds, and cells of one that is enumerated.
 BOXES, LEAF = 64, 2**12
 FIRST_STEPS, STEPS = 3, 30  # of ascents: before anything else, and where a box is not enumerated
@@ -347,7 +348,9 @@ class DeployedStar:
         if self.places is not None:
             start, given = self.at[1:], self._inputs
             ends = -torch.ones_like(start[0]), torch.ones_like(start[0])
-        value = lambda x: self.networks.estimate(*self.varied[:2], *given(x))  # noqa: E731
+        # What is largest over all outputs gains most.
+        chosen = self.evidence.lower.flatten().topk(min(LONGER, len(start))).indices if longer else slice(None)
+        start, value = start[chosen], lambda x: self.networks.estimate(*self.varied[:2], *given(x))[:, chosen]
         for x in wander(value, *ends, start, count, seed=self.seed, clock=clock, longer=longer):
             self.offer(x) if self.places is None else self._offer_at(x)
             if self._exceeded:
