@@ -27,7 +27,7 @@ from torchreach.verbs.int8_compared import Compared
 log = logging.getLogger(__name__)
 
 STATES = 8  # of a search without a budget of seconds
-LOWER = 0.99  # by how much staircases must be better at the root
+LOWER = 0.99  # the root of staircases must be below this share of the other
 
 
 class Star(Protocol):
