@@ -87,8 +87,25 @@ class Setup:
         }
 
 
+class _InputNumbers:
+    """What options of inputs say in numbers; they are fields of the classes that are made of this one."""
+
+    clip: str | None
+    shape: str | None
+
+    @property
+    def span(self) -> tuple[float, float] | None:
+        """The numbers of --clip."""
+        return _span(self.clip)
+
+    @property
+    def sizes(self) -> tuple[int, ...] | None:
+        """The numbers of --shape."""
+        return _sizes(self.shape)
+
+
 @dataclass(frozen=True)
-class SetOptions:
+class SetOptions(_InputNumbers):
     """One input set as the command line names it: a box, a VNN-LIB file, or a ball around given inputs."""
 
     box: str | None = None
@@ -124,16 +141,6 @@ class SetOptions:
         """The file that --box names, where it does not hold the pairs themselves."""
         path = None if self.box is None else Path(self.box)
         return path if path is not None and path.suffix.lower() in ARRAYS else None
-
-    @property
-    def span(self) -> tuple[float, float] | None:
-        """The numbers of --clip."""
-        return _span(self.clip)
-
-    @property
-    def sizes(self) -> tuple[int, ...] | None:
-        """The numbers of --shape."""
-        return _sizes(self.shape)
 
 
 @dataclass(frozen=True)
@@ -176,7 +183,7 @@ class EquivalentSetup:
 
 
 @dataclass(frozen=True)
-class AuditSetup:
+class AuditSetup(_InputNumbers):
     """What `torchreach audit` asks: on which inputs, with which right labels, and how far these may move."""
 
     data: Path
@@ -199,16 +206,6 @@ class AuditSetup:
         for option, path in (("--data", self.data), ("--labels", self.labels)):
             if path is not None:
                 check_array(option, path)
-
-    @property
-    def span(self) -> tuple[float, float] | None:
-        """The numbers of --clip."""
-        return _span(self.clip)
-
-    @property
-    def sizes(self) -> tuple[int, ...] | None:
-        """The numbers of --shape."""
-        return _sizes(self.shape)
 
     def settings(self) -> dict[str, Any]:
         """The options as JSON values."""

@@ -161,11 +161,16 @@ def _vertices(hexagon: Hexagon) -> tuple[Tensor, Tensor, Tensor]:
     """
     zero = torch.zeros_like(hexagon.l1)[..., None]
     z, d, there = vertices(hexagon, zero, zero)
+    z, d = gathered(there, z, d)
+    return z, d, ~there.any(2)
+
+
+def gathered(there: Tensor, *parts: Tensor) -> list[Tensor]:
+    """The values of parts [B, N, K] where `there` [B, N, K] is true; unused places repeat the first of them."""
     count = max(int(there.sum(2).max()), 1) if there.numel() else 1
     order = leading(there, count)
-    kept = there.gather(2, order)
-    order = torch.where(kept, order, order[..., :1])
-    return z.gather(2, order), d.gather(2, order), ~there.any(2)
+    order = torch.where(there.gather(2, order), order, order[..., :1])
+    return [part.gather(2, order) for part in parts]
 
 
 def vertices(hexagon: Hexagon, lines: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,9 +25,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from torchreach.core.masks import leading
 from torchreach.core.roundoff import above, allowance, ball, below
-from torchreach.domains.hexagon import Graph, Hexagon, height, relu_difference, vertices
+from torchreach.domains.hexagon import Graph, Hexagon, gathered, height, relu_difference, vertices
 from torchreach.graph.quantizer import Quantizer
 
 FEW = 3  # thresholds of a neuron that are looked at one by one
@@ -139,10 +138,9 @@ class Stairs:
 
     def values(self, z: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest f(z) at z [R, N, K], given codes first..last [R, N]."""
-        rounds, base, scale, shift = (part[:, None] for part in (self.rounds, self.base, self.scale, self.shift))
+        rounds, base, scale = (part[:, None] for part in (self.rounds, self.base, self.scale))
         few, first, last = (last - first <= FEW)[..., None], first[..., None], last[..., None]
-        at = (z - shift - base) / scale
-        ends = []
+        at, ends = self.position(z.mT).mT, []
         for low in (True, False):
             # The code at a threshold, of many codes the line half a step off.
             code = torch.ceil(at - 0.5 - NEAR) if low else torch.floor(at + 0.5 + NEAR)
@@ -255,11 +253,8 @@ def staircase_graph(hexagon: Hexagon, both: StairPair, codes: Tensor) -> Graph:
         ways = [(low1, low2, there), (low1, high2, more2), (high1, low2, more1), (high1, high2, more1 & more2)]
     points = [(z, d, a, torch.where(smooth, relu_difference(z, d), a - a2), found) for a, a2, found in ways]
     z, d, a, e, there = (torch.cat(part, 2) for part in zip(*points, strict=True))
-    count = max(int(there.sum(2).max()), 1) if there.numel() else 1
-    order = leading(there, count)
-    order = torch.where(there.gather(2, order), order, order[..., :1])
     empty = (~there.any(2) | (codes[:, 0] > codes[:, 1]) | (codes[:, 2] > codes[:, 3])).any(1)
-    z, d, a, e = (part.gather(2, order).nan_to_num(nan=0.0) for part in (z, d, a, e))
+    z, d, a, e = (part.nan_to_num(nan=0.0) for part in gathered(there, z, d, a, e))
     return Graph(hexagon, z, d, a, e, empty)
 
 

@@ -160,7 +160,7 @@ class VertexEngine:
             which = torch.arange(size, device=left.device) * width + order[:, 0]
             if number < size:
                 # those that planes cross, in their order, then the others
-                cut, rest = (left == 0).to(torch.uint8).argsort(stable=True).split([number, size - number])
+                cut, rest = leading(left > 0, size).split([number, size - number])
                 done.add(part.select(rest).closed())
                 if not number:
                     continue

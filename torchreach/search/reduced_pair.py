@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,11 +29,9 @@ class Reduced:
         keep, hexagons, self.free = [*work.on], work.hexagons, work.free
         # Of the free neurons: their stairs, if they have any, and bounds [1, 6, N], codes in four rows more.
         self.stairs = [work.stairs[k].part(i) if k in work.stairs else None for k, i in enumerate(self.free)]
+        packed = [h.pack()[:, :, i] for h, i in zip(hexagons, self.free, strict=True)]
         self.root = [
-            h.map(lambda part, i=i: part[:, i]).pack()
-            if s is None
-            else torch.cat((h.map(lambda part, i=i: part[:, i]).pack(), s.codes[None]), 1)
-            for h, i, s in zip(hexagons, self.free, self.stairs, strict=True)
+            h if s is None else torch.cat((h, s.codes[None]), 1) for h, s in zip(packed, self.stairs, strict=True)
         ]
         self.count = [len(i) for i in keep]
         self.slopes, self.constant = [], list[Tensor | None]()
@@ -46,28 +45,31 @@ class Reduced:
         self.shifts: list[Tensor] = []
         outputs = len(pair.b[len(hexagons)])
         keep.append(torch.arange(outputs, device=pair.device) if rows is None else rows)
-        for k, rows in enumerate(keep):
-            part = pair.maps[k].part(rows, keep[k - 1] if k else None)
+        for k, kept in enumerate(keep):
+            part = pair.maps[k].part(kept, keep[k - 1] if k else None)
             if isinstance(part, Matrices):
                 W, V, D = part.W, part.V, part.D
                 below = torch.cat((D, V), 1) if k else D
                 part = torch.cat((torch.cat((W, torch.zeros_like(W)), 1) if k else W, below))
             self.maps.append(part)
-            self.shifts.append(torch.cat((pair.b[k][rows], pair.db[k][rows])))
+            self.shifts.append(torch.cat((pair.b[k][kept], pair.db[k][kept])))
         gammas = [2 * gamma(2 * n + 8 * pair.depth + 8) for n in self.count]
         sizes = [work.stairs[k].sizes(h) if k in work.stairs else h.sizes() for k, h in enumerate(hexagons)]
         self.before = [g * torch.cat(size, 1)[0] for g, size in zip(gammas, sizes, strict=True)]
         self.noise = [torch.cat(pair.noise(k))[torch.cat((i, i + len(pair.b[k])))] for k, i in enumerate(keep)]
         losses = [torch.cat((P[0], Q[0])) for P, Q in work.errors]
         self.after = [b + loss for b, loss in zip(self.before, losses, strict=False)]
-        self.output_loss = losses[-1] if rows is None else losses[-1][torch.cat((rows, outputs + rows))]
+        self.output_loss = losses[-1][torch.cat((keep[-1], outputs + keep[-1]))]
         self.exact = all(pair.exact) and not work.stairs  # whether branches are polytopes in the end
         self.count_terms = max(pair.terms(k) for k in range(pair.depth)) + pair.inputs
-        # Of layers after rounded ones: how the second network's free neurons depend on the layer before.
-        self.onward: list[_Onward | None] = [
-            _Onward.of(pair, work, k) if k and k - 1 in work.stairs and k in work.stairs else None
-            for k in range(len(hexagons))
-        ]
+        self._made_of = pair, work
+
+    @cached_property
+    def onward(self) -> list[_Onward | None]:
+        """Of layers after rounded ones: how the second network's free neurons depend on the layer before."""
+        pair, work = self._made_of
+        after = [k and k - 1 in work.stairs and k in work.stairs for k in range(self.depth)]
+        return [_Onward.of(pair, work, k) if needed else None for k, needed in enumerate(after)]
 
     def steep(self, k: int, packed: Tensor) -> Tensor:
         """[R, N] where rounded neurons have few codes, with bounds as in `root`."""

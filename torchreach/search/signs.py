@@ -202,9 +202,7 @@ def search_signs(
     eye = torch.eye(n, dtype=low.dtype, device=low.device)
     objectives = torch.cat((torch.zeros_like(torch.cat((eye, eye))), torch.cat((eye, -eye))), 1)
     packed = [h.expand(2 * n, -1, -1) for h in net.root]
-    vertices = VERTICES * (ROUNDED_VERTICES if net.rounded else 1)
-    numbers = min(CHUNK, memory / (8 * WORKING)) / (vertices * max([1, *(len(free) for free in net.free)]))
-    limit = max(int(numbers), 1)  # rows that one descent takes
+    limit = _rows(VERTICES * (ROUNDED_VERTICES if net.rounded else 1), memory, net.free)
 
     def bounded(hexagons: list[Tensor], slopes: list[Tensor] | None, row: Tensor, caps: Tensor) -> Branches:
         """Branches with bounds, at most `caps`; those without a sign to split are solved."""
@@ -228,6 +226,12 @@ def search_signs(
     left = bounded(packed, None, torch.arange(2 * n, device=low.device), output.sides[0].flatten())
     most = min(batch, max(limit // 2, 1))
     yield from best_first(left, divide, question, best.met, batch=lambda *_: most, full=full)
+
+
+def _rows(vertices: int, memory: float, layers: list[Tensor]) -> int:
+    """Rows that one descent takes at a time, of layers with so many neurons of so many vertices."""
+    widest = max([1, *map(len, layers)])
+    return max(int(min(CHUNK, memory / (8 * WORKING)) / (vertices * widest)), 1)
 
 
 def _bounded(
@@ -267,13 +271,12 @@ def _tightened(
     """Better bounds of the undecided neurons of the layer to be added next, by a descent for each of their ends."""
     open = ~hexagon.settled() if stairs is None else stairs.undecided(hexagon)
     rows = open[0].nonzero().flatten()
-    net, n = Reduced(pair, work, rows), len(rows)
-    widest = max([1, n, *(len(free) for free in net.free)])
-    if not n or (not clock.limited and 6 * n * widest > CHUNK):
+    n, parts = len(rows), [rows, *work.free]
+    if not n or (not clock.limited and 6 * n * max(map(len, parts)) > CHUNK):
         return hexagon
+    net, limit = Reduced(pair, work, rows), _rows(VERTICES * ROUNDED_VERTICES, memory, parts)
     # l1, u1, l2, u2, dl, du as objectives on (z, d), with z2 = z - d
     sides = hexagon.l1.new_tensor([[-1, 0], [1, 0], [-1, 1], [1, -1], [0, -1], [0, 1]])
-    limit = max(int(min(CHUNK, memory / (8 * WORKING)) / (VERTICES * ROUNDED_VERTICES * widest)), 1)
     found, clock = hexagon.map(lambda part: part[:, rows]).parts(), clock.part(LAYER * clock.left)
     bounds = torch.stack([-found[0], found[1], -found[2], found[3], -found[4], found[5]])[:, 0].flatten()
     for i in torch.arange(6 * n, device=rows.device).split(limit):
