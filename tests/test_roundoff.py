@@ -7,7 +7,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from torchreach.core.roundoff import SINGLE, UNIT_ROUNDOFF, above, allowance, ball, below, gamma
+from tests.networks import DEVICES
+from torchreach.core.roundoff import SINGLE, UNIT_ROUNDOFF, above, allowance, ball, below, floor_log2, gamma
 
 
 def numbers(seed: int, count: int) -> torch.Tensor:
@@ -66,3 +67,24 @@ def test_an_allowance_counts_operations():
     for computed, at, allowed in zip(*map(exact, (value, x, allowance(size, 8))), strict=True):
         true = ((at + Fraction(0.1)) * Fraction(0.7) - Fraction(0.3)) / 3
         assert abs(computed - true) <= allowed
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_powers_of_two_are_exact(device):
+    exponents = torch.arange(-1000, 1001)
+    powers = torch.tensor([2.0**k for k in exponents.tolist()], dtype=torch.float64).to(device)
+    assert floor_log2(powers).cpu().equal(exponents)
+    below_next = torch.nextafter(2 * powers, torch.zeros_like(powers))
+    assert floor_log2(below_next).cpu().equal(exponents)
+    # what fixed-point kernels and float formats are read with
+    exponents = exponents.to(device)
+    assert torch.exp2(exponents.double()).equal(powers)
+    assert torch.ldexp(torch.ones_like(powers), exponents).equal(powers)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_logarithms_of_whole_numbers(device):
+    bits = torch.arange(63)
+    assert floor_log2((torch.ones_like(bits) << bits).to(device)).cpu().equal(bits)
+    near = torch.tensor([3, 7, 8, 9, 1023, 1024, 2**40 - 1, 2**52 - 1], device=device)
+    assert floor_log2(near).tolist() == [1, 2, 3, 3, 9, 10, 39, 51]

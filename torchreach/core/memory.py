@@ -6,7 +6,7 @@ of a control group (a container) if that is less; on CUDA what the device and to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +35,12 @@ def free_memory(device: torch.device) -> int:
         return UNKNOWN
     free = [room for room in (_available(), *_group_rooms()) if room is not None]
     return max(0, min(free)) if free else UNKNOWN
+
+
+def batch_size(sizes: Mapping[str, int], device: torch.device) -> int:
+    """The one of `sizes` for this device: "cpu", where batches should stay in cache, or "cuda", for all accelerators,
+    where each operation costs the same until it is large."""
+    return sizes.get(device.type, sizes["cuda"])
 
 
 def size_of(value: Any) -> int:

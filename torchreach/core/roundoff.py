@@ -74,5 +74,10 @@ def round_up(value: Tensor, dtype: torch.dtype) -> Tensor:
     return -round_down(-value, dtype)
 
 
+def floor_log2(value: Tensor) -> Tensor:
+    """floor(log2(value)) of positive numbers that float64 holds exactly, int64. On CUDA log2(8) is 2.999..."""
+    return torch.frexp(value.double()).exponent.long() - 1
+
+
 def _next(value: Tensor, toward: float) -> Tensor:
     return torch.nextafter(value, torch.full_like(value, toward))

@@ -37,6 +37,7 @@ from torch.nn import functional as F
 
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.masks import leading, lengths
+from torchreach.core.memory import batch_size
 from torchreach.core.roundoff import allowance, ball, gamma
 from torchreach.domains.rounding import excess, saturation
 from torchreach.domains.smooth import Cells
@@ -47,7 +48,7 @@ from torchreach.graph.windows import Part, WindowMap, windows
 
 TINY = 1e-300
 # Numbers in one intermediate tensor of rows: few enough to stay near the processor.
-NUMBERS = 2**19
+NUMBERS = {"cpu": 2**19, "cuda": 2**24}
 WAYS = 16  # inputs that vary, up to which it is noted how much each hidden neuron depends on them
 
 Line = tuple[Tensor, Tensor]  # slope, offset
@@ -287,7 +288,7 @@ def _by_rows(
     if not few and network.seen[k]:
         return (*_by_windows(network, layers, inputs, undecided, ends, clock, patience), None)
     ways = low.new_zeros(*low.shape, len(inputs.vary)) if few else None
-    limit = max(NUMBERS // (2 * len(low) * network.widest), 1)
+    limit = max(batch_size(NUMBERS, low.device) // (2 * len(low) * network.widest), 1)
     for index in leading(undecided, count).split(limit, 1):
         if patience.over:
             break
@@ -321,7 +322,7 @@ def _by_windows(
         count, order = mine.sum(1).sort()
         none = int((count == 0).sum())
         widest = max(prod(window.shape) for map_ in maps for window in map_.inputs)
-        numbers = NUMBERS // (2 * widest)
+        numbers = batch_size(NUMBERS, low.device) // (2 * widest)
         for some in order[none:].split(lengths(count[none:].tolist(), numbers)):
             if patience.over:
                 return low, high

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from torchreach.core.memory import batch_size
 from torchreach.core.roundoff import allowance
 from torchreach.sets import polytope
 from torchreach.sets.polytope import PolytopeBatch
 
 # Vertex slots that may be wasted to cut polytopes of different sizes in one call.
-SPARE = 4096
+SPARE = {"cpu": 1 << 12, "cuda": 1 << 20}
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,13 @@ class Pieces:
 def _join(pieces: list[Pieces]) -> Pieces:
     if len(pieces) == 1:
         return pieces[0]
+    pieces = sorted(pieces, key=lambda p: p.slots)
     width = max(p.open.shape[1] for p in pieces)
     return Pieces(
         polytope.merge([p.body for p in pieces]),
         torch.cat([p.star for p in pieces]),
         torch.cat([p.cuts for p in pieces]),
-        torch.cat([pad(p.open, (0, width - p.open.shape[1])) for p in pieces]),
+        torch.cat([p.open if (n := width - p.open.shape[1]) == 0 else pad(p.open, (0, n)) for p in pieces]),
     )
 
 
@@ -100,9 +102,10 @@ class Shelf:
         The last ones come first, and no more than so many numbers can be worked on at once.
         """
         sizes = {slots: sum(map(len, group)) for slots, group in self.groups.items()}
+        spare = batch_size(SPARE, next(iter(self.groups.values()))[0].star.device)
 
         def fitting(slots: int) -> list[int]:
-            return [k for k, number in sizes.items() if 0 <= (slots - k) * number <= SPARE]
+            return [k for k, number in sizes.items() if 0 <= (slots - k) * number <= spare]
 
         joined = max(map(fitting, sizes), key=lambda group: sum(sizes[k] for k in group))
         taken: list[Pieces] = []

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.masks import leading
-from torchreach.core.memory import size_of
+from torchreach.core.memory import batch_size, size_of
 from torchreach.core.roundoff import gamma
 from torchreach.core.tolerances import Tolerances
 from torchreach.engines import activation
@@ -34,13 +34,13 @@ from torchreach.sets.polytope import PolytopeBatch
 # Batches that one call of `advance` looks at before it hands back what deeper layers may finish first.
 ROUNDS = 64
 # Pieces from which on one call of `advance` hands back, so that deeper layers go on with them.
-PIECES = {"cpu": 1 << 15, "cuda": 1 << 20}
+PIECES = {"cpu": 1 << 15, "cuda": 1 << 22}
 # Numbers at work in one batch: bounds the time between two looks at the clock.
-NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 27}
+NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 29}
 # Bytes of room, of what may be handed back, for each of them.
 NUMBER_BYTES = 12
 # Pieces that are handed back as one chunk.
-HANDED = {"cpu": 1024, "cuda": 65536}
+HANDED = {"cpu": 1024, "cuda": 1 << 18}
 # Numbers in the affine maps that go through the activation at once: few enough to stay in cache.
 BLOCK = {"cpu": 1 << 17, "cuda": 1 << 27}
 
@@ -141,7 +141,7 @@ class VertexEngine:
         waiting, done = Shelf(), Shelf()
         for part in followed.arrived:
             (waiting if part.open.shape[1] else done).add(part)
-        most = min(room / self._bytes(chunk), PIECES.get(chunk.rows.device.type, PIECES["cuda"]))
+        most = min(room / self._bytes(chunk), batch_size(PIECES, chunk.rows.device))
         for _ in range(ROUNDS):
             if not waiting.groups or clock.over or len(waiting) + len(done) > most:
                 break
@@ -187,7 +187,7 @@ class VertexEngine:
             self.tally.count(chunk.layer, splits=number)
 
         chunks = self._handed_back(chunk, waiting)
-        size = max(32, BLOCK.get(chunk.rows.device.type, BLOCK["cuda"]) // chunk.rows[0].numel())
+        size = max(32, batch_size(BLOCK, chunk.rows.device) // chunk.rows[0].numel())
         while done.groups:
             if clock.over:
                 return chunks + self._handed_back(chunk, done)
@@ -196,13 +196,13 @@ class VertexEngine:
 
     def _handed_back(self, chunk: Chunk, pieces: Shelf) -> list[Chunk]:
         """Pieces as stars that wait at the layer they are at."""
-        size = HANDED.get(chunk.rows.device.type, HANDED["cuda"])
+        size = batch_size(HANDED, chunk.rows.device)
         return [chunk.split([block.closed()]) for part in pieces.all() for block in part.blocks(size)]
 
     @staticmethod
     def _numbers(chunk: Chunk, room: float) -> int:
         """Numbers that may be at work at once."""
-        return int(max(1, min(room / NUMBER_BYTES, NUMBERS.get(chunk.rows.device.type, NUMBERS["cuda"]))))
+        return int(max(1, min(room / NUMBER_BYTES, batch_size(NUMBERS, chunk.rows.device))))
 
     def _bytes(self, chunk: Chunk) -> float:
         """Bytes of a piece of the chunk as a star of its own, at this layer or the next."""

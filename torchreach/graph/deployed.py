@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchreach.core.errors import OptionError, ShapeError
-from torchreach.core.roundoff import SINGLE, gamma
+from torchreach.core.roundoff import SINGLE, floor_log2, gamma
 from torchreach.core.terms import Kernels
 from torchreach.graph.kernels import IntegerSums, Pairing, Unfolded
 from torchreach.graph.layers import ElementwiseAffine, Rearrange, Reshape, fan_in
@@ -350,7 +350,7 @@ class Softmax(Operation):
         counts = off >= self.least
         terms = exponential(high_product(torch.where(counts, off, 0) << self.shift, self.multiplier))
         total = torch.where(counts, divided(terms, 12), 0).sum(-1, keepdim=True)
-        head = 31 - torch.floor(torch.log2(total.double())).to(torch.int64)  # leading zeros of 32 bits
+        head = 31 - floor_log2(total)  # leading zeros of 32 bits
         over = reciprocal((total << head) - 2**31)
         result = divided(high_product(over, terms), (12 - head + 23).expand_as(terms)) + self.grid.lowest
         return torch.where(counts, result, self.grid.lowest).clamp(self.grid.lowest, self.grid.highest)

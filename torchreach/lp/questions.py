@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from torchreach.core.clock import NO_LIMIT, Clock
+from torchreach.core.memory import batch_size
 from torchreach.lp.halfspaces import Sets
 from torchreach.lp.interior_point import factor, maximize
 from torchreach.lp.problem import LPBatch, LPSolution, for_each
@@ -161,5 +162,5 @@ def solve(
 
 def slices(count: int, numbers: int, device: torch.device) -> Iterator[slice]:
     """Slices of a batch of `count` elements of `numbers` numbers each."""
-    size = max(1, NUMBERS.get(device.type, NUMBERS["cuda"]) // max(1, numbers))
+    size = max(1, batch_size(NUMBERS, device) // max(1, numbers))
     return (slice(i, i + size) for i in range(0, max(count, 1), size))

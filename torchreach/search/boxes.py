@@ -25,6 +25,8 @@ from torch import Tensor
 from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.core.errors import ShapeError
 from torchreach.core.masks import lengths
+from torchreach.core.memory import batch_size
+from torchreach.core.roundoff import floor_log2
 from torchreach.domains.box_difference import FirstBounds, first_bounds, quick_bounds
 from torchreach.domains.crown import NUMBERS
 from torchreach.domains.difference import Takes, checked_boxes
@@ -45,7 +47,9 @@ FEW, SMALL = 40, 8
 CREDIT, REGIONS, GROWTH = 12000, 8, 2.45
 FINISHED = 1024  # boxes that `finish` gets in one round at most
 # Boxes halved in one round at most, and undecided neurons in all of them, 8 more counted for each box.
-BATCH, ROUND, PART = 2048, 2**15, 0.5
+BATCH, ROUND = {"cpu": 2048, "cuda": 4096}, {"cpu": 2**15, "cuda": 2**20}
+# Only boxes with this part of the largest excess are halved, but as many on an accelerator, where they cost no time.
+PART, FEWEST = 0.5, {"cpu": 1, "cuda": 1024}
 # Copies of the open boxes that one round holds at most.
 COPIES = 3
 WORKING = 96  # copies of one layer's coefficients that bounding boxes holds at most, and that the allocator keeps
@@ -65,7 +69,7 @@ def search_boxes(
     constraints: Constraints | None = None,
     finish: Finish | None = None,
     memory: float = torch.inf,
-    batch: int = BATCH,
+    batch: int | None = None,
     starts: int = 8,
     seed: int = 0,
     root: FirstBounds | None = None,
@@ -77,7 +81,8 @@ def search_boxes(
         constraints: the part of the box that counts; witnesses lie in it.
         finish: bounds boxes of few undecided neurons (`FEW`), instead of halving them.
         memory: bytes of open boxes beyond which it ends, open, instead of halving more.
-        batch: boxes halved at a time, at most. starts, seed: of the witness search that comes first (`ascend`).
+        batch: boxes halved at a time, at most; by default what suits the device. starts, seed: of the witness search
+            that comes first (`ascend`).
         root: `first_bounds` of the box, where they are at hand.
         clock: looked at in every chunk of boxes; when it is over, the state so far is the last one. OutOfTime only at
             the first state, and only without `root`.
@@ -90,7 +95,8 @@ def search_boxes(
     root = first_bounds(both, low, high, clock=clock, memory=memory / 2) if root is None else root
     caps = root.upper
     best = ascend(both, low, high, constraints, starts=starts, seed=seed, clock=clock)
-    work = _Work(both, best, question, constraints, finish, clock, memory, batch, int((low < high).sum()))
+    most = batch or batch_size(BATCH, low.device)
+    work = _Work(both, best, question, constraints, finish, clock, memory, most, int((low < high).sum()))
     try:
         left = work.bounded(low, high, caps, low.new_zeros(1, both.hidden, dtype=torch.int8), root.joint)
     except OutOfTime:
@@ -176,8 +182,8 @@ class _Work:
     finish: Finish | None
     clock: Clock
     memory: float
-    most: int = BATCH
-    varying: int = 0
+    most: int
+    varying: int
 
     def __post_init__(self) -> None:
         # Of boxes by the logarithm of their undecided neurons: how many were bounded in difference coordinates too, and
@@ -192,9 +198,10 @@ class _Work:
         Only those with a good part of the largest excess, so that it stays best first.
         """
         self.rounds += 1
-        large = int((excess >= PART * excess.max()).sum())
-        mean = float(left.undecided.mean())
-        return max(min(2 ** min(self.rounds, 30), self.most, large, int(ROUND / (mean + 8))), 1)
+        large = (excess >= PART * excess.max()).sum().double()
+        large, mean = torch.stack((large, left.undecided.double().mean())).tolist()
+        few, room = (batch_size(sizes, excess.device) for sizes in (FEWEST, ROUND))
+        return max(min(2 ** min(self.rounds, 30), self.most, max(int(large), few), int(room / (mean + 8))), 1)
 
     def divide(self, old: Boxes) -> Boxes:
         """Halves of boxes, or their exact ranges."""
@@ -248,7 +255,7 @@ class _Work:
         for part in signs.split(sizes, 1):
             most = torch.maximum(most, (part == 0).sum(1))
         most, order = most.sort()
-        numbers = int(min(NUMBERS, self.memory / (8 * WORKING)) // (2 * self.both.widest))
+        numbers = int(min(batch_size(NUMBERS, low.device), self.memory / (8 * WORKING)) // (2 * self.both.widest))
         parts = []
         for index in order.split(lengths(most.tolist(), numbers)):
             chunk = low[index], high[index], caps[index], signs[index]
@@ -314,7 +321,7 @@ class _Work:
 
     @staticmethod
     def _classes(undecided: Tensor) -> Tensor:
-        return (undecided + 1).log2().long()
+        return floor_log2(undecided + 1)
 
 
 def one_box(both: Takes, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:

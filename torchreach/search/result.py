@@ -15,11 +15,12 @@ from torch import Tensor
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.errors import OptionError
 from torchreach.core.evidence import Evidence
+from torchreach.core.memory import batch_size
 from torchreach.core.roundoff import gamma
 from torchreach.core.terms import Reason
 from torchreach.domains.pair import Activate
 
-NUMBERS = 1 << 19  # in the layers of the points that are replayed between two looks at the clock
+NUMBERS = {"cpu": 1 << 19, "cuda": 1 << 25}  # in the layers of points replayed between two looks at the clock
 GOALS = ("signed", "outputs", "largest", "above")
 # Certified upper bounds [B, 2, N_out] over boxes [B, N_in] (inf where it gave up, -inf where there is no such
 # input), inputs [B, 2, N_out, N_in] that nearly attain them, and how many regions there were.
@@ -180,7 +181,7 @@ class Best:
         """x: [B, N_in] first candidates, at least one, the best first. clock: once it is over, few are replayed."""
         self.compared, self.low, self.high, self.constraints = compared, low, high, constraints
         self.met = Evidence(x.new_full((2, compared.outputs), torch.inf), low.expand(2, compared.outputs, -1))
-        self.clock, self.size = clock, max(NUMBERS // compared.features, 1)
+        self.clock, self.size = clock, max(batch_size(NUMBERS, x.device) // compared.features, 1)
         self.offer(x)
 
     def offer(self, x: Tensor) -> None:

@@ -24,6 +24,7 @@ Axis letters: R branches, N undecided neurons of a layer.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor
 
 from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime
+from torchreach.core.memory import batch_size
 from torchreach.domains.difference import CHUNK, Backward, difference_bounds
 from torchreach.domains.hexagon import Hexagon
 from torchreach.domains.pair import Pair
@@ -47,6 +49,8 @@ ROOT_STEPS, STEPS, LEAF_STEPS, LAYER_STEPS = 150, 30, 200, 40
 ROUNDED_STEPS, ROUNDED_DECAY = 60, 0.94
 LAYER = 0.1  # share of the time that is left for better bounds of a layer
 ROOT_DECAY, DECAY, LEAF_DECAY = 0.98, 0.92, 0.98
+# Branches split at a time: twice as many every round, up to so many.
+FIRST, BATCH = 64, {"cpu": 64, "cuda": 1024}
 COPIES = 4  # of the open branches that one round holds at most
 WORKING = 24  # copies of a neuron's vertices that a descent holds at most
 VERTICES, ROUNDED_VERTICES = 11, 4  # of a neuron's graph, and how many times as many of a rounded one
@@ -162,7 +166,7 @@ def search_signs(
     *,
     constraints: Constraints | None = None,
     memory: float = torch.inf,
-    batch: int = 64,
+    batch: int | None = None,
     starts: int = 24,
     seed: int = 0,
     root: tuple[Hexagon, ...] | None = None,
@@ -177,7 +181,8 @@ def search_signs(
     Args:
         constraints: witnesses lie in this part of the box; bounds hold for all of it.
         memory: bytes of open branches beyond which it ends, open, instead of splitting more.
-        batch: branches split at a time. starts, seed: of the witness search that comes first (`ascend`).
+        batch: most branches split at a time; by default what suits the device. starts, seed: of the witness search
+            that comes first (`ascend`).
         root: `difference_bounds` of the box, where they are at hand.
         stairs: of each hidden layer, where networks round (`RelaxedDifference.staircases`); then with `root`.
         best: what is attained, where the pair itself attains nothing; else witnesses are searched.
@@ -224,8 +229,13 @@ def search_signs(
         return left.bytes * COPIES > memory or clock.over
 
     left = bounded(packed, None, torch.arange(2 * n, device=low.device), output.sides[0].flatten())
-    most = min(batch, max(limit // 2, 1))
-    yield from best_first(left, divide, question, best.met, batch=lambda *_: most, full=full)
+    most = min(batch or batch_size(BATCH, low.device), max(limit // 2, 1))
+    rounds = itertools.count()
+
+    def size(*_: object) -> int:
+        return min(FIRST << min(next(rounds), 30), most)
+
+    yield from best_first(left, divide, question, best.met, batch=size, full=full)
 
 
 def _rows(vertices: int, memory: float, layers: list[Tensor]) -> int:

@@ -21,10 +21,13 @@ of bits, E crossing edges.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from torchreach.core.roundoff import floor_log2
 
 # Children are grouped into batches whose vertex counts round up to the same multiple of this.
 SLOTS = 16
@@ -190,8 +193,7 @@ class PolytopeBatch:
         sign = torch.where(child < len(self), 1.0, -1.0).to(plane.dtype)
         bit = bit[parent]
         word = (bit != 0).to(torch.uint8).argmax(1)
-        # a power of two below 2^63 is exact in float64
-        number = bit.amax(1).double().log2().long() + _bits(bit.dtype) * word
+        number = floor_log2(bit.amax(1)) + _bits(bit.dtype) * word
         missing = int(number.max()) + 1 - self.facets.shape[1]
         facets = self.facets[parent]
         if missing > 0:
@@ -282,6 +284,8 @@ def merge(batches: list[PolytopeBatch]) -> PolytopeBatch:
     slots = max(b.vertices.shape[1] for b in batches)
     words = max(b.incidence.shape[2] for b in batches)
     word = max((b.incidence.dtype for b in batches), key=WORDS.index)
+    # Neighbours of one size are put together before they are padded: on an accelerator each step counts, not its size.
+    alike = [list(group) for _, group in groupby(batches, key=lambda b: b.vertices.shape[1])]
     facets = None
     if batches[0].facets is not None:
         numbers = max(b.facets.shape[1] for b in batches if b.facets is not None)
@@ -289,11 +293,17 @@ def merge(batches: list[PolytopeBatch]) -> PolytopeBatch:
             [pad(b.facets, (0, 0, 0, numbers - b.facets.shape[1])) for b in batches if b.facets is not None]
         )
     return PolytopeBatch(
-        torch.cat([_padded(b.vertices, slots) for b in batches]),
+        torch.cat([_padded(torch.cat([b.vertices for b in group]), slots) for group in alike]),
         torch.cat([b.count for b in batches]),
-        torch.cat([pad(_padded(b.incidence.to(word), slots), (0, words - b.incidence.shape[2])) for b in batches]),
+        torch.cat([_padded(torch.cat([_words(b.incidence, word, words) for b in group]), slots) for group in alike]),
         facets,
     )
+
+
+def _words(incidence: Tensor, word: torch.dtype, words: int) -> Tensor:
+    """[S, K, words] of that type."""
+    missing = words - incidence.shape[2]
+    return pad(incidence.to(word), (0, missing)) if missing else incidence.to(word)
 
 
 def _padded(rows: Tensor, slots: int) -> Tensor:

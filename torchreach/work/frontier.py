@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime
-from torchreach.core.memory import Ledger, size_of
+from torchreach.core.memory import Ledger, batch_size, size_of
 from torchreach.core.options import Budget
 from torchreach.core.roundoff import gamma
 from torchreach.domains.zonotope import Bounds, relu_band, zonotope_bounds
@@ -29,7 +29,7 @@ from torchreach.graph.steps import Step
 log = logging.getLogger(__name__)
 
 # Stars per chunk: enough to hide the cost of launching an operation, few enough to stay in cache.
-CHUNK = {"cpu": 1024, "cuda": 65536}
+CHUNK = {"cpu": 1024, "cuda": 1 << 18}
 # Numbers in the affine maps of one chunk.
 NUMBERS = {"cpu": 1 << 24, "cuda": 1 << 28}
 # What a step takes while it runs, in multiples of the tensors it is given and returns, and what the allocator keeps.
@@ -131,9 +131,9 @@ class Frontier:
         self.device = device
         self.dim = dim
         largest_map = (1 + dim) * max(step.features for step in steps)
-        self.limit = engine.load * CHUNK.get(device.type, CHUNK["cuda"])
+        self.limit = engine.load * batch_size(CHUNK, device)
         # Affine maps of many variables are large: fewer stars then fill the same memory.
-        self.limit = max(8, min(self.limit, NUMBERS.get(device.type, NUMBERS["cuda"]) // largest_map))
+        self.limit = max(8, min(self.limit, batch_size(NUMBERS, device) // largest_map))
         self.groups: dict[tuple[int, int], _Group] = {}
         self.open = 0
         self.done = 0
@@ -323,7 +323,7 @@ class Frontier:
         if (1 + self.dim) * max(wide) > WIDEST:
             return 0
         generators = 1 + self.dim + sum(wide[:-1])
-        numbers = min(CLOSING.get(self.device.type, CLOSING["cuda"]), self.memory / CLOSING_BYTES)
+        numbers = min(batch_size(CLOSING, self.device), self.memory / CLOSING_BYTES)
         return int(max(1, numbers // (generators * max(wide))))
 
     def _bound(self, chunk: Any, clock: Clock) -> tuple[Tensor, Tensor]:
