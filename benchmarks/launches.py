@@ -29,6 +29,7 @@ CASES = (
     *("3_7 prop_3 full", "3_7 prop_3 full identical", "2_3 prop_3 full", "1_1 prop_3 full"),
     *("img3_p4_eps0.2", "img3_p25_eps0.02", "img3_p784_eps0.001"),
 )
+MEMORY = tr.Budget(memory=40e9)  # half of a card of 80 GB; the simulation has none of its own
 KINDS = ("launch", "read", "upload")
 
 
@@ -60,7 +61,7 @@ def measure(case: common.Case, method: str, where: bool) -> tuple[dict, Counts]:
     with counting():
         module, stars = module.to(NAME), stars.to(NAME)
         with counting(where=where) as counts:
-            found = tr.reach(module, stars, tr.Exact(method), keep_stars=False)
+            found = tr.reach(module, stars, tr.Exact(method), budget=MEMORY, keep_stars=False)
     launched = counts.of("launch")
     row = {
         "case": case.name,

@@ -15,6 +15,7 @@ from torch import nn
 
 import torchreach as tr
 from benchmarks import (
+    accelerator,
     budgets,
     common,
     deployed,
@@ -245,6 +246,23 @@ def test_launches_are_counted_with_the_lines_that_issue_them(tmp_path, capsys):
     assert row["launches"] == sum(number for kind, *_, number in row["events"] if kind == "launch") > row["reads"] > 0
     assert "torchreach/sets/polytope.py:" in capsys.readouterr().out
     assert launches.problems(row | {"regions": 5}) == ["1_1 prop_1 centre 0.02: 5 regions, expected 38"]
+
+
+def test_devices_are_compared_and_what_differs_is_noticed(tmp_path):
+    require_data("exact", "acasxu.json")
+    out = tmp_path / "out.json"
+    assert accelerator.main(["--work", "reach", "--case", "3_7 prop_3 full", "--repeats", "1", "--json", str(out)]) == 0
+    row = report(out)["rows"][0]
+    assert (row["device"], row["units"]) == ("cpu", 107)
+    here = accelerator.Outcome(5, (5,), torch.tensor([[1.0], [2.0]]))
+    assert accelerator.differences("x", here, here) == []
+    assert accelerator.differences("x", here, replace(here, exact=(6,))) == ["x: counts (6,), on the first (5,)"]
+    assert accelerator.differences("x", here, replace(here, ends=here.ends + 1)) == ["x: intervals 1 apart"]
+    searched = replace(here, exact=())
+    other = replace(searched, units=7, ends=torch.tensor([[1.5], [1.8]]))
+    assert accelerator.differences("x", searched, other) == []
+    apart = replace(other, ends=torch.tensor([[2.5], [2.8]]))
+    assert accelerator.differences("x", searched, apart) == ["x: intervals 0.5 apart"]
 
 
 def test_deployed_notices_a_sample_outside_and_a_witness_that_fails():
