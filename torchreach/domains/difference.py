@@ -26,9 +26,9 @@ Axis letters: B boxes, R rows (one objective each), N features.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from math import inf
 from typing import Protocol
 
 import torch
@@ -39,6 +39,7 @@ from torchreach.core.errors import InvalidNetworkError, InvalidSetError, ShapeEr
 from torchreach.core.masks import leading
 from torchreach.core.roundoff import gamma
 from torchreach.core.tolerances import COMPUTE_DTYPE
+from torchreach.domains import spectral
 from torchreach.domains.hexagon import ClosedPlanes, Graph, Hexagon, height, height_allowance, start_slopes
 from torchreach.domains.pair import Pair
 from torchreach.domains.smooth import CurvePlanes, activated
@@ -257,13 +258,19 @@ def _settled(hexagon: Hexagon, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def difference_bounds(
-    pair: Pair, lower: Tensor, upper: Tensor, *, clock: Clock = NO_LIMIT, memory: float = math.inf
+    pair: Pair,
+    lower: Tensor,
+    upper: Tensor,
+    *,
+    together: bool = False,
+    clock: Clock = NO_LIMIT,
+    memory: float = inf,
 ) -> tuple[Hexagon, ...]:
     """Certified bounds of z, z2 and z - z2 of every layer over B boxes; the last are y1, y2 and y1 - y2.
 
-    Args: lower, upper: [B, N_in], any floating dtype and device; they are exact in float64. clock: looked at in every
-        chunk of rows; OutOfTime when it is over, as there is no half-way answer. memory: bytes that zonotopes may take,
-        intervals taking their place.
+    Args: lower, upper: [B, N_in], any floating dtype and device; they are exact in float64. together: also by planes
+        that see the inputs of the first hidden layer together (`domains.spectral`), which takes seconds. clock: looked
+        at in every chunk of rows; OutOfTime when it is over. memory: of zonotopes, in bytes; intervals in their place.
 
     Method: zonotopes of either network, and intervals of z - z2 from the layer before; then, for neurons whose signs
         these leave open and for the outputs, backward bounds of all three, each the better of `Backward.best` and
@@ -276,7 +283,7 @@ def difference_bounds(
     lower, upper = checked_boxes(pair, lower, upper)
     per_box = max((pair.inputs + 1 + sum(step.features for step in pair.first)) * pair.widest, 1)
     parts = [
-        _bounds(pair, low, high, clock, memory)
+        _bounds(Backward(pair, low, high, clock=clock), clock, memory, together)
         for low, high in zip(lower.split(max(CHUNK // per_box, 1)), upper.split(max(CHUNK // per_box, 1)), strict=True)
     ]
     layers = zip(*parts, strict=True)
@@ -318,8 +325,8 @@ def checked_boxes(pair: Takes, lower: Tensor, upper: Tensor) -> tuple[Tensor, Te
     return lower, upper
 
 
-def _bounds(pair: Pair, lower: Tensor, upper: Tensor, clock: Clock, memory: float) -> tuple[Hexagon, ...]:
-    work, layers = Backward(pair, lower, upper, clock=clock), []
+def _bounds(work: Backward, clock: Clock, memory: float, together: bool) -> tuple[Hexagon, ...]:
+    pair, layers = work.pair, []
     zonotopes: list[Bounds] = []
     for k in range(pair.depth):
         last, rows = k == pair.depth - 1, torch.arange(len(pair.b[k]), device=pair.device)
@@ -333,7 +340,7 @@ def _bounds(pair: Pair, lower: Tensor, upper: Tensor, clock: Clock, memory: floa
             rows = rows if last else pair.open(k, hexagon).any(0).nonzero().flatten()
             if len(rows):
                 old = hexagon.map(lambda part, rows=rows: part[:, rows])
-                hexagon = hexagon.replaced(rows, _by_rows(work, rows, clock).within(old).tightened())
+                hexagon = hexagon.replaced(rows, _by_rows(work, rows, clock, together).within(old).tightened())
         if k < pair.shared:
             zero = torch.zeros_like(hexagon.dl)
             hexagon = hexagon.with_difference(zero, zero).tightened()
@@ -417,7 +424,7 @@ def interval_difference(pair: Pair, lower: Tensor, upper: Tensor) -> Hexagon:
     return before
 
 
-def _by_rows(work: Backward, rows: Tensor, clock: Clock) -> Hexagon:
+def _by_rows(work: Backward, rows: Tensor, clock: Clock, together: bool = False) -> Hexagon:
     """Backward bounds [B, R] of the neurons `rows` [R] of the first layer not yet added."""
     pair, k, size = work.pair, len(work.hexagons), len(work.lower)
     limit = max(CHUNK // (6 * SPREAD * size * max(maps.widest for maps in pair.maps[: k + 1])), 1)
@@ -429,6 +436,8 @@ def _by_rows(work: Backward, rows: Tensor, clock: Clock) -> Hexagon:
         P, Q = (part[:, some] for part in work.errors[k])
         constant, error = torch.cat((b, b - db, db)), torch.cat((P, P + Q, Q), 1)
         value = _either(work, torch.cat((alpha, -alpha))[None], torch.cat((beta, -beta))[None])
+        if together:
+            value = torch.minimum(value, spectral.above(work, W, V, D).flatten(1))
         value = value + torch.cat((constant, -constant)) + error.repeat(1, 2)
         parts.append(value.expand(size, -1).reshape(size, 6, -1))
     u1, u2, du, l1, l2, dl = torch.cat(parts, 2).unbind(1)

@@ -194,7 +194,12 @@ def search_signs(
     question = question or Question()
     low, high = one_box(pair, lower, upper)
     n = pair.outputs
-    *hidden, output = difference_bounds(pair, low, high, clock=clock, memory=memory / 2) if root is None else root
+    root = difference_bounds(pair, low, high, clock=clock, memory=memory / 2) if root is None else root
+    if best is None:
+        best = ascend(pair, low, high, constraints, starts=starts, seed=seed, clock=clock)
+    if not stairs and bool((root[-1].sides[0] > question.enough(best.met.lower)).any()):
+        root = _closer(pair, low, high, root, memory, clock)
+    *hidden, output = root
     work = Backward(pair, low, high)
     for k, hexagon in enumerate(hidden):
         own = stairs[k] if stairs else None
@@ -202,8 +207,6 @@ def search_signs(
             hexagon = _tightened(pair, work, hexagon, own, memory, clock)
         work.add(hexagon, own and own.limited(hexagon))
     net = Reduced(pair, work)
-    if best is None:
-        best = ascend(pair, low, high, constraints, starts=starts, seed=seed, clock=clock)
     eye = torch.eye(n, dtype=low.dtype, device=low.device)
     objectives = torch.cat((torch.zeros_like(torch.cat((eye, eye))), torch.cat((eye, -eye))), 1)
     packed = [h.expand(2 * n, -1, -1) for h in net.root]
@@ -273,6 +276,17 @@ def _bounded(
     bounds, news, splits, ats, more = zip(*parts, strict=True)
     joined = [torch.cat(layer, 1) for layer in zip(*news, strict=True)]
     return torch.cat(bounds), joined, torch.cat(splits), torch.cat(ats), torch.cat(more)
+
+
+def _closer(
+    pair: Pair, low: Tensor, high: Tensor, root: tuple[Hexagon, ...], memory: float, clock: Clock
+) -> tuple[Hexagon, ...]:
+    """The bounds `root`, and those that see the inputs together where there is time for them."""
+    try:
+        found = difference_bounds(pair, low, high, together=True, clock=clock, memory=memory / 2)
+    except OutOfTime:
+        return root
+    return tuple(new.within(old).tightened() for new, old in zip(found, root, strict=True))
 
 
 def _tightened(
