@@ -576,7 +576,8 @@ def test_the_original_of_a_deployed_network_may_be_read_as_executed(dtype):
     found = tr.discrepancy(original, small, stars, arithmetic="executed")
     assert bool((found.upper >= real.upper).all())
     assert found.status == ("bounded",)
-    assert found.reasons == ("rounding",)  # what was closed is so no longer
+    # what was closed is so no longer; kernels of processors with VNNI leave codes open besides
+    assert found.reasons == (("rounding",) if real.status == ("exact",) else real.reasons)
     inputs = samples(stars, 3000)
     with torch.no_grad():
         y = original(inputs.to(dtype)).double() - small(inputs.float()).double()

@@ -58,10 +58,8 @@ def test_the_spread_holds_in_rational_arithmetic(seed):
     for r in range(2):
         weights = [Fraction(value) for value in omega[0, r].tolist()]
         for x in corners(6).long().tolist():
-            squares = (
-                w * sum(a * k for a, k in zip(row, x, strict=True)) ** 2 for w, row in zip(weights, rows, strict=True)
-            )
-            assert sum(squares) <= Fraction(float(spread[r]))
+            values = [sum(a * k for a, k in zip(row, x, strict=True)) for row in rows]
+            assert sum(w * v**2 for w, v in zip(weights, values, strict=True)) <= Fraction(float(spread[r]))
 
 
 def test_numbers_that_overflow_say_nothing():
