@@ -7,7 +7,6 @@ difference lies outside of the certified range, or a witness does not replay.
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -60,23 +59,27 @@ def on_engine(engine: str, make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def differences(original: nn.Module, small: nn.Module, x: Tensor) -> Tensor:
+    """y1 - y2 of inputs in the copy's own dtype; kernels of codes take float32."""
+    dtype = next((parameter.dtype for parameter in small.parameters()), torch.float32)
     with torch.no_grad():
-        parts = [original(part.double()) - small(part).double() for part in x.float().split(10_000)]
+        parts = [original(part.double()) - small(part).double() for part in x.to(dtype).split(10_000)]
     return torch.cat(parts)
 
 
-def measure(name: str, kernels: dict[str, nn.Module], original: nn.Module, image: int, shape: tuple, args) -> dict:
-    """One row of the table."""
-    pixels, eps = shape
-    images = paper_networks.ten_images()[0]
-    stars = tr.StarBatch.from_image(images[image : image + 1], eps, block(pixels))
-    small = kernels[ENGINES[0]]
+def certify(
+    original: nn.Module, copies: dict[str, nn.Module], stars: tr.StarBatch, args, gap: float | None = None
+) -> dict[str, Any]:
+    """Certified and attained difference from the first copy on one star, and what inputs of it show on each copy.
+
+    The copies are one network, by the engine that executes it.
+    """
+    small = next(iter(copies.values()))
     budget = tr.Budget(seconds=args.seconds)
     found, timing = common.measure(
-        lambda: tr.discrepancy(original, small, stars, budget=budget), repeats=args.repeats, warmup=0
+        lambda: tr.discrepancy(original, small, stars, budget=budget, gap=gap), repeats=args.repeats, warmup=0
     )
     outside, largest, replayed = 0, 0.0, True
-    for engine, network in kernels.items():
+    for engine, network in copies.items():
         count = max(int(args.samples * SHARE.get(engine, 1)), 1)
         y = differences(original, network, stars.sample(count, seed=len(engine))[0])
         outside += int(((y < found.range_lower[0] - 1e-9) | (y > found.range_upper[0] + 1e-9)).any(1).sum())
@@ -84,10 +87,6 @@ def measure(name: str, kernels: dict[str, nn.Module], original: nn.Module, image
         y = differences(original, network, found.witness[0]).diagonal().abs()
         replayed &= bool((y >= found.lower[0] - 1e-6).all())
     return {
-        "network": name,
-        "image": image,
-        "pixels": pixels,
-        "eps": eps,
         "method": found.stats.method,
         "status": found.status[0].value,
         "cells": int(found.regions),
@@ -101,11 +100,30 @@ def measure(name: str, kernels: dict[str, nn.Module], original: nn.Module, image
     }
 
 
-def problems(row: dict[str, Any]) -> list[str]:
-    """What this row shows to be wrong."""
-    what = f"{row['network']}, image {row['image']}, {row['pixels']} pixels"
+def measure(name: str, kernels: dict[str, nn.Module], original: nn.Module, image: int, shape: tuple, args) -> dict:
+    """One row of the table."""
+    pixels, eps = shape
+    images = paper_networks.ten_images()[0]
+    stars = tr.StarBatch.from_image(images[image : image + 1], eps, block(pixels))
+    row = {"network": name, "image": image, "pixels": pixels, "eps": eps}
+    return row | certify(original, kernels, stars, args)
+
+
+def calibrated(engine: str) -> nn.Module:
+    """The paper's weights, calibrated on its ten images, packed for `engine`."""
+    float_network, images = paper_networks.published_pair()[0], paper_networks.ten_images()[0]
+    return on_engine(engine, lambda: paper_networks.deployed(float_network, images.float()))
+
+
+def refuted(what: str, row: dict[str, Any]) -> list[str]:
+    """What inputs show to be wrong with a certificate and its witnesses."""
     found = [f"{what}: {row['outside']} samples outside of the certified range"] if row["outside"] else []
     return found if row["replayed"] else [*found, f"{what}: a witness does not replay"]
+
+
+def problems(row: dict[str, Any]) -> list[str]:
+    """What this row shows to be wrong."""
+    return refuted(f"{row['network']}, image {row['image']}, {row['pixels']} pixels", row)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -117,16 +135,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     common.headline(args)
     paper_networks.quiet()
-    float_network = paper_networks.published_pair()[0]
-    images = paper_networks.ten_images()[0]
-    double = copy.deepcopy(float_network).double()
+    double = paper_networks.published_pair()[0].double()
     makers = {
-        "shipped": lambda: paper_networks.published_pair()[1],
-        "calibrated": lambda: paper_networks.deployed(float_network, images.float()),
+        "shipped": lambda engine: on_engine(engine, lambda: paper_networks.published_pair()[1]),
+        "calibrated": calibrated,
     }
     rows = []
     for name, make in makers.items():
-        kernels = {engine: on_engine(engine, make) for engine in ENGINES}
+        kernels = {engine: make(engine) for engine in ENGINES}
         for image in args.images:
             for shape in SETS:
                 if shape[0] in args.pixels:

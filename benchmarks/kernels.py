@@ -50,6 +50,14 @@ def trained(network: nn.Sequential, x: Tensor, y: Tensor, epochs: int = 8) -> nn
     return network.eval()
 
 
+def pooling() -> nn.Sequential:
+    """Two convolutions and an average pooling, of pictures [B, 1, 8, 8]."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(128, 10)),
+    )
+
+
 def int8(network: nn.Sequential, data: Tensor, *, per_channel: bool = True) -> nn.Module:
     """Eager-mode int8 copy with the full range of codes, packed for the engine in use."""
     weight = eager.default_per_channel_weight_observer if per_channel else eager.default_weight_observer
@@ -158,15 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(0)
     x, y = digits()
     dense = trained(nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), x, y)
-    pooled = trained(
-        nn.Sequential(
-            *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()),
-            *(nn.Flatten(), nn.Linear(128, 10)),
-        ),
-        x,
-        y,
-        epochs=4,
-    )
+    pooled = trained(pooling(), x, y, epochs=4)
     cases: list[tuple[str, nn.Sequential, Tensor, tr.StarBatch]] = [
         ("digits, dense, 4 pixels", dense, x, pixels(x[0], 0.02, 2)),
         ("digits, dense, 64 pixels", dense, x, pixels(x[1], 0.02, 8)),

@@ -44,6 +44,13 @@ def networks() -> dict[str, tuple[nn.Sequential, nn.Module]]:
     return found
 
 
+def differ(y: Tensor, z: Tensor, confidence: float) -> Tensor:
+    """[B]: whether scores y and z [B, N_out] have two labels where y is sure to `confidence`; a tie is no label."""
+    single = [scores.topk(2).values.diff()[:, 0] < 0 for scores in (y, z)]
+    sure = y.softmax(1).amax(1) >= confidence
+    return (y.argmax(1) != z.argmax(1)) & sure & single[0] & single[1]
+
+
 def wrong(original: nn.Module, small: nn.Module, x: Tensor, eps: float, found: tr.Audit, count: int) -> int:
     """How many answers an input contradicts, of `count` random ones in each set; ties do not count."""
     g, bad = torch.Generator().manual_seed(1), 0
@@ -52,10 +59,8 @@ def wrong(original: nn.Module, small: nn.Module, x: Tensor, eps: float, found: t
         points = found.witness[b : b + 1] if answer is tr.Answer.NOT_EQUIVALENT else near.clamp(0, 1)
         with torch.no_grad():
             y, z = original(points.double()), small(points.float()).double()
-        p, top = found.confidence or 0.0, z.topk(2).values
-        counts = (y.softmax(1).amax(1) >= p) & (top[:, 0] > top[:, 1])
-        differ = (y.argmax(1) != z.argmax(1)) & counts
-        bad += bool(differ.any()) if answer is tr.Answer.EQUIVALENT else False
+        differing = differ(y, z, found.confidence or 0.0)
+        bad += bool(differing.any()) if answer is tr.Answer.EQUIVALENT else False
         bad += not bool((y.argmax(1) != z.argmax(1)).all()) if answer is tr.Answer.NOT_EQUIVALENT else False
     return bad
 

@@ -5,6 +5,9 @@ so that a tool that ends it is recorded as having failed, and imports are not ti
 CPU seconds and, for each tool, its median divided by that of torchreach in the same run. `--baseline` adds another
 version of torchreach.
 
+Where the data folder has the published lists of VeryDiff or NNEquiv (`peer_lists.py`), torchreach answers them too,
+beside what is recorded of these tools; they are not run.
+
     Veritex: https://github.com/Shaddadi/veritex    nnenum: https://github.com/stanleybak/nnenum
 """
 
@@ -26,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from torch import nn
 
-from benchmarks import common
+from benchmarks import common, peer_lists
 
 RUNNER = Path(__file__).with_name("peer_runner.py")
 CASES = [
@@ -174,6 +177,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--case", action="append", help="case, may be repeated (default: eight of them)")
     parser.add_argument("--seconds", type=float, default=600.0, help="limit of one run (default: 600)")
     parser.add_argument("--core", type=int, help="pin every run to this core")
+    parser.add_argument("--section", action="append", choices=("regions", *peer_lists.READERS),
+                        help="only this one; may be repeated (default: those with data)")  # fmt: skip
+    parser.add_argument("--list", help="only this published list, such as acas-prune-0.05")
+    parser.add_argument("--total", type=float, default=600.0, help="seconds for each peer's lists (default: 600)")
+    parser.add_argument("--samples", type=int, default=10_000, help="of each answer of a list (default: 10000)")
     args = parser.parse_args(argv)
     if args.threads != 1:
         parser.error("peers are compared on one thread; --threads must be 1")
@@ -185,11 +193,21 @@ def main(argv: list[str] | None = None) -> int:
                 parser.error(f"--{tool}: no folder {path}")
             tools[tool] = [getattr(args, f"{tool}_python", sys.executable), str(path.resolve())]
     common.headline(args)
-    rows = []
-    for case in common.choose(common.acasxu_cases(10**9), args.case or CASES):
-        rows += compare(case, tools, args)
-    common.show(rows, COLUMNS, "CPU seconds, one thread", "ratio: median CPU seconds, divided by torchreach's")
-    return common.finish("peers", args, rows, problems(rows))
+    folder = common.require_folder()
+    sections = args.section or ["regions", *(peer for peer in peer_lists.READERS if (folder / peer).is_dir())]
+    rows, wrong = [], []
+    if "regions" in sections:
+        for case in common.choose(common.acasxu_cases(10**9), args.case or CASES):
+            rows += compare(case, tools, args)
+        common.show(rows, COLUMNS, "CPU seconds, one thread", "ratio: median CPU seconds, divided by torchreach's")
+        wrong += problems(rows)
+    for peer in (peer for peer in peer_lists.READERS if peer in sections):
+        found, lines = peer_lists.run(peer, args)
+        common.show(found, peer_lists.COLUMNS, f"Published lists of {peer}", peer_lists.NOTE)
+        common.show(lines, peer_lists.SUMMARY, f"Lists of {peer}")
+        wrong += [f"{row['instance']}, {row['asked']}: {problem}" for row in found for problem in row["problems"]]
+        rows += [*found, *({"summary": True, **line} for line in lines)]
+    return common.finish("peers", args, rows, wrong)
 
 
 if __name__ == "__main__":

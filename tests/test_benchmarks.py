@@ -27,6 +27,7 @@ from benchmarks import (
     launches,
     peers,
     split_counts,
+    table,
 )
 from tests.data import require_data
 from tests.networks import from_arrays, random_network
@@ -296,3 +297,26 @@ def test_an_answer_about_labels_that_samples_contradict_is_counted():
     swapped = {tr.Answer.EQUIVALENT: tr.Answer.NOT_EQUIVALENT}
     lied = replace(found, answer=tuple(swapped.get(one, one) for one in found.answer))
     assert labels.wrong(network, small, x, 0.0, lied, 2) == found.count(tr.Answer.EQUIVALENT) > 0
+
+
+def test_the_table_says_what_is_met(tmp_path, capsys, request):
+    require_data("fnn_repair", "scaling.json")
+    out = tmp_path / "out.json"
+    rows = ["weights-0.02", "deployed-16", *(["cnn"] if request.config.getoption("--slow") else []), "mnist"]
+    command = ["--rows", *rows, "--images", "7", "--seconds", "0.3", "--samples", "100", "--stars", "40"]
+    assert table.main([*command, "--json", str(out)]) == 0
+    found = [row for row in report(out)["rows"] if not row.get("summary")]
+    assert list(dict.fromkeys(row["key"] for row in found)) == rows
+    assert all(row["certified"] >= row["attained"] > 0 for row in found[:-1])
+    assert found[-1]["image"] == "img3_p784_eps0.0005"
+    assert "0 of 1" in capsys.readouterr().out
+
+
+def test_a_row_of_the_table_counts_what_is_within_the_goal():
+    rows = [{"ratio": ratio, "CPU s": 1.0} for ratio in (1.0, 1.1, 3.0)]
+    line = table.summary(table.TABLE["weights-0.05"], rows)
+    assert (line["now"], line["median"], line["met"]) == ("1 .. 3", 1.1, "2 of 3")
+    faster = table.summary(table.TABLE["mnist"], [{"speed-up": 120.0, "CPU s": 1.0}, {"speed-up": 90.0, "CPU s": 2.0}])
+    assert (faster["now"], faster["met"]) == ("90 .. 120", "1 of 2")
+    row = {"certified": 1.0, "attained": 2.0, "outside": 3, "replayed": True}
+    assert table.certified("0", row)["problems"] == ["image 0: 3 samples outside of the certified range"]
