@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +32,7 @@ from torchreach.core.memory import default_budget
 from torchreach.core.options import Budget, Exact, Search
 from torchreach.core.results import Answer, Discrepancy, Equivalence, Progress, ProgressCallback, Reason, Semantics
 from torchreach.core.roundoff import ball, round_down, round_up
+from torchreach.core.terms import Status
 from torchreach.core.tolerances import COMPUTE_DTYPE, Tolerances
 from torchreach.domains.pair import identical
 from torchreach.domains.zonotope import box_rows, interval_bounds, zonotope_bounds
@@ -189,6 +191,64 @@ def _answers(yes: list[bool], no: list[bool]) -> tuple[Answer, ...]:
     )
 
 
+class _LeadSearch:
+    """The largest lead over a label in one network on one star: an interval, and an input that attains its lower end.
+
+    margin: no more is asked about a lead than whether it certainly stays below -margin.
+    """
+
+    def __init__(self, lead: nn.Module, star: StarBatch, margin: float, budget: Budget, clock: Clock) -> None:
+        self.lead, self.star, self.margin, self.budget, self.clock = lead, star, margin, budget, clock
+        self.compared = steps(lead, star.shape, dtype=COMPUTE_DTYPE, device=star.device, smooth=True)
+        self.lower, self.upper, self.x = -math.inf, math.inf, star.center[0]
+        self.work: StarSearch | None = None
+        self.open = True  # whether more time may tell more
+
+    @property
+    def branches(self) -> int:
+        return 0 if self.work is None or self.work.state is None else self.work.state.branches
+
+    def run(self, turn: Clock, report: Callable[[SearchResult], None]) -> None:
+        """Goes on until it is answered, or `turn` is over."""
+        memory = self.budget.memory or default_budget(self.star.device)
+        try:
+            if self.work is None:
+                question = Question("above", threshold=NEGATIVE - self.margin)
+                self.work = StarSearch(self.lead, None, self.star, question, Search(), memory=memory, clock=self.clock)
+            self.work.run(lambda state: self._enough(state, turn, report))
+        except UnsupportedLayerError as error:
+            log.info("no difference bounds: %s", error)
+            limits = Budget(stars=self.budget.stars, memory=self.budget.memory)
+            found = reach_within(turn, self.lead, self.star, Exact(), budget=limits, keep_stars=False)
+            at = int(found.attained_upper[0].argmax())
+            self.lower, self.upper = float(found.attained_upper.max()), float(found.upper.max())
+            self.x, self.open = found.argmax[0, at], found.status[0] is not Status.EXACT
+            return
+        except OutOfTime:
+            low, high, _ = self.star.bounding_box()
+            middle, radius = ball(low, high)
+            self.upper = float(interval_bounds(self.compared, middle[:, None], radius)[-1][1].max())
+            self.open = False
+            return
+        state = self.work.state
+        assert state is not None
+        self.open = not self.work.over and not self._answered(state) and not self._spent(state)
+        self.x = self.work.space.features(state.witness[0, state.lower[0].argmax()]).to(self.star.dtype)
+        y, error = replay(self.compared, self.x[None])
+        self.lower, self.upper = float((y - error).max()), float(state.upper[0].max())
+
+    def _enough(self, state: SearchResult, turn: Clock, report: Callable[[SearchResult], None]) -> bool:
+        """Whether the search has to stop; reports progress."""
+        report(state)
+        return turn.over or self._spent(state) or self._answered(state)
+
+    def _spent(self, state: SearchResult) -> bool:
+        return self.budget.stars is not None and state.branches >= self.budget.stars
+
+    def _answered(self, state: SearchResult) -> bool:
+        return state.closed or float(state.lower[0].max()) >= -self.margin
+
+
 @dataclass
 class _Labels:
     """The same-label question, star by star."""
@@ -308,57 +368,27 @@ class _Labels:
         return missed < 0, missed == -math.inf
 
     def _constant(self, s: int, clock: Clock) -> tuple[bool, Tensor | None]:
-        """Whether both networks give the star's label everywhere; and inputs [B, *shape] that show another."""
-        star, label = self.stars.select([s]), int(self.label[s])
-        tops, others = [], []
-        for i, network in enumerate((self.original, self.compressed)):
-            margin = float(self.margin[i, s])
-            part = clock.part(0.0 if others else clock.left / (2 - i))
-            lower, upper, x = self._leads(network, star, label, part, margin)
-            tops.append(upper + margin)
-            if lower - margin > float(self.lower[s]):
-                self.lower[s], self.witness[s] = lower - margin, x
-            if lower >= 0:
-                others.append(x)
-        self.upper[s] = max(*tops, float(self.lower[s]))
-        return bool(self.upper[s] < 0), torch.stack(others) if others else None
+        """Whether both networks give the star's label everywhere; and inputs [B, *shape] that show another.
 
-    def _leads(
-        self, network: nn.Module, star: StarBatch, label: int, clock: Clock, margin: float
-    ) -> tuple[float, float, Tensor]:
-        """Interval around the largest lead over `label`, and an input that attains its lower end.
-
-        margin: no more is asked about a lead than whether it certainly stays below -margin.
+        Each network has half of the time first, then those that are open have what is left.
         """
-        lead = self._lead(network, label)
-        memory = self.budget.memory or default_budget(star.device)
-        question = Question("above", threshold=NEGATIVE - margin)
-        compared = steps(lead, star.shape, dtype=COMPUTE_DTYPE, device=star.device, smooth=True)
-        try:
-            work = StarSearch(lead, None, star, question, Search(), memory=memory, clock=clock)
-            work.run(lambda state: self._enough(state, clock, margin))
-        except UnsupportedLayerError as error:
-            log.info("no difference bounds: %s", error)
-            limits = Budget(stars=self.budget.stars, memory=self.budget.memory)
-            found = reach_within(clock, lead, star, Exact(), budget=limits, keep_stars=False)
-            at = int(found.attained_upper[0].argmax())
-            return float(found.attained_upper.max()), float(found.upper.max()), found.argmax[0, at]
-        except OutOfTime:
-            low, high, _ = star.bounding_box()
-            middle, radius = ball(low, high)
-            return -math.inf, float(interval_bounds(compared, middle[:, None], radius)[-1][1].max()), star.center[0]
-        state = work.state
-        assert state is not None
-        self.branches += state.branches
-        x = work.space.features(state.witness[0, state.lower[0].argmax()]).to(star.dtype)
-        y, error = replay(compared, x[None])
-        return float((y - error).max()), float(state.upper[0].max()), x
-
-    def _enough(self, state: SearchResult, clock: Clock, margin: float) -> bool:
-        """Whether the search for a lead has to stop; reports progress."""
-        self._report(state)
-        spent = self.budget.stars is not None and state.branches >= self.budget.stars
-        return clock.over or spent or state.closed or float(state.lower[0].max()) >= -margin
+        star, label = self.stars.select([s]), int(self.label[s])
+        both = [
+            _LeadSearch(self._lead(network, label), star, float(self.margin[i, s]), self.budget, clock)
+            for i, network in enumerate((self.original, self.compressed))
+        ]
+        for turn in range(2):
+            for i, search in enumerate(both):
+                shown = any(other.lower >= 0 for other in both if other is not search)
+                if turn == 0 or (search.open and not shown):
+                    search.run(clock.part(0.0 if shown else clock.left / (2 - i)), self._report)
+        self.branches += sum(search.branches for search in both)
+        for search in both:
+            if search.lower - search.margin > float(self.lower[s]):
+                self.lower[s], self.witness[s] = search.lower - search.margin, search.x
+        others = [search.x for search in both if search.lower >= 0]
+        self.upper[s] = max(*(search.upper + search.margin for search in both), float(self.lower[s]))
+        return bool(self.upper[s] < 0), torch.stack(others) if others else None
 
     def _semantics(self) -> Semantics:
         if self.kinds != (None, None):
