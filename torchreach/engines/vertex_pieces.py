@@ -176,6 +176,11 @@ class Chunk:
         return [(self.rows[p.star], _facets(p), self.origin[p.star]) for p in self.pieces]
 
 
+    def corners(self) -> list[tuple[Tensor, Tensor]]:
+        """(vertices [S', K, M], origin [S']) of groups of stars, unused slots repeating the first vertex."""
+        return [(p.body.vertices[:, :, 1:], self.origin[p.star]) for p in self.pieces]
+
+
 def _facets(pieces: Pieces) -> Tensor:
     assert pieces.body.facets is not None
     return pieces.body.facets
