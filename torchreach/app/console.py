@@ -16,7 +16,8 @@ from torch import Tensor
 
 from torchreach.app.verdict import Verdict, open_reasons, star_status, uncovered, work, worst_first
 from torchreach.core.outward import at_least, at_most, counted, span
-from torchreach.core.results import Attribution, Discrepancy, Equivalence, Progress, RepairStep
+from torchreach.core.repaired import RepairStep
+from torchreach.core.results import Attribution, Discrepancy, Equivalence, Progress
 from torchreach.core.terms import Kernels, Status
 
 if TYPE_CHECKING:

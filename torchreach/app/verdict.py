@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from torchreach.core.outward import at_least, at_most, counted
-from torchreach.core.results import Discrepancy, RepairResult, ended
+from torchreach.core.repaired import RepairResult
+from torchreach.core.results import Discrepancy, ended
 from torchreach.core.terms import Reason, Status
 
 # Relative gap of two ends that no reader can tell apart, as in a deployed network's EXACT.

@@ -1,0 +1,103 @@
+"""The iterations of a repair that solve: of a float network its last layer, of a deployed one its biases."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from torch import Tensor
+
+from torchreach.core.clock import Clock, OutOfTime
+from torchreach.core.options import Budget
+from torchreach.core.repaired import Conflict
+from torchreach.core.terms import Made
+from torchreach.core.tolerances import Tolerances
+from torchreach.training.evaluations import Evaluations
+from torchreach.training.fit import Data
+from torchreach.training.keep import Keep
+from torchreach.training.solve import LayerSolver
+from torchreach.training.students import Student, WeightStudent
+
+log = logging.getLogger(__name__)
+
+# Share of the time left that enumerating and solving may take; the certificate has the rest.
+SOLVING = 0.6
+# Share, and absolute, to which a certificate meets the least value.
+CLOSE = 1e-6
+
+
+class Solving:
+    """Solves a student's last layer, round by round where its regions are too many to enumerate.
+
+    Attributes:
+        done: whether another round would bring nothing.
+        least, conflicts: of the last layer that was solved; see `core.repaired.RepairResult`.
+    """
+
+    def __init__(
+        self,
+        evaluations: Evaluations,
+        student: Student,
+        keep: tuple[Keep, ...],
+        data: Data | None,
+        clock: Clock,
+        seed: int,
+    ) -> None:
+        self.evaluations, self.student, self.keep, self.data = evaluations, student, keep, data
+        self.clock, self.seed = clock, seed
+        self.done = False
+        self.least: Tensor | None = None
+        self.conflicts: tuple[Conflict, ...] = ()
+        self.solver: LayerSolver | None = None
+
+    def again(self) -> None:
+        """The layers before the last have changed."""
+        self.done, self.solver = False, None
+
+    def iterate(self, iteration: int) -> None:
+        """One round: solve, write, certify; goes back if that came no closer to the target."""
+        began, evaluations, student = time.monotonic(), self.evaluations, self.student
+        assert isinstance(student, WeightStudent)
+        part = self.clock.share(SOLVING)
+        try:
+            if self.solver is None:
+                self.solver = self._solver(student, part)
+            outcome = self.solver.solve(evaluations.goal.limits(evaluations.history[0].discrepancy), part)
+        except OutOfTime:
+            log.info("repair: no time to solve the last layer")
+            self.done = True
+            return
+        self.least, self.conflicts = outcome.least, outcome.conflicts
+        if outcome.matrix is None:
+            log.warning("repair: no last layer keeps what is to be kept; the conflicts of the result say which inputs")
+            self.done = True
+            return
+        self.solver.layer.write(outcome.matrix)
+        student.adopt()
+        better = evaluations.take(student.network, iteration, Made.SOLVED, began, clock=self.clock)
+        found = evaluations.history[-1].discrepancy
+        if better:
+            student.keep()
+        else:
+            student.go_back()
+        # All vertices are known, or what is certified is what no layer undercuts.
+        close = bool((found.upper.amax(0) <= outcome.least * (1 + CLOSE) + CLOSE).all())
+        self.done = self.solver.complete or close
+        if not self.done:
+            self.solver.witness(found.witness)
+
+    def _solver(self, student: WeightStudent, clock: Clock) -> LayerSolver:
+        evaluations = self.evaluations
+        budget = evaluations.budget or Budget()
+        return LayerSolver(
+            evaluations.original,
+            student.network,
+            evaluations.stars,
+            student.constraints,
+            keep=self.keep,
+            data=self.data,
+            budget=Budget(stars=budget.stars, memory=budget.memory),
+            tolerances=evaluations.tolerances or Tolerances(),
+            clock=clock,
+            seed=self.seed,
+        )
