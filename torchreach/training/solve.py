@@ -68,6 +68,7 @@ class LayerSolver:
     Raises: as `LastLayer`, `merge` and `reach`.
     """
 
+    @torch.no_grad()
     def __init__(
         self,
         original: nn.Module,
@@ -116,6 +117,7 @@ class LayerSolver:
         self.rigid = rigid
         self.kept = [(self.layer.features(inputs), y) for inputs, y in kept]
 
+    @torch.no_grad()
     def witness(self, x: Tensor) -> None:
         """Takes inputs [S, B, *shape] of each star among the points."""
         star = torch.arange(len(x), device=x.device).repeat_interleave(x.shape[1])
@@ -124,6 +126,7 @@ class LayerSolver:
         self.features = torch.cat((self.features, self.layer.features(x)))
         self.wanted = torch.cat((self.wanted, evaluated(self.original, x)))
 
+    @torch.no_grad()
     def solve(self, limits: Limits | None, clock: Clock) -> Outcome:
         """The layer within `limits` [S, N] of y1 - y2, or as close to them as any is; None: of the least |y1 - y2|.
 
