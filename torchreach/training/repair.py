@@ -168,9 +168,11 @@ def repair(
         for iteration in range(1, iterations + 1):
             if evaluations.best.satisfied or clock.over:
                 break
-            if solver is not None and not solver.done:
+            # Biases are moved once the scales of activations are fitted, which a first iteration does.
+            first = iteration == 1 and solver is not None and solver.deployed
+            if solver is not None and not solver.done and not first:
                 solver.iterate(iteration)
-            elif method == "solve":
+            elif method == "solve" and not first:
                 break
             else:
                 retraining.iterate(iteration, clock, limit)

@@ -14,6 +14,7 @@ from torchreach.core.terms import Made
 from torchreach.core.tolerances import Tolerances
 from torchreach.training.evaluations import Evaluations
 from torchreach.training.fit import Data
+from torchreach.training.int8_student import DeployedStudent
 from torchreach.training.keep import Keep
 from torchreach.training.solve import LayerSolver
 from torchreach.training.students import Student, WeightStudent
@@ -29,7 +30,11 @@ CLOSE = 1e-6
 class Solving:
     """Solves a student's last layer, round by round where its regions are too many to enumerate.
 
+    The outputs of a deployed network are moved by its int32 biases, which costs nothing, to where the certified range of
+    y1 - y2 lies around zero.
+
     Attributes:
+        deployed: whether the student rounds its activations.
         done: whether another round would bring nothing.
         least, conflicts: of the last layer that was solved; see `core.repaired.RepairResult`.
     """
@@ -45,7 +50,7 @@ class Solving:
     ) -> None:
         self.evaluations, self.student, self.keep, self.data = evaluations, student, keep, data
         self.clock, self.seed = clock, seed
-        self.done = False
+        self.deployed, self.done = isinstance(student, DeployedStudent), False
         self.least: Tensor | None = None
         self.conflicts: tuple[Conflict, ...] = ()
         self.solver: LayerSolver | None = None
@@ -57,6 +62,9 @@ class Solving:
     def iterate(self, iteration: int) -> None:
         """One round: solve, write, certify; goes back if that came no closer to the target."""
         began, evaluations, student = time.monotonic(), self.evaluations, self.student
+        if isinstance(student, DeployedStudent):
+            self._shift(student, iteration, began)
+            return
         assert isinstance(student, WeightStudent)
         part = self.clock.share(SOLVING)
         try:
@@ -85,6 +93,19 @@ class Solving:
         self.done = self.solver.complete or close
         if not self.done:
             self.solver.witness(found.witness)
+
+    def _shift(self, student: DeployedStudent, iteration: int, began: float) -> None:
+        """Moves every output by the middle of its certified range over all stars, as long as that comes closer."""
+        best = self.evaluations.best.discrepancy
+        middle = (best.range_lower.amin(0) + best.range_upper.amax(0)) / 2
+        if not bool(middle.isfinite().all()) or not student.shift(middle):
+            self.done = True
+            return
+        if self.evaluations.take(student.network, iteration, Made.SHIFTED, began, clock=self.clock):
+            student.keep()
+        else:
+            student.go_back()
+            self.done = True
 
     def _solver(self, student: WeightStudent, clock: Clock) -> LayerSolver:
         evaluations = self.evaluations
