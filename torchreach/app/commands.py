@@ -303,6 +303,7 @@ def _repair(
             compressed,
             inputs.stars,
             target=target,
+            method=options.by,
             alpha=options.alpha,
             iterations=options.iterations,
             training=RepairOptions(epochs=options.epochs, learning_rate=options.rate),

@@ -52,7 +52,9 @@ class Live:
         bound = at_most(float(step.discrepancy.upper.max()), 4)
         accuracy = "" if step.accuracy is None else f", accuracy {100 * step.accuracy:.1f} %"
         claim = step.discrepancy.claim
-        self.write(f"{self.what}: iteration {step.iteration}, {claim} max |y1 - y2| <= {bound}{accuracy}")
+        self.write(
+            f"{self.what}: iteration {step.iteration} ({step.method}), {claim} max |y1 - y2| <= {bound}{accuracy}"
+        )
 
 
 @dataclass

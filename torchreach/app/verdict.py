@@ -103,7 +103,7 @@ def repair_verdict(result: RepairResult, target: float) -> Verdict:
     after = compare_verdict(kept)
     before = at_most(float(result.before.upper.max()))
     text = f"{kept.claim} |y1 - y2| <= {at_most(after.upper)} for every input, target {target:.5g}, {before} before"
-    how = f"{counted(result.history[-1].iteration, 'iteration')}; {effort(kept)}"
+    how = f"{counted(result.history[-1].iteration, 'iteration')}, {result.method}; {effort(kept)}"
     if kept.uncovered:
         state, start, text = State.UNCOVERED, "not covered", f"{uncovered(kept)}; {text}"
     elif result.satisfied:

@@ -113,7 +113,7 @@ class DeployedStudent:
     def shift(self, by: Tensor) -> bool:
         """Adds `by` [N] to the outputs before they are rounded, in the bias of the last layer; whether it has one.
 
-        Kernels keep biases in int32, in steps of the product of input and weight scales, so that next to nothing is lost.
+        Kernels keep biases in int32, in steps of the product of input and weight scales: next to nothing is lost.
         """
         bias = self.free.get(f"{max(map(int, self.names), default=0)}.bias")
         if bias is None or bias.numel() != by.numel():

@@ -30,8 +30,8 @@ CLOSE = 1e-6
 class Solving:
     """Solves a student's last layer, round by round where its regions are too many to enumerate.
 
-    The outputs of a deployed network are moved by its int32 biases, which costs nothing, to where the certified range of
-    y1 - y2 lies around zero.
+    The outputs of a deployed network are moved by its int32 biases, which costs nothing, to where the certified range
+    of y1 - y2 lies around zero.
 
     Attributes:
         deployed: whether the student rounds its activations.

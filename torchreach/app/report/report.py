@@ -160,6 +160,7 @@ def _step_dict(step: RepairStep) -> dict[str, Any]:
         "accuracy": step.accuracy,
         "loss": step.loss,
         "satisfied": step.satisfied,
+        "method": step.method,
     }
 
 
