@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +15,11 @@ from torch import Tensor, nn
 
 import torchreach as tr
 from tests.networks import DEVICES_SIM_SLOW
-from torchreach.compress.constraints import Constraints
+from tests.test_repair_deployed import boxes as deployed_boxes
+from tests.test_repair_deployed import dense, int8
+from torchreach.compress.constraints import Constraints, quantize_weights
 from torchreach.core.errors import InvalidNetworkError, OptionError, ShapeError, UnsupportedLayerError
+from torchreach.training.fit import run
 
 EXACT = tr.Exact(root_bounds="zonotope")
 SOLVE = partial(tr.repair, method="solve", target=None, exact=EXACT)
@@ -302,6 +307,39 @@ def test_projection_keeps_the_certificate_in_a_training_loop():
     assert torch.equal(kept, student[-1].weight)  # what holds already changes nothing
     missed = tr.project(original, student, boxes(), 1e-6, constraints=constraints, exact=EXACT)
     assert not missed.within(1e-6)
+
+
+def test_the_example_of_the_docs_keeps_its_certificate() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "training.md").read_text()
+    _, code = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names: dict = {}
+    with torch.random.fork_rng(devices=[]):
+        exec(compile(code, "docs/training.md", "exec"), names)
+    assert max(names["certificates"]) <= 0.05
+    assert tr.discrepancy(names["original"], names["student"], names["stars"], EXACT).within(0.05)
+
+
+# -- deployed networks --------------------------------------------------------------------------------
+
+
+def test_biases_of_a_deployed_network_move_its_outputs_and_samples_stay_inside():
+    original = dense()
+    given = quantize_weights(original, 6)
+    with torch.no_grad():
+        given[-1].bias += 0.3
+    calibration = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
+    data = calibration, original(calibration).detach()
+    stars = deployed_boxes()
+    result = tr.repair(original, int8(given, inputs=calibration), stars, target=None, method="solve", data=data)
+    made = [step.method for step in result.history]
+    assert made[:3] == [tr.Made.GIVEN, tr.Made.CALIBRATED, tr.Made.SHIFTED]
+    assert result.method is tr.Made.SHIFTED
+    assert float(result.after.upper.max()) < 0.6 * float(result.history[1].discrepancy.upper.max())
+    again = tr.discrepancy(original, result.network, stars)
+    torch.testing.assert_close(again.upper, result.after.upper, rtol=0, atol=1e-6)
+    for s, x in enumerate(stars.sample(2000, 1)):
+        off = (run(original, x) - run(result.network, x)).abs().amax(0)
+        assert bool((off <= result.after.upper[s] + 1e-5).all())
 
 
 # -- wrong input --------------------------------------------------------------------------------------
