@@ -111,10 +111,11 @@ def test_least_value_is_that_of_an_independent_program_over_points_of_the_same_s
         assert float(result.least[n]) <= 1.05 * below + 1e-6
 
 
-@pytest.mark.parametrize("compress", [partial(tr.prune_weights, fraction=0.4), partial(tr.quantize_weights, bits=4)])
-def test_certificate_equals_the_least_value(compress):
+@pytest.mark.parametrize("free", [False, True])
+def test_certificate_equals_the_least_value(free):
     original = network(1)
-    result = SOLVE(original, compress(original), boxes())
+    small = tr.quantize_weights(original, 4) if free else tr.prune_weights(original, 0.4)
+    result = SOLVE(original, small, boxes(), constraints=Constraints({}, {}) if free else None)
     assert result.method is tr.Made.SOLVED
     torch.testing.assert_close(result.after.upper.amax(0), result.least, rtol=0, atol=1e-6)
     assert bool((result.after.upper.amax(0) >= result.least - 1e-12).all())
@@ -134,9 +135,17 @@ def test_zeros_grids_and_hidden_layers_stay_and_nothing_given_changes():
     assert bool((repaired[-1].weight[pruned[-1].weight == 0] == 0).all())
     assert torch.equal(repaired[0].weight, pruned[0].weight)
     assert all(torch.equal(value, before[name]) for name, value in pruned.state_dict().items())
-    on_grid = SOLVE(original, rounded, boxes()).network
-    assert torch.equal(on_grid[-1].weight, rounded[-1].weight)  # only the bias is no code
-    assert not torch.equal(on_grid[-1].bias, rounded[-1].bias)
+    found = SOLVE(original, rounded, boxes())
+    Constraints.read(rounded).check(found.network)
+    step = rounded[-1].weight_scale
+    moved = (found.network[-1].weight - rounded[-1].weight) / step
+    assert float((moved - moved.round()).abs().max().detach()) < 1e-9
+    assert float(moved.abs().max().detach()) == pytest.approx(1)  # by other codes, each at most one step away
+    assert float(found.after.upper.max()) < 0.7 * float(found.before.upper.max())
+    assert bool((found.after.upper.amax(0) >= found.least).all())
+    limit = 0.95 * float(found.before.upper.max())
+    near = SOLVE(original, rounded, boxes(), target=tr.Target.bounds(-limit, limit))
+    assert near.satisfied
 
 
 def test_target_within_reach_is_met_with_the_least_change_and_otherwise_missed_with_a_proof():

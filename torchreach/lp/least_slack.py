@@ -72,6 +72,10 @@ class LeastSlack:
         self.highs.addRows(size, below, bounds.astype(np.float64), full.size, starts, index, full.ravel())
         self.rows += size
 
+    def limit(self, variable: int, low: float, high: float) -> None:
+        """Keeps a variable in [low, high]."""
+        self.highs.changeColBounds(variable, low, high)
+
     def solve(self, clock: Clock) -> Slack:
         """The optimum. Raises OutOfTime; RuntimeError if HiGHS fails."""
         clock.check()

@@ -59,14 +59,13 @@ class LastLayer:
         grid = constraints.grids.get(names[id(linear.weight)])
         self.grid = grid if isinstance(grid, Grid) else None
         free = torch.ones_like(self.weight, dtype=torch.bool) if mask is None else mask.to(self.weight.device) != 0
-        fixed = self.grid is not None or not self.weight.requires_grad
         bias = self.bias is not None and self.bias.requires_grad
-        columns = torch.zeros_like(free) if fixed else free
+        columns = free if self.weight.requires_grad else torch.zeros_like(free)
         self.free = torch.cat((columns, torch.full_like(free[:, :1], bias)), 1).to(device)
         if not bool(self.free.any(1).all()):
             raise InvalidNetworkError(
                 "solving needs free numbers for every output of the last layer (a bias, or weights that are neither "
-                f"masked, frozen nor on a grid), got none for outputs {(~self.free.any(1)).nonzero()[:, 0].tolist()}"
+                f"masked nor frozen), got none for outputs {(~self.free.any(1)).nonzero()[:, 0].tolist()}"
             )
         # What goes into the layer, in float64: the real-valued function of the weights that are stored.
         hidden = nn.Sequential(*(copy.deepcopy(layer) for layer in layers[:-1]))
@@ -82,6 +81,25 @@ class LastLayer:
         weight = self.weight.detach().to(self.free.device, COMPUTE_DTYPE)
         bias = torch.zeros_like(weight[:, :1]) if self.bias is None else self.bias.detach().to(weight)[:, None]
         return torch.cat((weight, bias), 1)
+
+    @property
+    def off_grid(self) -> Tensor:
+        """[N, F] entries that are free and lie on no grid."""
+        if self.grid is None:
+            return self.free
+        bias = torch.zeros_like(self.free)
+        bias[:, -1] = True
+        return self.free & bias
+
+    def codes(self, within: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Of a layer on a grid: its steps [N, F], 0 for the bias; lowest and highest code `within` steps of the present."""
+        assert self.grid is not None
+        weight = self.matrix[:, :-1]
+        step = torch.broadcast_to(self.grid.scale.to(weight), weight.shape)
+        now = (weight / step).round()
+        ends = [(now + sign * within).clamp(self.grid.lowest, self.grid.highest) for sign in (-1, 1)]
+        step, low, high = (torch.nn.functional.pad(part, (0, 1)) for part in (step, *ends))
+        return step, (low, high)
 
     def features(self, x: Tensor) -> Tensor:
         """[P, F] at x [P, *shape], float64."""

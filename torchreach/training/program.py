@@ -144,6 +144,25 @@ class LayerProgram:
             left, first = [j for j, *_ in work], False
         return layer
 
+    def rounded(self, step: Tensor, codes: tuple[Tensor, Tensor], clock: Clock) -> Tensor:
+        """A layer [N, F] on a grid, of small slack: weights go to codes one by one, the rest is solved again each time.
+
+        step: [N, F] of the grid, 0 for numbers that lie on none. codes: lowest and highest [N, F] to choose from.
+
+        Raises: OutOfTime.
+        """
+        work = [(j, step[j], codes[0][j], codes[1][j], clock) for j in range(len(self.outputs))]
+        return torch.stack(self._each(self._rounded, work)).to(self.start)
+
+    def excess(self, layer: Tensor) -> Tensor:
+        """[N] by how much `layer` exceeds its limits."""
+        points = self.points
+        y = points.features @ layer.to(COMPUTE_DTYPE).T
+        return torch.maximum(y - points.high, points.low - y).amax(0)
+
+    def _rounded(self, j: int, step: Tensor, lowest: Tensor, highest: Tensor, clock: Clock) -> Tensor:
+        return self.outputs[j].rounded(step, lowest, highest, clock)
+
     def _least(self, j: int, at: Tensor, sides: Tensor, clock: Clock) -> tuple[Tensor, float]:
         return self.outputs[j].least(at, sides, clock)
 
@@ -208,6 +227,23 @@ class _Output:
         found = self.program.solve(clock)
         self.multipliers = found.multipliers
         return self._layer(found.point), found.value
+
+    def rounded(self, step: Tensor, lowest: Tensor, highest: Tensor, clock: Clock) -> Tensor:
+        """On the rows known so far; what others exceed, the certificate shows."""
+        program, start = LeastSlack(len(self.free)), self.start[self.free].tolist()
+        program.add(self.rows, self.bounds, self.soft)
+        step, lowest, highest = step[self.free], lowest[self.free], highest[self.free]
+        size, low, high = step.tolist(), (step * lowest).tolist(), (step * highest).tolist()
+        on_grid = [k for k, one in enumerate(size) if one > 0]
+        for k in on_grid:
+            program.limit(k, low[k] - start[k], high[k] - start[k])
+        # Those that matter most first, so that many others can still make up for their rounding.
+        spread = self.points.features[:, self.free].abs().amax(0) * step
+        for k in sorted(on_grid, key=lambda k: -float(spread[k])):
+            change = float(program.solve(clock).point[k])
+            code = min(max(round((start[k] + change) / size[k]), round(low[k] / size[k])), round(high[k] / size[k]))
+            program.limit(k, code * size[k] - start[k], code * size[k] - start[k])
+        return self._layer(program.solve(clock).point)
 
     def gentlest(self, at: Tensor, sides: Tensor, slack: float, fit: Fit) -> Tensor:
         import cvxpy as cp

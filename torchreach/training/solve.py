@@ -38,6 +38,8 @@ from torchreach.verbs.corners import region_corners
 SAMPLED = 64
 # Room left to solvers within limits, relative to their size.
 ROOM = 1e-9
+# Steps by which a weight on a grid may move: few, so that the network stays near what it was elsewhere.
+CODES = 1
 
 Limits = tuple[Tensor, Tensor]
 
@@ -162,7 +164,24 @@ class LayerSolver:
                 conflicts = _proven(proofs)
         elif limits is not None:  # the least one is what was asked for
             conflicts = _proven(proofs)
-        return Outcome(program.gentlest(slack + give, self._fit(points, program.start), clock), least, conflicts)
+        if self.layer.grid is None:
+            matrix = program.gentlest(slack + give, self._fit(points, program.start), clock)
+        else:
+            matrix = self._on_grid(program, points, give, clock)
+        return Outcome(matrix, least, conflicts)
+
+    def _on_grid(self, program: LayerProgram, points: Points, give: Tensor, clock: Clock) -> Tensor:
+        """The layer with its weights on their grid: by the bias alone where that keeps the limits, else by other codes."""
+        matrix = self.layer.matrix
+        biases = LayerProgram(points, matrix, self.layer.off_grid, self.threads)
+        if bool(self.layer.off_grid.any(1).all()):
+            found = biases.least(clock)
+            matrix = biases.gentlest(found.slack + give, self._fit(points, biases.start), clock)
+            if bool((found.slack <= give).all()):
+                return matrix
+        rounded = program.rounded(*self.layer.codes(CODES), clock)
+        better = program.excess(rounded) < program.excess(matrix)
+        return torch.where(better[:, None], rounded, matrix)
 
     def _program(self, limits: Limits, soft: bool = False) -> tuple[LayerProgram, Points]:
         low, high = self.wanted - limits[1], self.wanted - limits[0]
