@@ -292,6 +292,21 @@ def test_many_inputs_are_solved_by_witnesses_to_the_least_value():
     assert float(result.after.upper.max()) == pytest.approx(float(result.least.max()), abs=1e-3)
 
 
+def test_earlier_layers_reach_what_the_last_alone_cannot_and_keep_zeros():
+    original = network(3)
+    pruned = tr.prune_weights(original, 0.5)
+    alone = SOLVE(original, pruned, boxes())
+    result = SOLVE(original, pruned, boxes(), layers=3, iterations=12)
+    assert float(result.after.upper.max()) < 0.9 * float(alone.least.max())
+    assert result.method is tr.Made.SOLVED
+    for k in (0, 2, 4):
+        assert bool((result.network[k].weight[pruned[k].weight == 0] == 0).all())
+    again = tr.discrepancy(original, result.network, boxes(), EXACT)
+    torch.testing.assert_close(again.upper, result.after.upper, rtol=0, atol=1e-9)
+    # the least value is that of the layers as they are returned
+    torch.testing.assert_close(result.after.upper.amax(0), result.least, rtol=0, atol=1e-6)
+
+
 # -- projection ---------------------------------------------------------------------------------------
 
 
@@ -358,6 +373,8 @@ def test_wrong_input_is_named():
     original = network()
     with pytest.raises(OptionError, match="method must be one of retrain, solve, auto, got 'guess'"):
         SOLVE(original, original, boxes(), method="guess")
+    with pytest.raises(OptionError, match="layers must be a positive integer, got 0"):
+        SOLVE(original, original, boxes(), layers=0)
     with pytest.raises(OptionError, match="a target is required .* got None"):
         SOLVE(original, original, boxes(), method="retrain")
     with pytest.raises(OptionError, match="keep requires method='solve' or 'auto'"):

@@ -92,7 +92,7 @@ class LastLayer:
         return self.free & bias
 
     def codes(self, within: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Of a layer on a grid: its steps [N, F], 0 for the bias; lowest and highest code `within` steps of the present."""
+        """Of a layer on a grid: its steps [N, F], 0 for the bias; lowest and highest code `within` steps of now."""
         assert self.grid is not None
         weight = self.matrix[:, :-1]
         step = torch.broadcast_to(self.grid.scale.to(weight), weight.shape)

@@ -69,6 +69,7 @@ def repair(
     evaluate: Callable[[nn.Module], float] | None = None,
     constraints: Constraints | None = None,
     seed: int = 0,
+    layers: int = 1,
     keep: Keep | Tensor | StarBatch | Sequence[Keep] | None = None,
     exact: Exact | None = None,
     budget: Budget | None = None,
@@ -113,6 +114,8 @@ def repair(
             where there are no labels).
         evaluate: accuracy of a network, recorded in the history.
         constraints: what keeps the network compressed; by default `Constraints.read(compressed)`.
+        layers: when solving, how many linear layers from the end may change. Those before the last move by linear
+            programs with activation patterns held, a step at a time (`training.earlier_layer`), each step certified.
         keep: when solving, inputs to keep near the original: points, stars, or `Keep`s that name a tolerance.
         exact, budget, tolerances: of every `discrepancy`. While retraining each evaluation has the whole budget;
             solving and "auto" spend its seconds once, in all. A bounded evaluation reaches the target only if its
@@ -143,6 +146,7 @@ def repair(
     check_choice("loss", loss, LOSSES)
     check_positive("alpha", alpha)
     check_count("iterations", iterations)
+    check_count("layers", layers)
     if isinstance(data, tuple) and (len(data) != 2 or len(data[0]) != len(data[1])):
         sizes = " and ".join(str(len(part)) for part in data)
         raise ShapeError(f"data must be (inputs, labels) of equal length, got {sizes}")
@@ -164,7 +168,7 @@ def repair(
         student.keep()
         solver = None
         if method != "retrain":
-            solver = Solving(evaluations, student, keep, data, clock, seed)
+            solver = Solving(evaluations, student, keep, data, clock, seed, layers)
         for iteration in range(1, iterations + 1):
             if evaluations.best.satisfied or clock.over:
                 break

@@ -128,6 +128,13 @@ class LayerSolver:
         self.features = torch.cat((self.features, self.layer.features(x)))
         self.wanted = torch.cat((self.wanted, evaluated(self.original, x)))
 
+    def points(self, limits: Limits | None) -> Points:
+        """The points of the stars with `limits` [S, N] of y1 - y2; None: 0."""
+        zero = torch.zeros_like(self.wanted)
+        low, high = (zero, zero) if limits is None else (limit.to(zero)[self.star] for limit in limits)
+        soft = torch.ones_like(self.features[:, 0])
+        return Points(self.x, self.features, self.wanted - high, self.wanted - low, soft)
+
     @torch.no_grad()
     def solve(self, limits: Limits | None, clock: Clock) -> Outcome:
         """The layer within `limits` [S, N] of y1 - y2, or as close to them as any is; None: of the least |y1 - y2|.
@@ -171,7 +178,7 @@ class LayerSolver:
         return Outcome(matrix, least, conflicts)
 
     def _on_grid(self, program: LayerProgram, points: Points, give: Tensor, clock: Clock) -> Tensor:
-        """The layer with its weights on their grid: by the bias alone where that keeps the limits, else by other codes."""
+        """The layer, weights on their grid: by the bias alone where that keeps the limits, else by other codes."""
         matrix = self.layer.matrix
         biases = LayerProgram(points, matrix, self.layer.off_grid, self.threads)
         if bool(self.layer.off_grid.any(1).all()):

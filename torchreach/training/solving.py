@@ -12,6 +12,7 @@ from torchreach.core.options import Budget
 from torchreach.core.repaired import Conflict
 from torchreach.core.terms import Made
 from torchreach.core.tolerances import Tolerances
+from torchreach.training.earlier_layer import step_earlier
 from torchreach.training.evaluations import Evaluations
 from torchreach.training.fit import Data
 from torchreach.training.int8_student import DeployedStudent
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 SOLVING = 0.6
 # Share, and absolute, to which a certificate meets the least value.
 CLOSE = 1e-6
+# How far the numbers of an earlier layer move in one step at first, as a share of its largest weight; by what that is
+# divided after a step that came no closer, and the share of it at which the layer is left as it is.
+RADIUS, SHORTER, SHORTEST = 0.05, 4.0, 1e-2
 
 
 class Solving:
@@ -47,17 +51,25 @@ class Solving:
         data: Data | None,
         clock: Clock,
         seed: int,
+        layers: int,
     ) -> None:
         self.evaluations, self.student, self.keep, self.data = evaluations, student, keep, data
-        self.clock, self.seed = clock, seed
+        self.clock, self.seed, self.layers, self.radius = clock, seed, layers, RADIUS
+        self.depth = 1  # of the layer that the next round changes, counted from the end
         self.deployed, self.done = isinstance(student, DeployedStudent), False
         self.least: Tensor | None = None
         self.conflicts: tuple[Conflict, ...] = ()
         self.solver: LayerSolver | None = None
+        self.kept: tuple[LayerSolver | None, Tensor | None, tuple[Conflict, ...]] = (None, None, ())
+
+    def _next(self) -> None:
+        """The layer before the one that was last changed is next."""
+        self.depth, self.radius = self.depth + 1, RADIUS
+        self.done = self.depth > self.layers
 
     def again(self) -> None:
         """The layers before the last have changed."""
-        self.done, self.solver = False, None
+        self.done, self.solver, self.depth, self.radius = False, None, 1, RADIUS
 
     def iterate(self, iteration: int) -> None:
         """One round: solve, write, certify; goes back if that came no closer to the target."""
@@ -67,12 +79,20 @@ class Solving:
             return
         assert isinstance(student, WeightStudent)
         part = self.clock.share(SOLVING)
+        limits = evaluations.goal.limits(evaluations.history[0].discrepancy)
         try:
-            if self.solver is None:
-                self.solver = self._solver(student, part)
-            outcome = self.solver.solve(evaluations.goal.limits(evaluations.history[0].discrepancy), part)
+            if self.solver is not None and self.depth > 1:
+                points = self.solver.points(limits)
+                if not step_earlier(student.network, student.constraints, points, self.depth, self.radius, part):
+                    self._next()
+                    return
+                student.adopt()
+                self.solver = None
+            solver = self.solver = self.solver or self._solver(student, part)
+            outcome = solver.solve(limits, part)
         except OutOfTime:
             log.info("repair: no time to solve the last layer")
+            student.go_back()
             self.done = True
             return
         self.least, self.conflicts = outcome.least, outcome.conflicts
@@ -80,7 +100,7 @@ class Solving:
             log.warning("repair: no last layer keeps what is to be kept; the conflicts of the result say which inputs")
             self.done = True
             return
-        self.solver.layer.write(outcome.matrix)
+        solver.layer.write(outcome.matrix)
         student.adopt()
         better = evaluations.take(student.network, iteration, Made.SOLVED, began, clock=self.clock)
         found = evaluations.history[-1].discrepancy
@@ -88,11 +108,19 @@ class Solving:
             student.keep()
         else:
             student.go_back()
+            if self.depth > 1:  # what was solved were other layers than those that are kept
+                self.solver, (self.least, self.conflicts) = self.kept[0], self.kept[1:]
+                self.radius /= SHORTER
+        self.kept = self.solver, self.least, self.conflicts
+        if solver.complete and self.layers > 1:
+            if self.depth == 1 or self.radius < SHORTEST * RADIUS:
+                self._next()
+            return
         # All vertices are known, or what is certified is what no layer undercuts.
         close = bool((found.upper.amax(0) <= outcome.least * (1 + CLOSE) + CLOSE).all())
-        self.done = self.solver.complete or close
+        self.done = solver.complete or close
         if not self.done:
-            self.solver.witness(found.witness)
+            solver.witness(found.witness)
 
     def _shift(self, student: DeployedStudent, iteration: int, began: float) -> None:
         """Moves every output by the middle of its certified range over all stars, as long as that comes closer."""
