@@ -268,6 +268,9 @@ def test_auto_returns_no_worse_certificate_than_the_given_one_and_says_what_made
     assert str(result.method) in repr(result)
     if seconds is None:
         assert {step.method for step in result.history} >= {tr.Made.GIVEN, tr.Made.SOLVED, tr.Made.RETRAINED}
+        alone = SOLVE(original, pruned, boxes())
+        assert float(result.after.upper.max()) <= float(alone.after.upper.max()) + 1e-9
+        assert result.least is None or bool((result.after.upper.amax(0) >= result.least - 1e-12).all())
 
 
 def test_regions_that_are_too_many_are_solved_by_witnesses():

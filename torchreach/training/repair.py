@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -179,9 +180,17 @@ def repair(
             elif method == "solve" and not first:
                 break
             else:
-                retraining.iterate(iteration, clock, limit)
+                index, rescue = evaluations.index, None
+                if solver is not None and not solver.deployed:
+                    solver.again(kept=False)
+                    rescue = partial(solver.iterate, iteration)
+                retraining.iterate(iteration, clock, limit, rescue)
                 if solver is not None:
-                    solver.again()
+                    made = evaluations.best.method
+                    if evaluations.index != index and made is not Made.SOLVED:
+                        solver.again(kept=True)
+                    else:
+                        solver.done = True
         network = student.finished(compressed)
         harm = None if not keep else _harm(compressed, network, keep, evaluations, limit)
 

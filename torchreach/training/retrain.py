@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +38,17 @@ class Retraining:
         self.seeds = torch.Generator().manual_seed(seed)
         self.rate = 1.0
 
-    def iterate(self, iteration: int, clock: Clock, limit: Clock | None = None) -> None:
+    def iterate(
+        self,
+        iteration: int,
+        clock: Clock,
+        limit: Clock | None = None,
+        rescue: Callable[[], None] | None = None,
+    ) -> None:
         """One iteration: calibrates or trains, certifies, and goes back if that came no closer to the target.
 
         clock: ends the training; what is half trained is not worth an evaluation. limit: of the certificate.
+        rescue: is asked before it goes back: keeps what it can make better of the student, or goes back itself.
         """
         student, evaluations = self.student, self.evaluations
         began, error = time.monotonic(), None
@@ -62,9 +70,14 @@ class Retraining:
         made = Made.CALIBRATED if calibrated else Made.RETRAINED
         if evaluations.take(student.network, iteration, made, began, error, limit):
             student.keep()
+            return
+        kept = evaluations.index
+        if rescue is not None and not calibrated:
+            rescue()
         else:
             student.go_back()
-            self.rate = self.rate if calibrated else self.rate / 2
+        if evaluations.index == kept and not calibrated:
+            self.rate /= 2
 
 
 def _targets(y1: Tensor, y2: Tensor, last: Discrepancy, step: str, alpha: float) -> Tensor:

@@ -60,6 +60,7 @@ class Solving:
         self.least: Tensor | None = None
         self.conflicts: tuple[Conflict, ...] = ()
         self.solver: LayerSolver | None = None
+        self.trial = False  # whether the student is another than the best one before a round begins
         self.kept: tuple[LayerSolver | None, Tensor | None, tuple[Conflict, ...]] = (None, None, ())
 
     def _next(self) -> None:
@@ -67,9 +68,11 @@ class Solving:
         self.depth, self.radius = self.depth + 1, RADIUS
         self.done = self.depth > self.layers
 
-    def again(self) -> None:
-        """The layers before the last have changed."""
-        self.done, self.solver, self.depth, self.radius = False, None, 1, RADIUS
+    def again(self, kept: bool) -> None:
+        """The layers before the last have changed: for good, or for one round that may be undone."""
+        self.done, self.solver, self.depth, self.radius, self.trial = False, None, 1, RADIUS, not kept
+        if kept:
+            self.least, self.conflicts, self.kept = None, (), (None, None, ())
 
     def iterate(self, iteration: int) -> None:
         """One round: solve, write, certify; goes back if that came no closer to the target."""
@@ -95,9 +98,11 @@ class Solving:
             student.go_back()
             self.done = True
             return
+        trial, self.trial = self.trial or self.depth > 1, False
         self.least, self.conflicts = outcome.least, outcome.conflicts
         if outcome.matrix is None:
             log.warning("repair: no last layer keeps what is to be kept; the conflicts of the result say which inputs")
+            student.go_back()
             self.done = True
             return
         solver.layer.write(outcome.matrix)
@@ -108,9 +113,12 @@ class Solving:
             student.keep()
         else:
             student.go_back()
-            if self.depth > 1:  # what was solved were other layers than those that are kept
+            if trial:  # what was solved were other layers than those that are kept
                 self.solver, (self.least, self.conflicts) = self.kept[0], self.kept[1:]
                 self.radius /= SHORTER
+            if trial and self.depth == 1:
+                self.done = True
+                return
         self.kept = self.solver, self.least, self.conflicts
         if solver.complete and self.layers > 1:
             if self.depth == 1 or self.radius < SHORTEST * RADIUS:
