@@ -67,7 +67,7 @@ class Digits:
             "ten max": float(ten.max()),
             "least": None if result is None or result.least is None else float(result.least.max()),
             "held out": float(held.mean()),
-            "accuracy %": networks.accuracy(network, self.pictures),
+            "accuracy %": f"{networks.accuracy(network, self.pictures):.2f}",
             "|dW|": float((weights[0] - weights[1]).norm().detach()),
             "CPU s": seconds,
         }

@@ -14,12 +14,15 @@ from scipy.optimize import linprog
 from torch import Tensor, nn
 
 import torchreach as tr
+from tests.clocks import expiring
 from tests.networks import DEVICES_SIM_SLOW
 from tests.test_repair_deployed import boxes as deployed_boxes
 from tests.test_repair_deployed import dense, int8
 from torchreach.compress.constraints import Constraints, quantize_weights
+from torchreach.core.clock import NO_LIMIT, OutOfTime
 from torchreach.core.errors import InvalidNetworkError, OptionError, ShapeError, UnsupportedLayerError
 from torchreach.training.fit import run
+from torchreach.training.solve import LayerSolver
 
 EXACT = tr.Exact(root_bounds="zonotope")
 SOLVE = partial(tr.repair, method="solve", target=None, exact=EXACT)
@@ -271,6 +274,26 @@ def test_auto_returns_no_worse_certificate_than_the_given_one_and_says_what_made
         alone = SOLVE(original, pruned, boxes())
         assert float(result.after.upper.max()) <= float(alone.after.upper.max()) + 1e-9
         assert result.least is None or bool((result.after.upper.amax(0) >= result.least - 1e-12).all())
+
+
+@pytest.mark.parametrize("looks", [0, 1, 2, 4, 8])
+def test_programs_look_at_their_clock(looks):
+    original = network(8)
+    pruned = tr.prune_weights(original, 0.5)
+    solver = LayerSolver(
+        original,
+        pruned,
+        boxes(),
+        Constraints.read(pruned),
+        budget=tr.Budget(),
+        tolerances=tr.Tolerances(),
+        clock=NO_LIMIT,
+    )
+    before = solver.layer.matrix
+    with pytest.raises(OutOfTime):
+        solver.solve(None, expiring(looks))
+    assert torch.equal(solver.layer.matrix, before)
+    assert solver.solve(None, NO_LIMIT).matrix is not None
 
 
 def test_regions_that_are_too_many_are_solved_by_witnesses():

@@ -17,6 +17,7 @@ Axis letters: P points, N outputs, F features of the last layer's input (the las
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -138,7 +139,7 @@ class LayerProgram:
         while left:
             clock.check()
             violated = zip(left, self._violated(layer, slack, left), strict=True)
-            work = [(j, *rows, float(slack[j]), fit) for j, rows in violated if first or len(rows[0])]
+            work = [(j, *rows, float(slack[j]), fit, clock) for j, rows in violated if first or len(rows[0])]
             for (j, *_), w in zip(work, self._each(self._gentlest, work), strict=True):
                 layer[j] = w.to(layer)
             left, first = [j for j, *_ in work], False
@@ -166,8 +167,8 @@ class LayerProgram:
     def _least(self, j: int, at: Tensor, sides: Tensor, clock: Clock) -> tuple[Tensor, float]:
         return self.outputs[j].least(at, sides, clock)
 
-    def _gentlest(self, j: int, at: Tensor, sides: Tensor, slack: float, fit: Fit) -> Tensor:
-        return self.outputs[j].gentlest(at, sides, slack, fit)
+    def _gentlest(self, j: int, at: Tensor, sides: Tensor, slack: float, fit: Fit, clock: Clock) -> Tensor:
+        return self.outputs[j].gentlest(at, sides, slack, fit, clock)
 
     def _violated(self, layer: Tensor, slack: Tensor, outputs: list[int]) -> list[tuple[Tensor, Tensor]]:
         """Per output the worst violated points [R], and their sides [R]: 1 above `high`, -1 below `low`."""
@@ -245,7 +246,7 @@ class _Output:
             program.limit(k, code * size[k] - start[k], code * size[k] - start[k])
         return self._layer(program.solve(clock).point)
 
-    def gentlest(self, at: Tensor, sides: Tensor, slack: float, fit: Fit) -> Tensor:
+    def gentlest(self, at: Tensor, sides: Tensor, slack: float, fit: Fit, clock: Clock) -> Tensor:
         import cvxpy as cp
 
         self._add(at, sides)
@@ -257,8 +258,17 @@ class _Output:
         d: Any = cp.Variable(len(free))
         limits: list[Any] = [self.rows @ d <= self.bounds + self.soft * slack] if len(self.bounds) else []
         problem = cp.Problem(cp.Minimize(cp.sum_squares(root.T.cpu().numpy() @ d - aim.cpu().numpy())), limits)
-        problem.solve(solver=cp.CLARABEL, **CLARABEL)
+        clock.check()
+        limit = {"time_limit": max(clock.left, 1e-3)} if clock.limited else {}
+        try:
+            with warnings.catch_warnings():  # what is not accurate enough, the certificate shows
+                warnings.simplefilter("ignore", UserWarning)
+                problem.solve(solver=cp.CLARABEL, **CLARABEL, **limit)
+        except cp.SolverError as error:
+            clock.check()
+            raise RuntimeError(f"Clarabel failed on a program of {len(self.bounds)} rows: {error}") from error
         if d.value is None:
+            clock.check()
             raise RuntimeError(f"Clarabel did not finish a program of {len(self.bounds)} rows: {problem.status}")
         return self._layer(d.value)
 

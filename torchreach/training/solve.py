@@ -155,6 +155,7 @@ class LayerSolver:
         if rigid:
             return Outcome(None, least, _proven(proofs))
         conflicts: tuple[Conflict, ...] = ()
+        closest = program
         slack, give = found.slack, ROOM * (1 + self.wanted.abs().amax(0))
         if limits is not None and not bool((limits[0] == 0).all() and (limits[1] == 0).all()):
             asked = limits[0].to(zero)[self.star], limits[1].to(zero)[self.star]
@@ -174,11 +175,16 @@ class LayerSolver:
         if self.layer.grid is None:
             matrix = program.gentlest(slack + give, self._fit(points, program.start), clock)
         else:
-            matrix = self._on_grid(program, points, give, clock)
+            matrix = self._on_grid(closest, program, points, give, clock)
         return Outcome(matrix, least, conflicts)
 
-    def _on_grid(self, program: LayerProgram, points: Points, give: Tensor, clock: Clock) -> Tensor:
-        """The layer, weights on their grid: by the bias alone where that keeps the limits, else by other codes."""
+    def _on_grid(
+        self, closest: LayerProgram, program: LayerProgram, points: Points, give: Tensor, clock: Clock
+    ) -> Tensor:
+        """The layer, weights on their grid: by the bias alone where that keeps the limits, else by other codes.
+
+        closest: the program of the least |y1 - y2|, by which codes are chosen: wide limits would say nothing of most.
+        """
         matrix = self.layer.matrix
         biases = LayerProgram(points, matrix, self.layer.off_grid, self.threads)
         if bool(self.layer.off_grid.any(1).all()):
@@ -186,7 +192,7 @@ class LayerSolver:
             matrix = biases.gentlest(found.slack + give, self._fit(points, biases.start), clock)
             if bool((found.slack <= give).all()):
                 return matrix
-        rounded = program.rounded(*self.layer.codes(CODES), clock)
+        rounded = closest.rounded(*self.layer.codes(CODES), clock)
         better = program.excess(rounded) < program.excess(matrix)
         return torch.where(better[:, None], rounded, matrix)
 
