@@ -25,6 +25,7 @@ from benchmarks import (
     labels,
     launches,
     peers,
+    solve,
     split_counts,
 )
 from tests.data import require_data
@@ -278,3 +279,14 @@ def test_an_answer_about_labels_that_samples_contradict_is_counted():
     swapped = {tr.Answer.EQUIVALENT: tr.Answer.NOT_EQUIVALENT}
     lied = replace(found, answer=tuple(swapped.get(one, one) for one in found.answer))
     assert labels.wrong(network, small, x, 0.0, lied, 2) == found.count(tr.Answer.EQUIVALENT) > 0
+
+
+def test_solved_networks_are_certified_and_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solve, "SAMPLES", 1000)
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 2)).double()
+    star = tr.StarBatch.from_box(-torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64))
+    row = solve.acasxu_row("small", original, tr.prune_weights(original, 0.3), star)
+    assert row["outside"] == 0
+    assert row["after"] < row["before"]
+    assert row["after"] == pytest.approx(row["least"], abs=1e-6)
