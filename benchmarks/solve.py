@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = common.options(__doc__)
     parser.add_argument("--section", choices=("mnist", "acasxu", "deployed"), nargs="*", default=["mnist", "acasxu"])
     parser.add_argument("--networks", choices=("pruned", "int4"), nargs="*", default=["pruned", "int4"])
-    parser.add_argument("--epochs", type=int, default=1500, help="epochs of the long retraining (default: 1500)")
+    parser.add_argument("--epochs", type=int, default=1200, help="epochs of the long retraining (default: 1200)")
     parser.add_argument("--regions", type=int, default=20_000, help="most regions of an ACAS Xu box (default: 20000)")
     parser.add_argument("--iterations", type=int, default=6, help="iterations of the deployed repair (default: 6)")
     args = parser.parse_args(argv)
