@@ -125,7 +125,8 @@ def repair(
 
     Ctrl-C ends it: the result is the best network so far, with its certificate.
 
-    Raises: OptionError; InvalidNetworkError if no parameter trains; as `discrepancy`.
+    Raises: OptionError; InvalidNetworkError if no parameter trains, or none of the last layer is free; as `discrepancy`;
+        UnsupportedLayerError: when solving, a last layer that is no nn.Linear.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -159,6 +160,11 @@ def repair(
         raise OptionError("keep requires method='solve' or 'auto': retraining keeps what `data` holds, got 'retrain'")
     original, compressed = as_network(original), as_network(compressed)
     reference, student = _pair(original, compressed, stars, constraints, training, seed, loss)
+    if isinstance(student, DeployedStudent) and any(part.tolerance is not None for part in keep):
+        raise OptionError(
+            "tolerances of keep require a network that does not round activations: biases of a deployed one are moved "
+            "by the stars alone"
+        )
     goal.check((len(stars), run(reference, stars.center).shape[1]))
     evaluations = Evaluations(original, stars, goal, exact, budget, tolerances, evaluate, progress)
     retraining = Retraining(reference, student, evaluations, training, data, step, alpha, seed)
