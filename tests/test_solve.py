@@ -417,8 +417,8 @@ def test_wrong_input_is_named():
     frozen[-1].requires_grad_(False)
     with pytest.raises(InvalidNetworkError, match="free numbers for every output"):
         SOLVE(network(1), frozen, boxes())
+    deployed = int8(dense(), inputs=torch.randn(50, 3))
     with pytest.raises(OptionError, match="tolerances of keep require a network that does not round activations"):
-        deployed = int8(dense(), inputs=torch.randn(50, 3))
         SOLVE(dense(), deployed, deployed_boxes(), keep=tr.Keep(torch.zeros(1, 3), 0.1))
     with pytest.raises(OptionError, match="tau must be a positive number, got 0"):
         tr.project(original, network(), boxes(), 0)

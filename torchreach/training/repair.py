@@ -125,8 +125,8 @@ def repair(
 
     Ctrl-C ends it: the result is the best network so far, with its certificate.
 
-    Raises: OptionError; InvalidNetworkError if no parameter trains, or none of the last layer is free; as `discrepancy`;
-        UnsupportedLayerError: when solving, a last layer that is no nn.Linear.
+    Raises: OptionError; InvalidNetworkError if no parameter trains, or none of the last layer is free;
+        UnsupportedLayerError: when solving, a last layer that is no nn.Linear; as `discrepancy`.
 
     Example:
         >>> _ = torch.manual_seed(0)
