@@ -26,6 +26,7 @@ from benchmarks import (
     labels,
     launches,
     peers,
+    solve,
     split_counts,
     table,
 )
@@ -320,3 +321,14 @@ def test_a_row_of_the_table_counts_what_is_within_the_goal():
     assert (faster["now"], faster["met"]) == ("90 .. 120", "1 of 2")
     row = {"certified": 1.0, "attained": 2.0, "outside": 3, "replayed": True}
     assert table.certified("0", row)["problems"] == ["image 0: 3 samples outside of the certified range"]
+
+
+def test_solved_networks_are_certified_and_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solve, "SAMPLES", 1000)
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 2)).double()
+    star = tr.StarBatch.from_box(-torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64))
+    row = solve.acasxu_row("small", original, tr.prune_weights(original, 0.3), star)
+    assert row["outside"] == 0
+    assert row["after"] < row["before"]
+    assert row["after"] == pytest.approx(row["least"], abs=1e-6)

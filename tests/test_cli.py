@@ -119,6 +119,19 @@ def test_a_repair_does_not_search(files):
     assert "--method of a repair must be one of auto, exact, vertices, programs, got 'search'" in result.stderr
 
 
+def test_a_repair_solves_and_says_so(files, tmp_path):
+    options = ("--box", BOX, "--by", "solve", "--target", 0.9, "--save", tmp_path / "c.onnx", "--output", tmp_path)
+    result = run("repair", files / "a.onnx", files / "b.onnx", *options)
+    assert result.exit_code == 0, result.output
+    history = json.loads((tmp_path / "report.json").read_text())["repair"]["history"]
+    assert [step["method"] for step in history] == ["given", "solved"]
+    again = compare(files, "--box", BOX, "--tolerance", 1.001 * history[-1]["max_upper"], b=tmp_path / "c.onnx")
+    assert again.exit_code == 0, again.output
+    wrong = run("repair", files / "a.onnx", files / "b.onnx", "--box", BOX, "--by", "luck")
+    assert wrong.exit_code == 2
+    assert "--by must be one of retrain, solve, auto, got 'luck'" in wrong.stderr
+
+
 def test_exit_status_follows_the_tolerance(files):
     within = compare(files, "--box", BOX, "--tolerance", 1)
     assert within.exit_code == 0

@@ -156,7 +156,7 @@ def repair(compress: Callable[[nn.Module], nn.Module], seed: int, **options: Any
     training = tr.RepairOptions(samples=40, epochs=6, batch_size=32)
     stars = box(seed, 3, 0.2, 2)
     return of_repair(
-        tr.repair(original, compress(original), stars, training=training, iterations=3, method=tr.Exact(), **options)
+        tr.repair(original, compress(original), stars, training=training, iterations=3, exact=tr.Exact(), **options)
     )
 
 

@@ -23,7 +23,7 @@ from torchreach.training import fit as training
 from torchreach.training.repair import RepairOptions, Target, repair
 
 QUICK = RepairOptions(samples=50, epochs=20, batch_size=64)
-FAST = partial(repair, method=Exact(root_bounds="zonotope"), training=QUICK)
+FAST = partial(repair, exact=Exact(root_bounds="zonotope"), training=QUICK)
 
 
 def network(seed: int = 0, sizes: tuple[int, ...] = (3, 8, 6, 2)) -> nn.Sequential:

@@ -30,7 +30,8 @@ from torchreach.app.report.provenance import Machine, bounds, file_hashes, stars
 from torchreach.app.report.report import render, report_dict
 from torchreach.app.verdict import State, compare_verdict, regions, repair_verdict, star_status, worst_first
 from torchreach.core.outward import at_least, at_most
-from torchreach.core.results import Progress, RepairResult, RepairStep
+from torchreach.core.repaired import RepairResult, RepairStep
+from torchreach.core.results import Progress
 from torchreach.core.terms import Kernels, Reason, Semantics, Status
 from torchreach.verbs.equivalence import _within as answered
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         UncoveredKernelsWarning,
     )
     from torchreach.core.options import Budget, Exact, Search
+    from torchreach.core.repaired import Conflict, RepairResult, RepairStep
     from torchreach.core.results import (
         Answer,
         Attribution,
@@ -32,11 +33,10 @@ if TYPE_CHECKING:
         ReachResult,
         ReachStats,
         Reason,
-        RepairResult,
-        RepairStep,
         Semantics,
         Status,
     )
+    from torchreach.core.terms import Made
     from torchreach.core.tolerances import Tolerances
     from torchreach.graph.merged import Comparison, MergedLinear, MergedNetwork, MergedReLU
     from torchreach.read.dialects.state_dict import load_int8
@@ -45,9 +45,10 @@ if TYPE_CHECKING:
     from torchreach.reference.certify import Certification, certify
     from torchreach.reference.mixed_integer import MixedIntegerResult, mixed_integer_discrepancy
     from torchreach.sets.star import StarBatch
+    from torchreach.training.keep import Keep
     from torchreach.training.loss import DiscrepancyLoss
+    from torchreach.training.projection import project
     from torchreach.training.repair import RepairOptions, Target, repair
-    from torchreach.training.support import StarSupport
     from torchreach.verbs.attribution import attribute, keep_float
     from torchreach.verbs.audit import audit
     from torchreach.verbs.discrepancy import discrepancy
@@ -65,13 +66,16 @@ __all__ = [
     "Budget",
     "Certification",
     "Comparison",
+    "Conflict",
     "Discrepancy",
     "DiscrepancyLoss",
     "Equivalence",
     "Exact",
+    "Keep",
     "KeptFloat",
     "KernelMismatchError",
     "Kernels",
+    "Made",
     "MergedLinear",
     "MergedNetwork",
     "MergedReLU",
@@ -86,7 +90,6 @@ __all__ = [
     "Search",
     "Semantics",
     "StarBatch",
-    "StarSupport",
     "Status",
     "Target",
     "Tolerances",
@@ -104,6 +107,7 @@ __all__ = [
     "load_result",
     "merge",
     "mixed_integer_discrepancy",
+    "project",
     "prune_weights",
     "quantize_weights",
     "reach",
@@ -123,7 +127,9 @@ _PLACES = {
         "core.errors": "KernelMismatchError TorchreachError UncalibratedWarning UncoveredKernelsWarning",
         "core.options": "Budget Exact Search",
         "core.results": "Answer Attribution Discrepancy Equivalence KeptFloat Kernels Progress ReachResult ReachStats "
-        "Reason RepairResult RepairStep Semantics Status",
+        "Reason Semantics Status",
+        "core.repaired": "Conflict RepairResult RepairStep",
+        "core.terms": "Made",
         "core.tolerances": "Tolerances",
         "graph.merged": "Comparison MergedLinear MergedNetwork MergedReLU",
         "read.dialects.state_dict": "load_int8",
@@ -132,9 +138,10 @@ _PLACES = {
         "reference.certify": "Certification certify",
         "reference.mixed_integer": "MixedIntegerResult mixed_integer_discrepancy",
         "sets.star": "StarBatch",
+        "training.keep": "Keep",
         "training.loss": "DiscrepancyLoss",
+        "training.projection": "project",
         "training.repair": "RepairOptions Target repair",
-        "training.support": "StarSupport",
         "verbs.attribution": "attribute keep_float",
         "verbs.audit": "audit",
         "verbs.discrepancy": "discrepancy",

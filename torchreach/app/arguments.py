@@ -243,8 +243,10 @@ class RepairSetup:
     epochs: int
     rate: float
     seed: int
+    by: str
 
     def __post_init__(self) -> None:
+        _check_choice("--by", self.by, ("retrain", "solve", "auto"))
         if self.target is not None and self.largest is not None:
             raise OptionError("at most one of --target and --target-max may be given, got both")
         if self.target is not None and not 0 < self.target < 1:

@@ -22,6 +22,7 @@ from torchreach.app.cli_options import (
     Alpha,
     Arithmetic,
     Box,
+    By,
     Center,
     Clip,
     Compressed,
@@ -312,6 +313,7 @@ def repair(
     shape: Shape = None,
     target: Target = None,
     target_max: TargetMax = None,
+    by: By = "retrain",
     alpha: Alpha = 2.0,
     iterations: Iterations = 20,
     rate: Rate = 1e-3,
@@ -343,7 +345,7 @@ def repair(
 
     check_networks(original, compressed)
     sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
-    options = RepairSetup(target, target_max, alpha, iterations, epochs, rate, seed)
+    options = RepairSetup(target, target_max, alpha, iterations, epochs, rate, seed, by)
     setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj)
     check_repair(method, compressed, save)
     from torchreach.app import commands
@@ -390,6 +392,7 @@ def demo(
     ] = 0.1,
     target: Target = None,
     target_max: TargetMax = None,
+    by: By = "retrain",
     alpha: Alpha = 2.0,
     iterations: Iterations = 20,
     rate: Rate = 1e-3,
@@ -413,7 +416,7 @@ def demo(
     """
     from torchreach.app.arguments import DemoSetup, RepairSetup, Setup, check_repair
 
-    options = RepairSetup(target, target_max, alpha, iterations, 50, rate, seed)
+    options = RepairSetup(target, target_max, alpha, iterations, 50, rate, seed, by)
     digits = DemoSetup(data, root, images, pixels, eps, epochs, bits, prune)
     setup = Setup.make(device, "float64", method, seconds, stars, memory, output, ctx.obj)
     check_repair(method)

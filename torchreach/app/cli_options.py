@@ -184,6 +184,13 @@ TargetMax = Annotated[
         rich_help_panel=REPAIR,
     ),
 ]
+By = Annotated[
+    str,
+    typer.Option(
+        help="retrain; solve (the last layer as a linear program, a deployed B's biases); auto: both in turn.",
+        rich_help_panel=REPAIR,
+    ),
+]
 Alpha = Annotated[
     float,
     typer.Option(

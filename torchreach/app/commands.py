@@ -38,7 +38,8 @@ from torchreach.core.clock import first_interrupt
 from torchreach.core.errors import OptionError
 from torchreach.core.files import whole, write_files
 from torchreach.core.options import Budget, Search
-from torchreach.core.results import Answer, Discrepancy, Equivalence, RepairResult
+from torchreach.core.repaired import RepairResult
+from torchreach.core.results import Answer, Discrepancy, Equivalence
 from torchreach.core.terms import Semantics
 from torchreach.read.dialects.state_dict import load_int8
 from torchreach.read.load import input_shape, load
@@ -302,12 +303,13 @@ def _repair(
             compressed,
             inputs.stars,
             target=target,
+            method=options.by,
             alpha=options.alpha,
             iterations=options.iterations,
             training=RepairOptions(epochs=options.epochs, learning_rate=options.rate),
             evaluate=evaluate,
             seed=options.seed,
-            method=method,
+            exact=method,
             budget=setup.budget,
             progress=live.step,
         )

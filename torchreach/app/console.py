@@ -16,7 +16,8 @@ from torch import Tensor
 
 from torchreach.app.verdict import Verdict, open_reasons, star_status, uncovered, work, worst_first
 from torchreach.core.outward import at_least, at_most, counted, span
-from torchreach.core.results import Attribution, Discrepancy, Equivalence, Progress, RepairStep
+from torchreach.core.repaired import RepairStep
+from torchreach.core.results import Attribution, Discrepancy, Equivalence, Progress
 from torchreach.core.terms import Kernels, Status
 
 if TYPE_CHECKING:
@@ -51,7 +52,9 @@ class Live:
         bound = at_most(float(step.discrepancy.upper.max()), 4)
         accuracy = "" if step.accuracy is None else f", accuracy {100 * step.accuracy:.1f} %"
         claim = step.discrepancy.claim
-        self.write(f"{self.what}: iteration {step.iteration}, {claim} max |y1 - y2| <= {bound}{accuracy}")
+        self.write(
+            f"{self.what}: iteration {step.iteration} ({step.method}), {claim} max |y1 - y2| <= {bound}{accuracy}"
+        )
 
 
 @dataclass

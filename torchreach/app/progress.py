@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from rich.console import Console
 
 from torchreach.app.console import Live, live
-from torchreach.core.results import Progress, RepairStep
+from torchreach.core.repaired import RepairStep
+from torchreach.core.results import Progress
 
 Show = Callable[[Progress | RepairStep], None]
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from torchreach.core.outward import at_least, at_most, counted
-from torchreach.core.results import Discrepancy, RepairResult, ended
+from torchreach.core.repaired import RepairResult
+from torchreach.core.results import Discrepancy, ended
 from torchreach.core.terms import Reason, Status
 
 # Relative gap of two ends that no reader can tell apart, as in a deployed network's EXACT.
@@ -102,7 +103,7 @@ def repair_verdict(result: RepairResult, target: float) -> Verdict:
     after = compare_verdict(kept)
     before = at_most(float(result.before.upper.max()))
     text = f"{kept.claim} |y1 - y2| <= {at_most(after.upper)} for every input, target {target:.5g}, {before} before"
-    how = f"{counted(result.history[-1].iteration, 'iteration')}; {effort(kept)}"
+    how = f"{counted(result.history[-1].iteration, 'iteration')}, {result.method}; {effort(kept)}"
     if kept.uncovered:
         state, start, text = State.UNCOVERED, "not covered", f"{uncovered(kept)}; {text}"
     elif result.satisfied:

@@ -77,6 +77,10 @@ class Clock:
         clock.deadline = min(clock.deadline, self.deadline)
         return clock
 
+    def share(self, part: float) -> Clock:
+        """A clock that ends after this part of the time that is left."""
+        return self.part(part * self.left if self.limited else None)
+
     def grace(self, seconds: float) -> Clock:
         """A clock for what has to be done even after this one is over: it ends `seconds` from now.
 

@@ -122,7 +122,7 @@ class ReachResult:
     def __repr__(self) -> str:
         low, high = float(self.lower.min()), float(self.upper.max())
         met_low, met_high = float(self.attained_lower.min()), float(self.attained_upper.max())
-        return _lines(
+        return lines(
             f"ReachResult: {_size(self.lower)}, {counted(len(self), 'output star')}",
             f"outputs certified in {at_least(low)} .. {at_most(high)}, "
             f"attained {at_most(met_low)} .. {at_least(met_high)}",
@@ -189,7 +189,7 @@ class Discrepancy:
 
     def __repr__(self) -> str:
         low, high = float(self.lower.max()), float(self.upper.max())
-        return _lines(
+        return lines(
             f"Discrepancy: {_size(self.lower)}; {self.covers}",
             f"max |y1 - y2|: {at_least(low)} attained, {at_most(high)} {self.claim}",
             *([f"not covered: kernels of {', '.join(self.uncovered)}"] if self.uncovered else []),
@@ -237,7 +237,7 @@ class Attribution:
             f"sampled {at_least(float(most))}), {at_most(float(up_to.upper.max()))} up to here"
             for name, one, up_to, most in zip(self.layers, self.alone, self.cumulative, self.sampled_max, strict=True)
         ]
-        return _lines(f"Attribution: {counted(len(self.layers), 'layer')}", *rows)
+        return lines(f"Attribution: {counted(len(self.layers), 'layer')}", *rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,7 +263,7 @@ class KeptFloat:
 
     def __repr__(self) -> str:
         high = at_most(float(self.discrepancy.upper.max()))
-        return _lines(
+        return lines(
             f"KeptFloat: {', '.join(self.kept) or 'no layer'} kept",
             f"max |y1 - y2|: {high} {self.discrepancy.claim}, {at_most(self.tolerance)} allowed",
         )
@@ -327,67 +327,12 @@ class Equivalence:
         low, high = float(self.lower.max()), float(self.upper.max())
         answers = ", ".join(f"{n:,} {answer.value}" for answer, n in Counter(self.answer).items())
         kernels = "" if self.kernels is Kernels.NONE else f", {self.kernels}"
-        return _lines(
+        return lines(
             f"Equivalence ({self.asked}): {answers}; {self.semantics}{kernels}",
             f"max {what}: {at_least(low)} attained, at most {at_most(high)}",
             *([f"not covered: kernels of {', '.join(self.uncovered)}"] if self.uncovered else []),
             _reasons(self.reasons),
             f"{counted(self.branches, 'branch')}, {self.seconds:.2f} s",
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class RepairStep:
-    """One iteration of the repair loop; iteration 0 is the compressed network as given."""
-
-    iteration: int
-    discrepancy: Discrepancy
-    accuracy: float | None
-    loss: float | None  # last training loss: mean squared error to the targets, or mean certified bound
-    satisfied: bool
-    seconds: float
-
-
-@dataclass(frozen=True, eq=False)
-class RepairResult:
-    """Outcome of `repair`.
-
-    Attributes:
-        network: the repaired network; its certificate is `after`.
-        history: every evaluation, in order; the first is the compressed network as given.
-        satisfied: whether `after` lies in the target set.
-        index: position of `network` in `history`: the last entry if the target was reached, else the entry
-            that came closest to it.
-    """
-
-    network: torch.nn.Module
-    history: tuple[RepairStep, ...]
-    satisfied: bool
-    index: int = -1
-
-    @property
-    def before(self) -> Discrepancy:
-        """Discrepancy of the compressed network as given."""
-        return self.history[0].discrepancy
-
-    @property
-    def after(self) -> Discrepancy:
-        """Discrepancy of `network`."""
-        return self.history[self.index].discrepancy
-
-    @property
-    def accuracy(self) -> float | None:
-        """Accuracy of `network`, where one was measured."""
-        return self.history[self.index].accuracy
-
-    def __repr__(self) -> str:
-        before, after = float(self.before.upper.max()), float(self.after.upper.max())
-        accuracy = "" if self.accuracy is None else f", accuracy {100 * self.accuracy:.2f} %"
-        return _lines(
-            f"RepairResult: target {'met' if self.satisfied else 'missed'} after "
-            f"{counted(self.history[-1].iteration, 'iteration')}{accuracy}; {self.after.covers}",
-            f"max |y1 - y2|: {self.after.claim} {at_most(before)} before, {at_most(after)} after",
-            ended(self.after.status, self.after.reasons),
         )
 
 
@@ -412,5 +357,5 @@ def _took(stats: ReachStats) -> str:
     return f"{stats.method}, {stats.seconds:.2f} s"
 
 
-def _lines(first: str, *more: str) -> str:
+def lines(first: str, *more: str) -> str:
     return "\n".join([first, *(f"  {line}" for line in more if line)])

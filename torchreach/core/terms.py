@@ -65,6 +65,16 @@ class Semantics(_Worded):
         return "cell" if self is Semantics.DEPLOYED_INT8 else "region"
 
 
+class Made(_Worded):
+    """What made the network of one evaluation of `repair`."""
+
+    GIVEN = "given", "the compressed network as it was given"
+    CALIBRATED = "calibrated", "scales and zero points of its activations were fitted"
+    RETRAINED = "retrained", "it was trained, and put back on its grids and masks"
+    SOLVED = "solved", "a layer was solved as a linear program over the vertices of the linear regions"
+    SHIFTED = "shifted", "the int32 biases of its last layer were shifted to the middle of the certified range"
+
+
 class Kernels(_Worded):
     """Which integer arithmetic a certificate of a deployed network covers."""
 

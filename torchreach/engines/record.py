@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,18 +49,25 @@ class RangeRecord:
 
 @dataclass(frozen=True)
 class Kept:
-    """What is kept of finished chunks: groups of (rows, half-spaces, origin), as `Chunk.stars` gives them."""
+    """What is kept of finished chunks, in groups: (rows, half-spaces, origin), as `Chunk.stars` gives them, or
+    (points, origin), as `Chunk.corners` does.
+    """
 
-    groups: list[tuple[Tensor, Tensor, Tensor]]
-
-    def stars(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        return self.groups
+    groups: list[tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class Sink:
-    """Where finished stars go: ranges, number per input star, and the stars themselves if they are wanted."""
+    """Where finished stars go: ranges, number per input star, and what is wanted of the stars themselves.
+
+    part: what is kept of a chunk, by the name of its method: "stars" or "corners".
+    """
 
     record: RangeRecord
     count: Tensor
     keep: Callable[[Kept], None] | None
+    part: str = "stars"
+
+    def take(self, chunk: Any) -> Kept | None:
+        """What is kept of a finished chunk."""
+        return None if self.keep is None else Kept(getattr(chunk, self.part)())

@@ -178,6 +178,10 @@ class Chunk:
         """(rows, half-spaces [S', F, 1 + M] with h . (1, a) >= 0, origin) of groups of stars."""
         return [(self.rows[p.star], _facets(p), self.origin[p.star]) for p in self.pieces]
 
+    def corners(self) -> list[tuple[Tensor, Tensor]]:
+        """(vertices [S', K, M], origin [S']) of groups of stars, unused slots repeating the first vertex."""
+        return [(p.body.vertices[:, :, 1:], self.origin[p.star]) for p in self.pieces]
+
 
 def _facets(pieces: Pieces) -> Tensor:
     assert pieces.body.facets is not None

@@ -15,27 +15,32 @@ of y1 - y2, and so moves an output that is already too large further away. It is
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from torchreach.compress.constraints import Constraints
 from torchreach.core.checks import check_choice, check_count, check_positive
-from torchreach.core.clock import running
+from torchreach.core.clock import Clock, running
 from torchreach.core.errors import OptionError, ShapeError
 from torchreach.core.options import Budget, Exact
-from torchreach.core.results import Discrepancy, RepairResult, RepairStep
+from torchreach.core.repaired import RepairResult, RepairStep
+from torchreach.core.results import Discrepancy
+from torchreach.core.terms import Made
 from torchreach.core.tolerances import Tolerances
 from torchreach.graph.quantizer import Quantizer
-from torchreach.graph.weights import evaluation_mode
 from torchreach.read.load import as_network
 from torchreach.read.module import chain
 from torchreach.sets.star import StarBatch
+from torchreach.training.evaluations import Evaluations, remaining
 from torchreach.training.fit import Data, RepairOptions, run
 from torchreach.training.int8_student import DeployedStudent
+from torchreach.training.keep import Keep
+from torchreach.training.retrain import Retraining
+from torchreach.training.solving import Solving
 from torchreach.training.students import Student, WeightStudent
 from torchreach.training.target import Target
 from torchreach.verbs.discrepancy import discrepancy
@@ -43,10 +48,10 @@ from torchreach.verbs.merge import merge
 
 __all__ = ["RepairOptions", "Target", "repair"]
 
-log = logging.getLogger(__name__)
-
+METHODS = ("retrain", "solve", "auto")
 LOSSES = ("targets", "certified")
 STEPS = ("pointwise", "extremum", "midpoint", "magnitude")
+FIRST = 0.25  # share of the time that the certificate of the given network may take, when solving
 
 
 def repair(
@@ -54,7 +59,8 @@ def repair(
     compressed: nn.Module,
     stars: StarBatch,
     *,
-    target: Target | float | Callable[[Discrepancy], bool],
+    target: Target | float | Callable[[Discrepancy], bool] | None,
+    method: str = "retrain",
     alpha: float = 2.0,
     step: str = "pointwise",
     loss: str = "targets",
@@ -64,7 +70,9 @@ def repair(
     evaluate: Callable[[nn.Module], float] | None = None,
     constraints: Constraints | None = None,
     seed: int = 0,
-    method: Exact | None = None,
+    layers: int = 1,
+    keep: Keep | Tensor | StarBatch | Sequence[Keep] | None = None,
+    exact: Exact | None = None,
     budget: Budget | None = None,
     tolerances: Tolerances | None = None,
     progress: Callable[[RepairStep], None] | None = None,
@@ -86,7 +94,12 @@ def repair(
     Args:
         original, compressed: networks of supported layers with equal input and output sizes.
         stars: input stars [S].
-        target: the set O, see `Target`; a number in (0, 1) is `Target.factor`, a callable `Target.test`.
+        target: the set O, see `Target`; a number in (0, 1) is `Target.factor`, a callable `Target.test`. None, when
+            solving: as close as the last layer gets, which `least` of the result bounds from below.
+        method: "retrain", the loop above; "solve", the last layer as a linear program over the vertices of all linear
+            regions (`training.solve`), of a deployed network its int32 biases; "auto": solves first, and where that
+            misses the target retrains and solves in turn. No method returns a certificate further from the target than
+            the given network's, and `method` of the result says what made the network that is returned.
         alpha: targets lie 1 / alpha of the step away from the compressed network's output, alpha > 0.
         step: "pointwise": y1(x) - y2(x) at each training point. "extremum": the end of larger magnitude of
             the certified range of y1 - y2, per star and output. "midpoint": the middle of that range.
@@ -102,13 +115,18 @@ def repair(
             where there are no labels).
         evaluate: accuracy of a network, recorded in the history.
         constraints: what keeps the network compressed; by default `Constraints.read(compressed)`.
-        method, budget, tolerances: of every `discrepancy`. Each evaluation has the whole budget; a bounded
-            evaluation reaches the target only if its certified bounds do.
+        layers: when solving, how many linear layers from the end may change. Those before the last move by linear
+            programs with activation patterns held, a step at a time (`training.earlier_layer`), each step certified.
+        keep: when solving, inputs to keep near the original: points, stars, or `Keep`s that name a tolerance.
+        exact, budget, tolerances: of every `discrepancy`. While retraining each evaluation has the whole budget;
+            solving and "auto" spend its seconds once, in all. A bounded evaluation reaches the target only if its
+            certified bounds do.
         progress: called with each `RepairStep`, the evaluation of the given network first.
 
     Ctrl-C ends it: the result is the best network so far, with its certificate.
 
-    Raises: OptionError; InvalidNetworkError if no parameter trains; as `discrepancy`.
+    Raises: OptionError; InvalidNetworkError if no parameter trains, or none of the last layer is free;
+        UnsupportedLayerError: when solving, a last layer that is no nn.Linear; as `discrepancy`.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -120,64 +138,83 @@ def repair(
         >>> result.satisfied, bool(result.after.max_upper <= 0.9 * result.before.max_upper)
         (True, True)
     """
-    goal = Target.of(target)
+    check_choice("method", method, METHODS)
+    if target is None and method == "retrain":
+        raise OptionError("a target is required to know when retraining may stop, got None; or solve for the least one")
+    goal = Target.bounds(0.0, 0.0) if target is None else Target.of(target)
+    keep = Keep.each(keep)
     training = training or RepairOptions()
     check_choice("step", step, STEPS)
     check_choice("loss", loss, LOSSES)
     check_positive("alpha", alpha)
     check_count("iterations", iterations)
+    check_count("layers", layers)
     if isinstance(data, tuple) and (len(data) != 2 or len(data[0]) != len(data[1])):
         sizes = " and ".join(str(len(part)) for part in data)
         raise ShapeError(f"data must be (inputs, labels) of equal length, got {sizes}")
     if not isinstance(stars, StarBatch):
         raise ShapeError(f"repair needs a torchreach.StarBatch, got {type(stars).__name__}")
+    for part in keep:
+        part.check(stars.shape)
+    if keep and method == "retrain":
+        raise OptionError("keep requires method='solve' or 'auto': retraining keeps what `data` holds, got 'retrain'")
     original, compressed = as_network(original), as_network(compressed)
     reference, student = _pair(original, compressed, stars, constraints, training, seed, loss)
+    if isinstance(student, DeployedStudent) and any(part.tolerance is not None for part in keep):
+        raise OptionError(
+            "tolerances of keep require a network that does not round activations: biases of a deployed one are moved "
+            "by the stars alone"
+        )
     goal.check((len(stars), run(reference, stars.center).shape[1]))
-    seeds = torch.Generator().manual_seed(seed)
-    history: list[RepairStep] = []
-    witnesses: list[Tensor] = []
-    closest, index, rate = torch.inf, 0, 1.0
-
-    with running(None) as clock:  # Ctrl-C ends the loop; an evaluation it meets ends as by a spent budget
-        for iteration in range(iterations + 1):
-            began = time.monotonic()
-            error, calibrated = None, False
-            if iteration:
-                draw = int(torch.randint(2**31, (), generator=seeds))
-                x = torch.cat((stars.sample(training.samples, draw), *witnesses), 1).flatten(0, 1)
-                calibrated = iteration == 1 and student.calibrate(x, data)
-                if not calibrated:
-                    y1, y2 = run(reference, x), run(student.network, x)
-                    y = _targets(y1, y2, history[index].discrepancy, step, alpha)
-                    error = student.retrain(x, y, data, rate, clock)
-                    if clock.over:  # half trained: not worth an evaluation
-                        break
-                if not student.is_finite():
-                    log.warning("repair: training diverged in iteration %d; halving the learning rate", iteration)
-                    student.go_back()
-                    rate /= 2
-                    continue
-            found = discrepancy(original, student.network, stars, method, budget=budget, tolerances=tolerances)
-            goal = goal if iteration else goal.anchored(found)
-            with evaluation_mode(student.network):
-                accuracy = None if evaluate is None else float(evaluate(student.network))
-            record = RepairStep(iteration, found, accuracy, error, goal.holds(found), time.monotonic() - began)
-            history.append(record)
-            witnesses.append(found.witness)
-            if progress is not None:
-                progress(record)
-            excess = goal.excess(found)
-            if not iteration or record.satisfied or excess < closest:
-                closest, index = excess, len(history) - 1
-                student.keep()
-            else:
-                student.go_back()
-                rate = rate if calibrated else rate / 2
-            if record.satisfied or clock.over:
+    evaluations = Evaluations(original, stars, goal, exact, budget, tolerances, evaluate, progress)
+    retraining = Retraining(reference, student, evaluations, training, data, step, alpha, seed)
+    # By construction the budget's seconds are those of the whole; while retraining each evaluation has them.
+    with running(None if method == "retrain" or budget is None else budget.seconds) as clock:
+        limit = None if method == "retrain" else clock
+        evaluations.take(student.network, 0, Made.GIVEN, time.monotonic(), clock=limit and limit.share(FIRST))
+        student.keep()
+        solver = None
+        if method != "retrain":
+            solver = Solving(evaluations, student, keep, data, clock, seed, layers)
+        for iteration in range(1, iterations + 1):
+            if evaluations.best.satisfied or clock.over:
                 break
+            # Biases are moved once the scales of activations are fitted, which a first iteration does.
+            first = iteration == 1 and solver is not None and solver.deployed
+            if solver is not None and not solver.done and not first:
+                solver.iterate(iteration)
+            elif method == "solve" and not first:
+                break
+            else:
+                index, rescue = evaluations.index, None
+                if solver is not None and not solver.deployed:
+                    solver.again(kept=False)
+                    rescue = partial(solver.iterate, iteration)
+                retraining.iterate(iteration, clock, limit, rescue)
+                if solver is not None:
+                    made = evaluations.best.method
+                    if evaluations.index != index and made is not Made.SOLVED:
+                        solver.again(kept=True)
+                    else:
+                        solver.done = True
+        network = student.finished(compressed)
+        harm = None if not keep else _harm(compressed, network, keep, evaluations, limit)
 
-    return RepairResult(student.finished(compressed), tuple(history), history[index].satisfied, index)
+    best = evaluations.best
+    found = (None, ()) if solver is None else (solver.least, () if best.satisfied else solver.conflicts)
+    return RepairResult(network, tuple(evaluations.history), best.satisfied, evaluations.index, *found, harm)
+
+
+def _harm(
+    compressed: nn.Module, network: nn.Module, keep: tuple[Keep, ...], evaluations: Evaluations, clock: Clock | None
+) -> Tensor | None:
+    """[N] certified, how far the repaired network can be from the given one on kept stars."""
+    sets, upper = [part.inputs for part in keep if isinstance(part.inputs, StarBatch)], []
+    exact, tolerances = evaluations.exact, evaluations.tolerances
+    for k, one in enumerate(sets):
+        budget = remaining(evaluations.budget, clock and clock.share(1 / (len(sets) - k)))
+        upper.append(discrepancy(compressed, network, one, exact, budget=budget, tolerances=tolerances).upper.amax(0))
+    return torch.stack(upper).amax(0) if upper else None
 
 
 def _pair(
@@ -211,17 +248,3 @@ def _pair(
             f"networks must have equally many outputs: the original has {outputs[0]}, the compressed {outputs[1]}"
         )
     return reference, DeployedStudent(compressed, layers, stars.center.device, constraints, training, seed)
-
-
-def _targets(y1: Tensor, y2: Tensor, last: Discrepancy, step: str, alpha: float) -> Tensor:
-    """y2 + step / alpha at points ordered star by star: [S * P, N]."""
-    y2 = y2.to(y1.device, torch.promote_types(y1.dtype, y2.dtype))
-    shift = y1 - y2
-    if step != "pointwise":
-        low, high = last.range_lower, last.range_upper
-        choice = {"midpoint": (low + high) / 2, "extremum": torch.where(-low > high, low, high)}
-        signed = choice.get(step, last.upper)  # "magnitude" has no sign
-        signed = signed.to(shift).repeat_interleave(len(y2) // len(low), 0)
-        # A spent budget may leave an end of the range infinite; the difference itself never is.
-        shift = torch.where(signed.isfinite(), signed, shift)
-    return y2 + shift / alpha

@@ -107,6 +107,13 @@ class WeightStudent:
             for value, old in zip((*self.free.values(), *self.network.parameters()), self.kept, strict=True):
                 value.copy_(old)
 
+    def adopt(self) -> None:
+        """The free numbers become those that were written into `network`."""
+        named = dict(self.network.named_parameters())
+        with torch.no_grad():
+            for name, value in self.free.items():
+                value.copy_(named[name])
+
     def is_finite(self) -> bool:
         return all(bool(value.isfinite().all()) for value in self.free.values())
 

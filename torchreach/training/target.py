@@ -82,6 +82,10 @@ class Target:
         """How far `found` is from the set; the smaller, the closer."""
         raise NotImplementedError
 
+    def limits(self, found: Discrepancy) -> tuple[Tensor, Tensor] | None:
+        """Lower and upper [S, N] that y1 - y2 keeps exactly where the set holds; None where it is no such set."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class _Factor(Target):
@@ -95,6 +99,12 @@ class _Factor(Target):
     def excess(self, found: Discrepancy) -> float:
         assert self.allowed is not None
         return float((self._largest(found) - self.allowed).max())
+
+    def limits(self, found: Discrepancy) -> tuple[Tensor, Tensor] | None:
+        assert self.allowed is not None
+        allowed = self.allowed[:, None] if self.over == "stars" else self.allowed
+        upper = allowed.expand(found.upper.shape)
+        return -upper, upper
 
     def _largest(self, found: Discrepancy) -> Tensor:
         upper = found.upper.double()
@@ -122,6 +132,10 @@ class _Bounds(Target):
         above = found.range_upper - self.upper.to(found.range_upper.device)
         return float(torch.maximum(below, above).max())
 
+    def limits(self, found: Discrepancy) -> tuple[Tensor, Tensor] | None:
+        lower, upper = (bound.to(found.upper.device).expand(found.upper.shape) for bound in (self.lower, self.upper))
+        return lower, upper
+
 
 @dataclass(frozen=True)
 class _Test(Target):
@@ -132,3 +146,6 @@ class _Test(Target):
 
     def excess(self, found: Discrepancy) -> float:
         return float(found.upper.max())
+
+    def limits(self, found: Discrepancy) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002
+        return None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torchreach.domains.root import root_bounds
 from torchreach.domains.zonotope import Bounds
 from torchreach.engines import activation
 from torchreach.engines.programs import ProgramEngine
-from torchreach.engines.record import RangeRecord
+from torchreach.engines.record import Kept, RangeRecord
 from torchreach.engines.tally import Tally
 from torchreach.engines.vertices import VertexEngine
 from torchreach.graph.reduced import reduce
@@ -104,8 +104,13 @@ def reach_within(
     tolerances: Tolerances | None = None,
     keep_stars: bool = True,
     progress: ProgressCallback | None = None,
+    corners: Callable[[Tensor, Tensor], None] | None = None,
 ) -> ReachResult:
-    """`reach` as a part of another verb, whose clock says when to stop (and not `budget.seconds`)."""
+    """`reach` as a part of another verb, whose clock says when to stop (and not `budget.seconds`).
+
+    corners: with the vertex engine, called with the vertices [S', K, M] of output stars, as points of the predicate
+        cube [-1, 1]^M, and the input star [S'] of each; `keep_stars` is then False.
+    """
     method, budget, tolerances = method or Exact(), budget or Budget(), tolerances or Tolerances()
     if not isinstance(stars, StarBatch):
         raise ShapeError(f"reach needs a torchreach.StarBatch, got {type(stars).__name__}")
@@ -115,6 +120,7 @@ def reach_within(
     module = as_network(module)
     with torch.no_grad():
         work = _Run.prepare(module, stars, method, tolerances, keep_stars, budget, clock)
+        work.corners = corners
         work.go(budget, progress)
         return work.result()
 
@@ -135,6 +141,7 @@ class _Run:
     kept: list[StarBatch] | None
     clock: Clock
     left: Tensor | None  # [S] input stars with stars left open; None before the run
+    corners: Callable[[Tensor, Tensor], None] | None = None
 
     @staticmethod
     def prepare(
@@ -205,10 +212,12 @@ class _Run:
 
     def go(self, budget: Budget, progress: ProgressCallback | None) -> None:
         report = None if progress is None else lambda: progress(self._progress())
-        keep = None if self.kept is None else self._keep
+        keep, part = None if self.kept is None else self._keep, "stars"
+        if self.corners is not None:
+            keep, part = self._hand_over, "corners"
         self._attain_somewhere()
         if self.left is None:
-            self.left = run(self.frontier, self.record, self.count, budget, keep, report, self.clock)
+            self.left = run(self.frontier, self.record, self.count, budget, keep, report, self.clock, part)
         if report is not None:
             report()
 
@@ -291,9 +300,14 @@ class _Run:
             seconds=self.clock.elapsed,
         )
 
-    def _keep(self, chunk: Any) -> None:
+    def _hand_over(self, kept: Kept) -> None:
+        assert self.corners is not None
+        for points, origin in kept.groups:
+            self.corners(points, origin)
+
+    def _keep(self, kept: Kept) -> None:
         assert self.kept is not None
-        for rows, planes, origin in chunk.stars():
+        for rows, planes, origin in kept.groups:
             void = (planes[:, :, 1:] == 0).all(2)  # unused slots say 0 . a <= 1
             ones = torch.ones_like(rows[:, 1:, 0])
             b = torch.where(void, 1.0, planes[:, :, 0])

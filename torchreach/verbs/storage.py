@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchreach.core import audited, results
+from torchreach.core import audited, repaired, results
 from torchreach.core.audited import Audit
 from torchreach.core.errors import FileFormatError, InvalidNetworkError, OptionError
 from torchreach.core.files import whole
-from torchreach.core.results import Discrepancy, Equivalence, ReachResult, RepairResult
+from torchreach.core.repaired import RepairResult
+from torchreach.core.results import Discrepancy, Equivalence, ReachResult
 from torchreach.sets.star import StarBatch
 
 Result = Discrepancy | ReachResult | Equivalence | RepairResult | Audit
@@ -28,7 +29,7 @@ Result = Discrepancy | ReachResult | Equivalence | RepairResult | Audit
 _FORMAT, _VERSION = "torchreach result", 1
 _CLASSES: dict[str, type] = {
     name: kind
-    for name, kind in {**vars(results), **vars(audited)}.items()
+    for name, kind in {**vars(results), **vars(audited), **vars(repaired)}.items()
     if isinstance(kind, type) and (dataclasses.is_dataclass(kind) or issubclass(kind, enum.Enum))
 }
 

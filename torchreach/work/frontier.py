@@ -22,7 +22,7 @@ from torchreach.core.memory import Ledger, batch_size, size_of
 from torchreach.core.options import Budget
 from torchreach.core.roundoff import gamma
 from torchreach.domains.zonotope import Bounds, relu_band, zonotope_bounds
-from torchreach.engines.record import Kept, RangeRecord, Sink
+from torchreach.engines.record import RangeRecord, Sink
 from torchreach.engines.tally import Tally
 from torchreach.graph.steps import Step
 
@@ -263,8 +263,8 @@ class Frontier:
                 self.engine.finish(chunk, sink.record, self.clock, room)
                 sink.count.index_add_(0, chunk.origin, torch.ones_like(chunk.origin))
                 self.done += len(chunk)
-                if sink.keep is not None:
-                    kept = Kept(chunk.stars())
+                kept = sink.take(chunk)
+                if sink.keep is not None and kept is not None:
                     self.kept += size_of(kept)
                     sink.keep(kept)
         except OutOfTime:

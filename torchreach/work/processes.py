@@ -270,7 +270,7 @@ class _Job:
         frontier.used, held = self.inherited, self.inherited.bytes
         memory = max(0.0, frontier.memory - held - kept_before)
         if sink.keep is not None:
-            sink = Sink(sink.record, sink.count, lambda kept: _send(pipe, "keep", kept.stars()))
+            sink = replace(sink, keep=lambda kept: _send(pipe, "keep", kept.groups))
 
         def draw() -> bool:
             ticket = os.read(tickets, TICKET.size)

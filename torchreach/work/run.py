@@ -37,17 +37,18 @@ def run(
     keep: Callable[[Any], None] | None,
     report: Callable[[], None] | None,
     clock: Clock,
+    part: str = "stars",
 ) -> Tensor:
     """Work until done, out of budget or interrupted. Returns [S_in] bool: input stars with stars left open.
 
     Args:
         record: takes the ranges; it is certified on return whatever happened.
         count: [S_in] long, output stars per input star, counted here.
-        keep: called with what is to be kept of every finished chunk.
+        keep: called with what is to be kept of every finished chunk: its "stars", or the `part` named.
         report: called now and then.
     """
     frontier.clock = clock = clock.part(None)
-    limits, sink = Limits(budget, clock), Sink(record, count, keep)
+    limits, sink = Limits(budget, clock), Sink(record, count, keep, part)
     frontier.memory = math.inf if budget.memory is None else budget.memory
     reported = 0.0
     frontier.spread = frontier.workers > 1 and can_fork(frontier.device)

@@ -15,7 +15,8 @@ import torchreach
 from torchreach.app.inputs import InputSet
 from torchreach.app.report.provenance import Machine, bounds, stars_hash
 from torchreach.app.verdict import Verdict
-from torchreach.core.results import Discrepancy, RepairResult
+from torchreach.core.repaired import RepairResult
+from torchreach.core.results import Discrepancy
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ import torch
 from torchreach.app.report.content import Report, Values, versions
 from torchreach.app.report.provenance import bounds, stars_hash
 from torchreach.app.verdict import compare_verdict, regions
-from torchreach.core.results import Discrepancy, RepairStep
+from torchreach.core.repaired import RepairStep
+from torchreach.core.results import Discrepancy
 
 SCHEMA = 2
 
@@ -159,6 +160,7 @@ def _step_dict(step: RepairStep) -> dict[str, Any]:
         "accuracy": step.accuracy,
         "loss": step.loss,
         "satisfied": step.satisfied,
+        "method": step.method,
     }
 
 
