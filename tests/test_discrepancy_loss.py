@@ -293,7 +293,7 @@ def test_wrong_input_is_named() -> None:
 
 def test_the_example_of_the_docs_trains() -> None:
     page = (Path(__file__).resolve().parents[1] / "docs" / "training.md").read_text()
-    code, _ = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    code, _, _ = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     names: dict = {}
     with torch.random.fork_rng(devices=[]):
         exec(compile(code, "docs/training.md", "exec"), names)

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "top": {"app"},
 }
 HEAVY = (
-    *("cvxpy", "highspy", "auto_LiRPA", "torchao", "onnx", "matplotlib", "sklearn", "torchvision"),
+    *("cvxpy", "cvxpylayers", "highspy", "auto_LiRPA", "torchao", "onnx", "matplotlib", "sklearn", "torchvision"),
     *("typer", "rich", "torch", "numpy"),
 )
 MAX_LINES = 450

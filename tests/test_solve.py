@@ -361,7 +361,7 @@ def test_projection_keeps_the_certificate_in_a_training_loop():
 
 def test_the_example_of_the_docs_keeps_its_certificate() -> None:
     page = (Path(__file__).resolve().parents[1] / "docs" / "training.md").read_text()
-    _, code = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    _, code, _ = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     names: dict = {}
     with torch.random.fork_rng(devices=[]):
         exec(compile(code, "docs/training.md", "exec"), names)

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from torchreach.training.loss import DiscrepancyLoss
     from torchreach.training.projection import project
     from torchreach.training.repair import RepairOptions, Target, repair
+    from torchreach.training.support import StarSupport
     from torchreach.verbs.attribution import attribute, keep_float
     from torchreach.verbs.audit import audit
     from torchreach.verbs.discrepancy import discrepancy
@@ -90,6 +91,7 @@ __all__ = [
     "Search",
     "Semantics",
     "StarBatch",
+    "StarSupport",
     "Status",
     "Target",
     "Tolerances",
@@ -142,6 +144,7 @@ _PLACES = {
         "training.loss": "DiscrepancyLoss",
         "training.projection": "project",
         "training.repair": "RepairOptions Target repair",
+        "training.support": "StarSupport",
         "verbs.attribution": "attribute keep_float",
         "verbs.audit": "audit",
         "verbs.discrepancy": "discrepancy",

@@ -21,26 +21,45 @@ Axis letters: B boxes, R rows, F neurons that are undecided, n inputs that vary,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from torchreach.core.memory import batch_size
-from torchreach.core.roundoff import UNIT_ROUNDOFF, gamma
+from torchreach.core.roundoff import allowance, gamma
 from torchreach.domains.hexagon import ClosedPlanes, Hexagon
-
-if TYPE_CHECKING:
-    from torchreach.domains.difference import Backward
+from torchreach.domains.pair import Pair
 
 RANK, ROUNDS = 6, 8
 MANY = 16  # inputs that vary, from which on it is worth it
 # Products of numbers that bounding the rows of a layer may take: some two seconds. Numbers in one intermediate tensor.
 WORK, NUMBERS = {"cpu": 2**32, "cuda": 2**38}, 2**23
 TINY = 1e-150
+Planes = tuple[Tensor, Tensor, Tensor]  # slopes p, q and summed heights
 
 
-def above(work: Backward, W: Tensor, V: Tensor, D: Tensor) -> Tensor:
+class Work(Protocol):
+    """Of `difference.Backward`: a pass backward over boxes whose first hidden layers are known."""
+
+    pair: Pair
+    lower: Tensor
+    middle: Tensor
+    radius: Tensor
+    hexagons: list[Hexagon]
+    errors: list[tuple[Tensor, Tensor]]
+    on: list[Tensor]
+    free: list[Tensor]
+    curves: list[Any]
+    stairs: dict[int, Any]
+    off: Tensor | None
+
+    def best(self, k: int, alpha: Tensor, beta: Tensor) -> Planes: ...
+    def bound(self, alpha: Tensor, beta: Tensor, rule: Callable[..., Planes]) -> tuple[Tensor, Tensor]: ...
+
+
+def above(work: Work, W: Tensor, V: Tensor, D: Tensor) -> Tensor:
     """[B, 6, C] `Backward.bound` of rows z, z2, d and -z, -z2, -d [C, N] of a layer on what the last one added gives.
 
     Infinite for z2, which z and d bound, and everywhere where it is not worth it.
@@ -52,7 +71,7 @@ def above(work: Backward, W: Tensor, V: Tensor, D: Tensor) -> Tensor:
     none = torch.zeros_like(V)
     for place, alpha, beta, on_d in ((0, W, none, False), (2, D, V, True)):
 
-        def rule(k: int, a: Tensor, b: Tensor, on_d: bool = on_d) -> tuple[Tensor, Tensor, Tensor]:
+        def rule(k: int, a: Tensor, b: Tensor, on_d: bool = on_d) -> Planes:
             return work.best(k, a, b) if k else _together(work, a, b, on_d=on_d)
 
         found = work.bound(torch.cat((alpha, -alpha))[None], torch.cat((beta, -beta))[None], rule)[0]
@@ -60,7 +79,7 @@ def above(work: Backward, W: Tensor, V: Tensor, D: Tensor) -> Tensor:
     return result
 
 
-def _worth_it(work: Backward, rows: int) -> bool:
+def _worth_it(work: Work, rows: int) -> bool:
     """Whether so many rows through the first hidden layer gain from it, and not at too high a price."""
     vary, free = int((work.radius > 0).any(0).sum()), len(work.free[0]) if work.free else 0
     if vary < MANY or free < 2 or work.off is not None or work.stairs or work.curves[0]:
@@ -68,7 +87,7 @@ def _worth_it(work: Backward, rows: int) -> bool:
     return len(work.lower) * rows * free**2 * (vary + 16 * free) <= batch_size(WORK, work.lower.device)
 
 
-def _together(work: Backward, alpha: Tensor, beta: Tensor, *, on_d: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _together(work: Work, alpha: Tensor, beta: Tensor, *, on_d: bool) -> Planes:
     """Slopes p, q [B, R, N] and heights [B, R] of planes above alpha a + beta e [1 or B, R, N]."""
     hexagon, free = work.hexagons[0], work.free[0]
     terms, shape = alpha.shape[-1] + 8 * work.pair.depth, (len(hexagon.l1), *alpha.shape[1:])
@@ -91,7 +110,7 @@ def _together(work: Backward, alpha: Tensor, beta: Tensor, *, on_d: bool) -> tup
     return p.scatter(2, index, new_p), q.scatter(2, index, new_q), raised + heights
 
 
-def _forms(work: Backward, free: Tensor, on_d: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _forms(work: Work, free: Tensor, on_d: bool) -> tuple[Tensor, Tensor, Tensor]:
     """v = c + A x over |x| <= 1 of the neurons `free`: c [B, F], A [B, F, n], and how far [B, F] v may be from it."""
     neurons = work.on[0][free]
     W, _, D = work.pair.maps[0].rows(neurons)
@@ -178,5 +197,5 @@ def _spread(A: Tensor, omega: Tensor, stretch: Tensor) -> Tensor:
     # gram = V top V^T + apart, and V^T V = 1 + askew; what these products and norms lose is below the last terms.
     rounding = 8 * gamma(n + F) * (total + F * largest)
     value = largest * (1 + askew + 8 * gamma(F) * F) + apart * (1 + gamma(F * F)) + rounding
-    value = (value.sqrt() + 16 * UNIT_ROUNDOFF * total.sqrt()).square()
+    value = (value.sqrt() + allowance(total.sqrt(), 16)).square()
     return value * stretch.sum(2) * (1 + 4 * gamma(n))
