@@ -13,6 +13,7 @@ from torch import Tensor
 import torchreach as tr
 from tests.data import require_data
 from tests.networks import DEVICES, random_network
+from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.domains import spectral
 from torchreach.domains.difference import difference_bounds
 from torchreach.domains.pair import Pair
@@ -87,7 +88,7 @@ def test_no_input_leaves_the_bounds_and_they_are_tighter(sizes, device):
         middle = torch.rand(1, sizes[0], generator=g, dtype=torch.float64)
         low, high = middle - 0.4, middle + 0.4
         before = difference_bounds(pair, low, high)
-        after = difference_bounds(pair, low, high, together=True)
+        after = difference_bounds(pair, low, high, together=NO_LIMIT)
         for old, new in zip(before, after, strict=True):
             assert (new.u1 - new.l1 <= old.u1 - old.l1 + 1e-9).all()
             assert (new.du - new.dl <= old.du - old.dl + 1e-9).all()
@@ -112,10 +113,18 @@ def test_no_input_leaves_the_bounds_and_they_are_tighter(sizes, device):
                 assert (z >= after[1].l1.cpu()).all()
 
 
+def test_rows_whose_turn_comes_too_late_keep_their_bounds():
+    pair, *_ = pair_of([40, 24, 16, 3], 1, "cpu", 5)
+    low, high = torch.zeros(1, 40, dtype=torch.float64), torch.ones(1, 40, dtype=torch.float64)
+    before, after = difference_bounds(pair, low, high), difference_bounds(pair, low, high, together=Clock(0.0))
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(old.pack(), new.pack())
+
+
 def test_few_inputs_are_not_asked():
     pair, *_ = pair_of([6, 8, 2], 0, "cpu", 5)
     low, high = -torch.ones(1, 6, dtype=torch.float64), torch.ones(1, 6, dtype=torch.float64)
-    before, after = difference_bounds(pair, low, high), difference_bounds(pair, low, high, together=True)
+    before, after = difference_bounds(pair, low, high), difference_bounds(pair, low, high, together=NO_LIMIT)
     assert torch.equal(before[-1].sides, after[-1].sides)
 
 
@@ -129,7 +138,7 @@ def test_pictures_of_784_pixels():
     pair = Pair.of(tuple(both[0]), tuple(both[1]))
     x = torch.from_numpy(images)[0].double().reshape(1, -1)
     low, high = (x - 0.1).clamp(-1, 1), (x + 0.1).clamp(-1, 1)
-    before, after = difference_bounds(pair, low, high), difference_bounds(pair, low, high, together=True)
+    before, after = difference_bounds(pair, low, high), difference_bounds(pair, low, high, together=NO_LIMIT)
     assert float(before[-1].sides.amax()) > 0.39
     assert float(after[-1].sides.amax()) < 0.28
     open_ = ~before[1].settled()

@@ -262,15 +262,15 @@ def difference_bounds(
     lower: Tensor,
     upper: Tensor,
     *,
-    together: bool = False,
+    together: Clock | None = None,
     clock: Clock = NO_LIMIT,
     memory: float = inf,
 ) -> tuple[Hexagon, ...]:
     """Certified bounds of z, z2 and z - z2 of every layer over B boxes; the last are y1, y2 and y1 - y2.
 
     Args: lower, upper: [B, N_in], any floating dtype and device; they are exact in float64. together: also by planes
-        that see the inputs of the first hidden layer together (`domains.spectral`), which takes seconds. clock: looked
-        at in every chunk of rows; OutOfTime when it is over. memory: of zonotopes, in bytes; intervals in their place.
+        that see the inputs of the first hidden layer together (`domains.spectral`), while this lasts. clock: looked at
+        in every chunk of rows; OutOfTime when it is over. memory: of zonotopes, in bytes; intervals in their place.
 
     Method: zonotopes of either network, and intervals of z - z2 from the layer before; then, for neurons whose signs
         these leave open and for the outputs, backward bounds of all three, each the better of `Backward.best` and
@@ -325,7 +325,7 @@ def checked_boxes(pair: Takes, lower: Tensor, upper: Tensor) -> tuple[Tensor, Te
     return lower, upper
 
 
-def _bounds(work: Backward, clock: Clock, memory: float, together: bool) -> tuple[Hexagon, ...]:
+def _bounds(work: Backward, clock: Clock, memory: float, together: Clock | None) -> tuple[Hexagon, ...]:
     pair, layers = work.pair, []
     zonotopes: list[Bounds] = []
     for k in range(pair.depth):
@@ -424,7 +424,7 @@ def interval_difference(pair: Pair, lower: Tensor, upper: Tensor) -> Hexagon:
     return before
 
 
-def _by_rows(work: Backward, rows: Tensor, clock: Clock, together: bool = False) -> Hexagon:
+def _by_rows(work: Backward, rows: Tensor, clock: Clock, together: Clock | None = None) -> Hexagon:
     """Backward bounds [B, R] of the neurons `rows` [R] of the first layer not yet added."""
     pair, k, size = work.pair, len(work.hexagons), len(work.lower)
     limit = max(CHUNK // (6 * SPREAD * size * max(maps.widest for maps in pair.maps[: k + 1])), 1)
@@ -436,8 +436,8 @@ def _by_rows(work: Backward, rows: Tensor, clock: Clock, together: bool = False)
         P, Q = (part[:, some] for part in work.errors[k])
         constant, error = torch.cat((b, b - db, db)), torch.cat((P, P + Q, Q), 1)
         value = _either(work, torch.cat((alpha, -alpha))[None], torch.cat((beta, -beta))[None])
-        if together:
-            value = torch.minimum(value, spectral.above(work, W, V, D).flatten(1))
+        if together is not None:
+            value = torch.minimum(value, spectral.above(work, W, V, D, together).flatten(1))
         value = value + torch.cat((constant, -constant)) + error.repeat(1, 2)
         parts.append(value.expand(size, -1).reshape(size, 6, -1))
     u1, u2, du, l1, l2, dl = torch.cat(parts, 2).unbind(1)

@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from torchreach.core.clock import Clock
 from torchreach.core.memory import batch_size
 from torchreach.core.roundoff import allowance, gamma
 from torchreach.domains.hexagon import ClosedPlanes, Hexagon
@@ -34,8 +35,8 @@ from torchreach.domains.pair import Pair
 
 RANK, ROUNDS = 6, 8
 MANY = 16  # inputs that vary, from which on it is worth it
-# Products of numbers that bounding the rows of a layer may take: some two seconds. Numbers in one intermediate tensor.
-WORK, NUMBERS = {"cpu": 2**32, "cuda": 2**38}, 2**23
+# Products of numbers that bounding the rows of a layer may take: half a minute. Numbers in one intermediate tensor.
+WORK, NUMBERS = {"cpu": 2**36, "cuda": 2**40}, {"cpu": 2**21, "cuda": 2**25}
 TINY = 1e-150
 Planes = tuple[Tensor, Tensor, Tensor]  # slopes p, q and summed heights
 
@@ -59,10 +60,10 @@ class Work(Protocol):
     def bound(self, alpha: Tensor, beta: Tensor, rule: Callable[..., Planes]) -> tuple[Tensor, Tensor]: ...
 
 
-def above(work: Work, W: Tensor, V: Tensor, D: Tensor) -> Tensor:
+def above(work: Work, W: Tensor, V: Tensor, D: Tensor, clock: Clock) -> Tensor:
     """[B, 6, C] `Backward.bound` of rows z, z2, d and -z, -z2, -d [C, N] of a layer on what the last one added gives.
 
-    Infinite for z2, which z and d bound, and everywhere where it is not worth it.
+    Infinite for z2, which z and d bound, where it is not worth it, and for rows whose turn comes when `clock` is over.
     """
     size, count = len(work.lower), len(W)
     result = torch.full((size, 6, count), torch.inf, dtype=W.dtype, device=W.device)
@@ -72,7 +73,7 @@ def above(work: Work, W: Tensor, V: Tensor, D: Tensor) -> Tensor:
     for place, alpha, beta, on_d in ((0, W, none, False), (2, D, V, True)):
 
         def rule(k: int, a: Tensor, b: Tensor, on_d: bool = on_d) -> Planes:
-            return work.best(k, a, b) if k else _together(work, a, b, on_d=on_d)
+            return work.best(k, a, b) if k else _together(work, a, b, clock, on_d=on_d)
 
         found = work.bound(torch.cat((alpha, -alpha))[None], torch.cat((beta, -beta))[None], rule)[0]
         result[:, place], result[:, place + 3] = found.expand(size, -1).chunk(2, 1)
@@ -87,7 +88,7 @@ def _worth_it(work: Work, rows: int) -> bool:
     return len(work.lower) * rows * free**2 * (vary + 16 * free) <= batch_size(WORK, work.lower.device)
 
 
-def _together(work: Work, alpha: Tensor, beta: Tensor, *, on_d: bool) -> Planes:
+def _together(work: Work, alpha: Tensor, beta: Tensor, clock: Clock, *, on_d: bool) -> Planes:
     """Slopes p, q [B, R, N] and heights [B, R] of planes above alpha a + beta e [1 or B, R, N]."""
     hexagon, free = work.hexagons[0], work.free[0]
     terms, shape = alpha.shape[-1] + 8 * work.pair.depth, (len(hexagon.l1), *alpha.shape[1:])
@@ -98,9 +99,13 @@ def _together(work: Work, alpha: Tensor, beta: Tensor, *, on_d: bool) -> Planes:
     forms = _forms(work, free, on_d)
     parts = []
     half = shape[1] // 2 if on_d else shape[1]
-    size = max(NUMBERS // max(shape[0] * forms[1].shape[1] * forms[1].shape[2], 1), 1)
+    size = max(batch_size(NUMBERS, free.device) // max(shape[0] * forms[1].shape[1] * forms[1].shape[2], 1), 1)
     for some in torch.arange(half, device=free.device).split(size):
         both = torch.cat((some, some + half)) if on_d else some
+        if clock.over:  # any slopes will do
+            none = p.new_zeros(shape[0], len(both), len(free))
+            parts.append((none, none, p.new_full(none.shape[:2], torch.inf)))
+            continue
         mine, other = (part[:, both][..., free].expand(shape[0], -1, -1) for part in (alpha, beta))
         parts.append(_planes(own, forms, mine, other, terms, on_d))
     if on_d:  # each part has rows and then their negatives

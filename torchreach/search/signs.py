@@ -47,7 +47,8 @@ from torchreach.search.witness import ascend
 
 ROOT_STEPS, STEPS, LEAF_STEPS, LAYER_STEPS = 150, 30, 200, 40
 ROUNDED_STEPS, ROUNDED_DECAY = 60, 0.94
-LAYER = 0.1  # share of the time that is left for better bounds of a layer
+# Shares of the time that is left, for better bounds of a layer and of all that see the inputs together.
+LAYER, CLOSER = 0.1, 0.15
 ROOT_DECAY, DECAY, LEAF_DECAY = 0.98, 0.92, 0.98
 # Branches split at a time: twice as many every round, up to so many.
 FIRST, BATCH = 64, {"cpu": 64, "cuda": 1024}
@@ -282,8 +283,9 @@ def _closer(
     pair: Pair, low: Tensor, high: Tensor, root: tuple[Hexagon, ...], memory: float, clock: Clock
 ) -> tuple[Hexagon, ...]:
     """The bounds `root`, and those that see the inputs together where there is time for them."""
+    patience = clock.part(CLOSER * clock.left) if clock.limited else clock
     try:
-        found = difference_bounds(pair, low, high, together=True, clock=clock, memory=memory / 2)
+        found = difference_bounds(pair, low, high, together=patience, clock=clock, memory=memory / 2)
     except OutOfTime:
         return root
     return tuple(new.within(old).tightened() for new, old in zip(found, root, strict=True))

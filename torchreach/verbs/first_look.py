@@ -17,6 +17,7 @@ from torch import Tensor
 from torchreach.core.clock import Clock
 from torchreach.core.roundoff import allowance
 from torchreach.core.tolerances import COMPUTE_DTYPE, Tolerances
+from torchreach.domains.zonotope import BUFFERS, box_rows, zonotope_bounds
 from torchreach.graph.steps import Step
 from torchreach.lp.halfspaces import Halfspaces
 from torchreach.lp.interior_point import centre, interior
@@ -175,3 +176,15 @@ def regions_apart(network: tuple[Step, ...], points: Tensor) -> Tensor:
         x = torch.where(on | ~step.relu, x, 0.0)
     key = key.sort(1).values
     return (key[:, 1:] != key[:, :-1]).double().mean(1)
+
+
+def undecided(network: tuple[Step, ...], low: Tensor, high: Tensor, clock: Clock, memory: float) -> Tensor:
+    """[S] number of neurons whose signs zonotopes leave open over boxes [S, N_in]; 0 where there is no room for any."""
+    result = torch.zeros(len(low), dtype=torch.long, device=low.device)
+    if BUFFERS * low.element_size() * low.numel() * low.shape[1] > memory:
+        return result
+    bounds = zonotope_bounds(network, *box_rows(low, high), clock=clock, memory=memory)
+    for step, (lower, upper) in zip(network[:-1], bounds, strict=False):
+        assert step.relu is not None
+        result += ((lower < 0) & (upper > 0) & step.relu).sum(1)
+    return result
