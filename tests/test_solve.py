@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -367,6 +369,24 @@ def test_the_example_of_the_docs_keeps_its_certificate() -> None:
         exec(compile(code, "docs/training.md", "exec"), names)
     assert max(names["certificates"]) <= 0.05
     assert tr.discrepancy(names["original"], names["student"], names["stars"], EXACT).within(0.05)
+
+
+def test_another_user_of_highs_in_the_process_may_have_other_threads() -> None:
+    script = """
+import highspy, numpy as np
+first = getattr(highspy, "_Highs", highspy.Highs)()
+first.setOptionValue("output_flag", False)
+first.setOptionValue("threads", 2)
+first.addVar(0.0, 1.0)
+first.run()
+from torchreach.core.clock import NO_LIMIT
+from torchreach.lp.least_slack import LeastSlack
+program = LeastSlack(1)
+program.add(np.array([[1.0], [-1.0]]), np.array([0.0, -1.0]), np.ones(2))
+print(program.solve(NO_LIMIT).value)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == pytest.approx(0.5)
 
 
 # -- deployed networks --------------------------------------------------------------------------------

@@ -24,10 +24,11 @@ from torchreach.core.clock import Clock, OutOfTime
 
 Array = NDArray[np.float64]
 
-# The tightest that HiGHS takes.
+# The tightest tolerances that HiGHS takes. No number of threads: HiGHS has one scheduler for the whole process, and
+# refuses to solve with another number than whoever came first.
 OPTIONS = {
     "output_flag": False,
-    "threads": 1,
+    "parallel": "off",
     "primal_feasibility_tolerance": 1e-10,
     "dual_feasibility_tolerance": 1e-10,
 }
