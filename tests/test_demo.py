@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -33,6 +34,8 @@ def test_one_seed_gives_the_same_numbers_twice_on_any_number_of_threads(monkeypa
             assert result.exit_code in (0, 1), result.output
             assert result.stderr == ""
             assert (result.exit_code == 0) == report["verdict"]["ok"] == report["repair"]["satisfied"]
+            assert re.search(r"labels: +(certainly|an input|open).* 1 .*\(compressed\)", result.stdout), result.stdout
+            assert "(repaired)" in result.stdout
             del report["timings"]
             reports.append(report)
     finally:
@@ -78,7 +81,7 @@ def test_pruned_network_stays_pruned(monkeypatch, tmp_path):
         (("--eps", "0"), "--eps must lie in (0, 1], got 0.0"),
         (("--bits", "1"), "--bits must lie between 2 and 16, or be 0 for float weights, got 1"),
         (("--prune", "1"), "--prune must lie in [0, 1), got 1"),
-        (("--bits", "0"), "--bits 0 needs --prune"),
+        (("--bits", "0", "--prune", "0"), "--bits 0 needs --prune"),
         (("--epochs", "0"), "--epochs must be at least 1, got 0"),
     ],
 )
@@ -100,7 +103,11 @@ def test_defaults_repair_the_digits(monkeypatch, tmp_path):
     assert report["timings"]["total"] < 120
     accuracy = {role: network["accuracy"] for role, network in report["networks"].items()}
     assert accuracy["original"] > 0.95
+    assert accuracy["compressed"] < accuracy["original"] - 0.1
     assert accuracy["repaired"] > accuracy["original"] - 0.02
+    assert report["repair"]["history"][-1]["max_upper"] < 0.1 * report["repair"]["history"][0]["max_upper"]
+    assert "certainly the same on 8 of 10 sets, an input tells them apart on 2 (compressed)" in result.stdout
+    assert "certainly the same on 10 of 10 sets (repaired)" in result.stdout
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from torchreach.app.cli_options import (
     Compressed,
     Confidence,
     Data,
+    DemoTarget,
     Device,
     Dtype,
     Eps,
@@ -379,7 +380,7 @@ def demo(
     prune: Annotated[
         float,
         typer.Option(help="Share of the weights of each layer set to zero, 0 to 1.", rich_help_panel=_COMPRESSION),
-    ] = 0.0,
+    ] = 0.7,
     images: Annotated[
         int, typer.Option(help="Test pictures, one of each digit in turn.", rich_help_panel="Input set")
     ] = 10,
@@ -390,10 +391,10 @@ def demo(
         float,
         typer.Option(help="How far each of them may move; pixels lie in [0, 1].", rich_help_panel="Input set"),
     ] = 0.1,
-    target: Target = None,
+    target: DemoTarget = None,
     target_max: TargetMax = None,
-    by: By = "retrain",
-    alpha: Alpha = 2.0,
+    by: By = "auto",
+    alpha: Alpha = 1.0,
     iterations: Iterations = 20,
     rate: Rate = 1e-3,
     output: Annotated[
@@ -410,12 +411,14 @@ def demo(
     device: Device = "cpu",
     method: Method = "auto",
 ) -> None:
-    """See it work: train a digit classifier, compress it, certify the difference, repair it.
+    """See it work: train a digit classifier, compress it until it errs, certify what changed, repair it.
 
+    Prints accuracy, certified distance, and on how many sets both certainly give one label, before and after.
     Takes well under two minutes on two cores, needs no files and no network.
     """
     from torchreach.app.arguments import DemoSetup, RepairSetup, Setup, check_repair
 
+    target = 0.1 if target is None and target_max is None else target
     options = RepairSetup(target, target_max, alpha, iterations, 50, rate, seed, by)
     digits = DemoSetup(data, root, images, pixels, eps, epochs, bits, prune)
     setup = Setup.make(device, "float64", method, seconds, stars, memory, output, ctx.obj)

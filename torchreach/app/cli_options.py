@@ -177,6 +177,14 @@ Target = Annotated[
         rich_help_panel=REPAIR,
     ),
 ]
+DemoTarget = Annotated[
+    float | None,
+    typer.Option(
+        help="Certified bound on |y1 - y2| to reach, as a factor of the one before repair. Default: 0.1.",
+        metavar="FACTOR",
+        rich_help_panel=REPAIR,
+    ),
+]
 TargetMax = Annotated[
     float | None,
     typer.Option(

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -286,8 +287,9 @@ def _repair(
     compressed: nn.Module,
     inputs: InputSet,
     evaluate: Callable[[nn.Module], float] | None = None,
+    data: tuple[Tensor, Tensor] | None = None,
 ) -> RepairResult:
-    """The repair, with progress."""
+    """The repair, with progress. data: inputs, and what the network is to go on giving there."""
     from torchreach.training.repair import RepairOptions, Target, repair
 
     method = METHODS[setup.method]
@@ -306,7 +308,8 @@ def _repair(
             method=options.by,
             alpha=options.alpha,
             iterations=options.iterations,
-            training=RepairOptions(epochs=options.epochs, learning_rate=options.rate),
+            training=RepairOptions(epochs=options.epochs, learning_rate=options.rate, data_weight=1.0),
+            data=data,
             evaluate=evaluate,
             seed=options.seed,
             exact=method,
@@ -340,7 +343,10 @@ def demo(setup: Setup, options: RepairSetup, digits: DemoSetup) -> int:
         show.print_line(setup.out, f"{role + ':':<12}{name}, test accuracy {100 * right[role]:.2f} %")
     show.print_line(setup.out, f"input set:  {inputs.text}")
     with first_interrupt() as pressed:
-        result = _repair(options, setup, original, compressed, inputs, lambda network: parts.accuracy(network, data))
+        kept = data.train_x.to(device)
+        wanted = evaluate(original, kept).to(kept)
+        judge = partial(parts.accuracy, data=data)
+        result = _repair(options, setup, original, compressed, inputs, judge, (kept, wanted))
     chains = {**networks, "repaired": result.network}
     files = {f"{role}.onnx": onnx_bytes(load(network), inputs.stars.shape) for role, network in chains.items()}
     hashes = {role: {name: sha256(data).hexdigest()} for role, (name, data) in zip(chains, files.items(), strict=True)}
@@ -349,6 +355,9 @@ def demo(setup: Setup, options: RepairSetup, digits: DemoSetup) -> int:
     show.print_comparison(setup.out, result.before, result.after, inputs.labels)
     accuracy = report.networks["repaired"].accuracy or 0.0
     show.print_line(setup.out, f"{'repaired:':<12}test accuracy {100 * accuracy:.2f} %")
+    for role in ("compressed", "repaired"):
+        found = equivalence(original, chains[role], inputs.stars, top1=True, budget=setup.budget)
+        show.print_line(setup.out, f"{'labels:':<12}{show.label_counts(found)} ({role})")
     finish(setup, report, files)
     return _status(setup, report.verdict.ok, bool(pressed) and not result.satisfied)
 

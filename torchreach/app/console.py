@@ -17,7 +17,7 @@ from torch import Tensor
 from torchreach.app.verdict import Verdict, open_reasons, star_status, uncovered, work, worst_first
 from torchreach.core.outward import at_least, at_most, counted, span
 from torchreach.core.repaired import RepairStep
-from torchreach.core.results import Attribution, Discrepancy, Equivalence, Progress
+from torchreach.core.results import Answer, Attribution, Discrepancy, Equivalence, Progress
 from torchreach.core.terms import Kernels, Status
 
 if TYPE_CHECKING:
@@ -106,6 +106,18 @@ def progress_line(progress: Progress) -> str:
         f"{counted(progress.done, progress.unit)} done, {progress.open:,} open, "
         f"max |y1 - y2| in {span(attained, bound, 4)}, {progress.seconds:.1f} s"
     )
+
+
+def label_counts(found: Equivalence) -> str:
+    """On how many sets two networks certainly give one label, and on how many an input shows that they do not."""
+    same, size = found.count(Answer.EQUIVALENT), len(found.answer)
+    differ = found.count(Answer.NOT_EQUIVALENT)
+    parts = [
+        f"certainly the same on {same} of {size} sets",
+        f"an input tells them apart on {differ}" * (differ > 0),
+        f"open on {size - same - differ}" * (same + differ < size),
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def print_discrepancy(
