@@ -195,7 +195,7 @@ TargetMax = Annotated[
 By = Annotated[
     str,
     typer.Option(
-        help="retrain; solve (the last layer as a linear program, a deployed B's biases); auto: both in turn.",
+        help="retrain; solve (the last layer as a program; of a deployed B its biases and codes); auto: both in turn.",
         rich_help_panel=REPAIR,
     ),
 ]

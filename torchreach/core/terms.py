@@ -72,6 +72,7 @@ class Made(_Worded):
     CALIBRATED = "calibrated", "scales and zero points of its activations were fitted"
     RETRAINED = "retrained", "it was trained, and put back on its grids and masks"
     SOLVED = "solved", "a layer was solved as a linear program over the vertices of the linear regions"
+    RECODED = "recoded", "int8 codes and int32 biases of its last layer were solved on inputs of the sets"
     SHIFTED = "shifted", "the int32 biases of its last layer were shifted to the middle of the certified range"
 
 

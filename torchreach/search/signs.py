@@ -196,10 +196,10 @@ def search_signs(
     low, high = one_box(pair, lower, upper)
     n = pair.outputs
     root = difference_bounds(pair, low, high, clock=clock, memory=memory / 2) if root is None else root
-    if best is None:
+    if best is None:  # of what rounds nothing was gained by `_closer`: noise outweighs what inputs share
         best = ascend(pair, low, high, constraints, starts=starts, seed=seed, clock=clock)
-    if not stairs and bool((root[-1].sides[0] > question.enough(best.met.lower)).any()):
-        root = _closer(pair, low, high, root, memory, clock)
+        if bool((root[-1].sides[0] > question.enough(best.met.lower)).any()):
+            root = _closer(pair, low, high, root, memory, clock)
     *hidden, output = root
     work = Backward(pair, low, high)
     for k, hexagon in enumerate(hidden):

@@ -15,18 +15,22 @@ from __future__ import annotations
 
 import copy
 from itertools import islice
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import pad
 
 from torchreach.compress.constraints import PRUNED_SHARE, Constraints, Grid
 from torchreach.compress.convert import converted, int8_layers
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.errors import InvalidNetworkError
+from torchreach.core.tolerances import COMPUTE_DTYPE
 from torchreach.graph.layers import RESHAPING
 from torchreach.graph.quantizer import Quantizer
 from torchreach.training.fit import Data, RepairOptions, batches, fit
+from torchreach.training.program import LayerProgram, Points
 
 # Inputs from `data` that calibration looks at, besides the points, in batches of the usual size.
 CALIBRATION = 4096
@@ -120,6 +124,40 @@ class DeployedStudent:
             return False
         with torch.no_grad():
             bias += by.to(bias)
+        self._convert()
+        return True
+
+    def solve_codes(self, x: Tensor, y: Tensor, clock: Clock) -> bool:
+        """Codes of the last layer, each at most one from what it is, and its biases, for a small |y - y2| at points.
+
+        What rounds the outputs is not part of the program. x: [B, *shape], y: [B, N]. Returns whether the network ends
+        in a fully connected layer, else nothing is done.
+
+        Raises: OutOfTime.
+        """
+        index = max(map(int, self.names), default=0)
+        bias = self.free.get(f"{index}.bias")
+        if not isinstance(self.model[index], nn.Linear) or bias is None or bias.numel() != y.shape[1]:
+            return False
+        with torch.no_grad():
+            values = self.constraints.straight_through(self.free)
+            before = {key: value for key, value in values.items() if int(key.split(".")[0]) < index}
+            h = functional_call(self.model[:index], before, (x.to(bias),)).flatten(1).to(COMPUTE_DTYPE)
+            weight, grid = values[f"{index}.weight"], cast("Grid", self.constraints.grids[f"{index}.weight"])
+            now, mask = grid.codes(weight), self.constraints.masks.get(f"{index}.weight")
+            step = torch.broadcast_to(grid.scale.to(weight), weight.shape)
+            ends = [(now + sign).clamp(grid.lowest, grid.highest) for sign in (-1, 1)]
+            step, low, high = (pad(part.to(COMPUTE_DTYPE), (0, 1)) for part in (step, *ends))
+            start = torch.cat((weight, values[f"{index}.bias"][:, None]), 1).to(COMPUTE_DTYPE)
+            free = torch.ones_like(start, dtype=torch.bool)
+            if mask is not None:
+                free[:, :-1] = mask
+            h, y = torch.cat((h, torch.ones_like(h[:, :1])), 1), y.to(h)
+            program = LayerProgram(Points(x, h, y, y, torch.ones_like(h[:, 0])), start, free)
+            program.least(clock)
+            found = program.rounded(step, (low, high), clock).to(weight)
+            self.free[f"{index}.weight"].copy_(found[:, :-1])
+            bias.copy_(found[:, -1])
         self._convert()
         return True
 

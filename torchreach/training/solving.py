@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 
+import torch
 from torch import Tensor
 
 from torchreach.core.clock import Clock, OutOfTime
 from torchreach.core.options import Budget
 from torchreach.core.repaired import Conflict
 from torchreach.core.terms import Made
-from torchreach.core.tolerances import Tolerances
+from torchreach.core.tolerances import COMPUTE_DTYPE, Tolerances
+from torchreach.read.module import chain
 from torchreach.training.earlier_layer import step_earlier
 from torchreach.training.evaluations import Evaluations
 from torchreach.training.fit import Data
 from torchreach.training.int8_student import DeployedStudent
 from torchreach.training.keep import Keep
+from torchreach.training.last_layer import evaluated
 from torchreach.training.solve import LayerSolver
 from torchreach.training.students import Student, WeightStudent
 
@@ -26,6 +30,8 @@ log = logging.getLogger(__name__)
 SOLVING = 0.6
 # Share, and absolute, to which a certificate meets the least value.
 CLOSE = 1e-6
+# Inputs of each star on which the codes of a deployed last layer are solved, witnesses besides.
+RECODED = 64
 # How far the numbers of an earlier layer move in one step at first, as a share of its largest weight; by what that is
 # divided after a step that came no closer, and the share of it at which the layer is left as it is.
 RADIUS, SHORTER, SHORTEST = 0.05, 4.0, 1e-2
@@ -59,6 +65,7 @@ class Solving:
         self.deployed, self.done = isinstance(student, DeployedStudent), False
         self.least: Tensor | None = None
         self.conflicts: tuple[Conflict, ...] = ()
+        self.shifted = False  # whether the biases of a deployed network are where they do best
         self.solver: LayerSolver | None = None
         self.trial = False  # whether the student is another than the best one before a round begins
         self.kept: tuple[LayerSolver | None, Tensor | None, tuple[Conflict, ...]] = (None, None, ())
@@ -71,6 +78,7 @@ class Solving:
     def again(self, kept: bool) -> None:
         """The layers before the last have changed: for good, or for one round that may be undone."""
         self.done, self.solver, self.depth, self.radius, self.trial = False, None, 1, RADIUS, not kept
+        self.shifted = False
         if kept:
             self.least, self.conflicts, self.kept = None, (), (None, None, ())
 
@@ -78,7 +86,7 @@ class Solving:
         """One round: solve, write, certify; goes back if that came no closer to the target."""
         began, evaluations, student = time.monotonic(), self.evaluations, self.student
         if isinstance(student, DeployedStudent):
-            self._shift(student, iteration, began)
+            (self._recode if self.shifted else self._shift)(student, iteration, began)
             return
         assert isinstance(student, WeightStudent)
         part = self.clock.share(SOLVING)
@@ -135,10 +143,27 @@ class Solving:
         best = self.evaluations.best.discrepancy
         middle = (best.range_lower.amin(0) + best.range_upper.amax(0)) / 2
         if not bool(middle.isfinite().all()) or not student.shift(middle):
-            self.done = True
+            self.shifted = True
             return
         if self.evaluations.take(student.network, iteration, Made.SHIFTED, began, clock=self.clock):
             student.keep()
+            return
+        student.go_back()
+        self.shifted = True
+
+    def _recode(self, student: DeployedStudent, iteration: int, began: float) -> None:
+        """Solves codes and biases of the last layer on sampled inputs and witnesses, as long as that comes closer."""
+        evaluations, stars = self.evaluations, self.evaluations.stars
+        original = copy.deepcopy(chain(evaluations.original, stars.shape)).to(stars.device, COMPUTE_DTYPE).eval()
+        more = [witness.to(COMPUTE_DTYPE) for witness in evaluations.witnesses]
+        x = torch.cat((stars.sample(RECODED, self.seed).to(COMPUTE_DTYPE), *more), 1).flatten(0, 1)
+        try:
+            solved = student.solve_codes(x, evaluated(original, x), self.clock.share(SOLVING))
+        except OutOfTime:
+            solved = False
+        if solved and evaluations.take(student.network, iteration, Made.RECODED, began, clock=self.clock):
+            student.keep()
+            self.shifted = False  # biases may do better now
         else:
             student.go_back()
             self.done = True
