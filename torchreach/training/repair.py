@@ -98,8 +98,8 @@ def repair(
             solving: as close as the last layer gets, which `least` of the result bounds from below.
         method: "retrain", the loop above; "solve", the last layer as a linear program over the vertices of all linear
             regions (`training.solve`), of a deployed network its int32 biases and last codes; "auto": solves first, and
-            where that misses the target retrains and solves in turn. No method returns a certificate further from the target than
-            the given network's, and `method` of the result says what made the network that is returned.
+            where that misses the target retrains and solves in turn. No method returns a certificate further from the
+            target than the given network's, and `method` of the result says what made the network that is returned.
         alpha: targets lie 1 / alpha of the step away from the compressed network's output, alpha > 0.
         step: "pointwise": y1(x) - y2(x) at each training point. "extremum": the end of larger magnitude of
             the certified range of y1 - y2, per star and output. "midpoint": the middle of that range.
