@@ -144,3 +144,26 @@ def test_pictures_of_784_pixels():
     open_ = ~before[1].settled()
     widths = [(bounds[1].du - bounds[1].dl)[open_].mean() for bounds in (before, after)]
     assert widths[1] < 0.75 * widths[0]
+
+
+@pytest.mark.parametrize(
+    "seed", [6, 10, pytest.param(1, marks=pytest.mark.slow), pytest.param(9, marks=pytest.mark.slow)]
+)
+def test_bounds_and_searches_hold_the_exact_maximum(seed):
+    inputs = (18, 24, 32)[seed % 3]
+    original = random_network(seed, [inputs, 10, 6, 2])
+    compressed = tr.quantize_weights(original, bits=4 + seed % 3) if seed % 2 else tr.prune_weights(original, 0.3)
+    g = torch.Generator().manual_seed(seed)
+    middle = torch.rand(inputs, generator=g, dtype=torch.float64)
+    radius = 0.15 + 0.2 * float(torch.rand(1, generator=g))
+    low, high = middle - radius, middle + radius
+    stars = tr.StarBatch.from_box(low, high)
+    exact = tr.discrepancy(original, compressed, stars, tr.Exact("programs"))
+    assert exact.status == (tr.Status.EXACT,)
+    both = [steps(f, (inputs,), dtype=torch.float64, device=torch.device("cpu")) for f in (original, compressed)]
+    bounds = difference_bounds(Pair.of(tuple(both[0]), tuple(both[1])), low[None], high[None], together=NO_LIMIT)
+    upper = torch.maximum(bounds[-1].sides[0, 0], bounds[-1].sides[0, 1])
+    assert (upper >= exact.lower[0] - 1e-12).all()
+    searched = tr.discrepancy(original, compressed, stars, tr.Search("signs"), budget=tr.Budget(stars=200))
+    assert (searched.upper >= exact.lower - 1e-12).all()
+    assert (searched.lower <= exact.upper + 1e-12).all()

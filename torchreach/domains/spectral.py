@@ -85,6 +85,8 @@ def _worth_it(work: Work, rows: int) -> bool:
     vary, free = int((work.radius > 0).any(0).sum()), len(work.free[0]) if work.free else 0
     if vary < MANY or free < 2 or work.off is not None or work.stairs or work.curves[0]:
         return False
+    if work.pair.db[0].ndim > 1:  # biases of each box
+        return False
     return len(work.lower) * rows * free**2 * (vary + 16 * free) <= batch_size(WORK, work.lower.device)
 
 
