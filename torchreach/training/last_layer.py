@@ -139,7 +139,7 @@ class LastLayer:
         size = y.abs() + h.abs() @ fixed.abs() + aim.abs()
         lost = y_error + h_error @ fixed.abs() + gamma(len(fixed) + len(u) + 8) * size
         value = (u * rest).sum() - (u.abs() * lost).sum()
-        off = (u @ h[:, free]).abs() + u.abs() @ (h_error[:, free] + gamma(len(u) + 8) * h[:, free].abs())
+        off = (h[:, free].T @ u).abs() + (h_error[:, free] + gamma(len(u) + 8) * h[:, free].abs()).T @ u.abs()
         residual = above(off.amax()) if bool(free.any()) else off.new_zeros(())
         share = u[gives].abs().sum()
         share = share if bool(share > 0) else torch.ones_like(share)
@@ -157,7 +157,11 @@ def evaluated(network: nn.Module, x: Tensor) -> Tensor:
 
 
 def _polished(h: Tensor, u: Tensor, gives: Tensor) -> Tensor:
-    """Multipliers corrected by least squares, so that they cancel the features to rounding; signs stay."""
+    """Multipliers corrected by least squares, so that they cancel the features to rounding; signs stay.
+
+    Few numbers, on the host: no accelerator solves systems of deficient rank.
+    """
+    device, (h, u, gives) = h.device, (part.cpu() for part in (h, u, gives))
     sign = torch.sign(u)
     system = torch.cat((h.T, (sign * gives)[None]))
     wanted = torch.zeros_like(system[:, 0])
@@ -167,4 +171,4 @@ def _polished(h: Tensor, u: Tensor, gives: Tensor) -> Tensor:
         if not bool((torch.sign(better) == sign).all()):
             break
         u = better
-    return u
+    return u.to(device)
