@@ -23,6 +23,7 @@ from tests.test_repair_deployed import dense, int8
 from torchreach.compress.constraints import Constraints, quantize_weights
 from torchreach.core.clock import NO_LIMIT, OutOfTime
 from torchreach.core.errors import InvalidNetworkError, OptionError, ShapeError, UnsupportedLayerError
+from torchreach.reference.certify import certify
 from torchreach.training.fit import run
 from torchreach.training.solve import LayerSolver
 
@@ -130,6 +131,16 @@ def test_certificate_equals_the_least_value(free):
     for s in range(2):
         off = (original(x[s]) - result.network(x[s])).abs().amax(0)
         assert bool((off <= result.after.upper[s] + 1e-9).all())
+
+
+@pytest.mark.parametrize("compress", [partial(tr.prune_weights, fraction=0.4), partial(tr.quantize_weights, bits=4)])
+def test_the_mixed_integer_model_agrees_with_the_certificate_of_what_was_solved(compress):
+    original = network(5)
+    given = compress(original)
+    result = SOLVE(original, given, boxes())
+    assert result.after.upper.max() < result.before.upper.max()
+    found = certify(result.after, original, result.network, boxes())
+    assert found.agrees, found.where
 
 
 def test_zeros_grids_and_hidden_layers_stay_and_nothing_given_changes():
