@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -750,6 +751,13 @@ def test_missed_target_exits_1_and_says_so(files, coarse):
     assert result.exit_code == 1
     assert result.stdout.splitlines()[-1].startswith("target missed, closest network kept: certified")
     assert "target 1e-09" in result.stdout
+    solved = run("repair", files / "a.onnx", coarse, "--box", BOX, "--by", "solve", "--target-max", 1e-9)
+    last = solved.stdout.splitlines()[-1]
+    assert solved.exit_code == 1
+    assert last.startswith("target missed, closest network kept: certified")
+    found = re.search(r"<= (\S+) for every .* no last layer with these zeros gets below (\S+) ", last)
+    assert found is not None, last
+    assert 0 < float(found[2]) <= float(found[1])
 
 
 @pytest.mark.parametrize(

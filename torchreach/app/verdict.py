@@ -110,6 +110,8 @@ def repair_verdict(result: RepairResult, target: float) -> Verdict:
         state, start = State.REPAIRED, "repaired"
     else:
         state, start = State.NOT_REPAIRED, "target missed, closest network kept"
+        least = 0.0 if result.least is None else float(result.least.max())
+        text += f"; no last layer with these zeros gets below {at_least(least)}" if least > 0 else ""
     return Verdict(state, after.lower, after.upper, target, after.witness, f"{start}: {text}", how)
 
 
