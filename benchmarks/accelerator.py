@@ -12,7 +12,6 @@ seconds in which a kernel or copy ran. Exit status 1 where counts or intervals d
 from __future__ import annotations
 
 import copy
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -196,29 +195,24 @@ def main(argv: list[str] | None = None) -> int:
     parser = common.options(__doc__)
     parser.add_argument("--work", nargs="+", choices=("reach", "signs", "inputs", "cells", "loss"), help="default: all")
     parser.add_argument("--case", action="append", help="only the case of this name; may be repeated")
-    parser.add_argument("--all-threads", action="store_true", help="also a CPU run with as many threads as cores")
     args = parser.parse_args(argv)
     common.headline(args)
     paper_networks.quiet()
-    settings = [("cpu", args.threads)]
-    if args.all_threads:
-        settings.append(("cpu", len(os.sched_getaffinity(0))))
-    if torch.cuda.is_available():
-        settings.append(("cuda", args.threads))
-    else:
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    if len(devices) == 1:
         print("no CUDA device: only the CPU is timed")
     rows, problems = [], []
     for kind, case, work in works():
         if (args.work and kind not in args.work) or (args.case and case not in args.case):
             continue
         first: tuple[dict, Outcome] | None = None
-        for device, threads in settings:
-            row, outcome = measure(kind, case, work, device, threads, args.repeats)
+        for device in devices:
+            row, outcome = measure(kind, case, work, device, args.threads, args.repeats)
             first = first or (row, outcome)
             row["times"] = row["units / s"] / first[0]["units / s"]
             problems += differences(f"{kind} {case} on {device}", first[1], outcome)
             rows.append(row)
-            common.say(f"{kind} {case} {device} {threads}: {row['wall s']:.3g} s")
+            common.say(f"{kind} {case} {device}: {row['wall s']:.3g} s")
     common.show(rows, COLUMNS, "CPU and accelerator")
     return common.finish("accelerator", args, rows, problems)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,3 +42,13 @@ def assert_valid(found: tr.Discrepancy, differences: Differences, stars: tr.Star
     assert len(found.reasons) == len(found.status) == len(stars)
     for status, reason in zip(found.status, found.reasons, strict=True):
         assert status is tr.Status.EXACT or reason is not Reason.CLOSED
+
+
+def run_example(page: str, number: int) -> dict[str, Any]:
+    """Names that the Python block of this number of a page of docs/ leaves behind, torch's random state being kept."""
+    text = (Path(__file__).resolve().parents[1] / "docs" / page).read_text()
+    code = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[number]
+    names: dict[str, Any] = {}
+    with torch.random.fork_rng(devices=[]):
+        exec(compile(code, f"docs/{page}", "exec"), names)
+    return names

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from torch.nn.utils import prune
 
 import torchreach as tr
 from benchmarks import loss_against_targets
+from tests.checks import run_example
 from tests.networks import DEVICES, DEVICES_SIM_SLOW, random_network, rounded_copy
 from tests.test_difference import boxes, noisy_copy, pair_of, samples
 from torchreach.compress.constraints import Constraints
@@ -292,11 +291,7 @@ def test_wrong_input_is_named() -> None:
 
 
 def test_the_example_of_the_docs_trains() -> None:
-    page = (Path(__file__).resolve().parents[1] / "docs" / "training.md").read_text()
-    code, _, _ = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    names: dict = {}
-    with torch.random.fork_rng(devices=[]):
-        exec(compile(code, "docs/training.md", "exec"), names)
+    names = run_example("training.md", 0)
     assert sum(names["history"][-10:]) < 0.7 * sum(names["history"][:10])
     assert torch.equal(names["student"][0].weight == 0, ~names["masks"]["0.weight"])
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from fractions import Fraction
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ from scipy.optimize import linprog
 from torch import Tensor, nn
 
 import torchreach as tr
+from tests.checks import run_example
 from tests.clocks import expiring
 from tests.networks import DEVICES_SIM_SLOW
 from tests.test_repair_deployed import boxes as deployed_boxes
@@ -373,11 +372,7 @@ def test_projection_keeps_the_certificate_in_a_training_loop():
 
 
 def test_the_example_of_the_docs_keeps_its_certificate() -> None:
-    page = (Path(__file__).resolve().parents[1] / "docs" / "training.md").read_text()
-    _, code, _ = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    names: dict = {}
-    with torch.random.fork_rng(devices=[]):
-        exec(compile(code, "docs/training.md", "exec"), names)
+    names = run_example("training.md", 1)
     assert max(names["certificates"]) <= 0.05
     assert tr.discrepancy(names["original"], names["student"], names["stars"], EXACT).within(0.05)
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import torchreach as tr
+from tests.checks import run_example
 from tests.networks import DEVICES
 from torchreach.core.errors import InvalidSetError, ShapeError, TorchreachError
 from torchreach.lp.halfspaces import Halfspaces
@@ -140,11 +139,7 @@ def test_missing_cvxpylayers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_example_of_the_docs_is_the_exact_distance_and_lowers_it():
-    page = (Path(__file__).resolve().parents[1] / "docs" / "training.md").read_text()
-    *_, code = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    names: dict = {}
-    with torch.random.fork_rng(devices=[]):
-        exec(compile(code, "docs/training.md", "exec"), names)
+    names = run_example("training.md", 2)
     before = tr.quantize_weights(names["original"], bits=3)
     first, last = (
         float(tr.discrepancy(names["original"], network, names["box"]).max_upper)

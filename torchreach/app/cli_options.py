@@ -169,22 +169,9 @@ Output = Annotated[
         rich_help_panel=ANSWER,
     ),
 ]
-Target = Annotated[
-    float | None,
-    typer.Option(
-        help="Certified bound on |y1 - y2| to reach, as a factor of the one before repair. Default: 0.5.",
-        metavar="FACTOR",
-        rich_help_panel=REPAIR,
-    ),
-]
-DemoTarget = Annotated[
-    float | None,
-    typer.Option(
-        help="Certified bound on |y1 - y2| to reach, as a factor of the one before repair. Default: 0.1.",
-        metavar="FACTOR",
-        rich_help_panel=REPAIR,
-    ),
-]
+_TARGET = "Certified bound on |y1 - y2| to reach, as a factor of the one before repair. Default: {}."
+Target = Annotated[float | None, typer.Option(help=_TARGET.format("0.5"), metavar="FACTOR", rich_help_panel=REPAIR)]
+DemoTarget = Annotated[float | None, typer.Option(help=_TARGET.format("0.1"), metavar="FACTOR", rich_help_panel=REPAIR)]
 TargetMax = Annotated[
     float | None,
     typer.Option(

@@ -107,6 +107,12 @@ class Grid:
         """The nearest codes q, as floating-point integers of the weight's shape."""
         return (weight / self.scale).round().clamp(self.lowest, self.highest)
 
+    def around(self, weight: Tensor, within: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the weight's shape: the grid's steps, lowest and highest code at most `within` from the nearest."""
+        step = torch.broadcast_to(self.scale.to(weight), weight.shape)
+        low, high = ((weight / step).round() + sign * within for sign in (-1, 1))
+        return step, low.clamp(self.lowest, self.highest), high.clamp(self.lowest, self.highest)
+
     def clamp(self, weight: Tensor) -> Tensor:
         """`weight` limited to the range of the grid."""
         ends = torch.stack((self.lowest * self.scale, self.highest * self.scale)).to(weight.dtype)

@@ -189,7 +189,7 @@ class Backward:
             self.lists[k] = index, undecided.gather(1, index), chosen
         index, undecided, chosen = self.lists[k]
         terms = alpha.shape[-1] + 8 * self.pair.depth
-        p, q = _settled(hexagon, alpha, beta)
+        p, q = hexagon.linear(alpha, beta)
         # Where both signs are settled only alpha + beta is rounded.
         loss = 2 * gamma(terms) * (p.abs() @ hexagon.sizes()[0][:, :, None])[..., 0]
         rows = index[:, None].expand(-1, alpha.shape[1], -1)
@@ -219,7 +219,7 @@ class Backward:
         if k not in self.graphs:
             self.graphs[k] = Graph.of(hexagon.map(lambda part: part[:, free])).for_rows()
         graph = self.graphs[k]
-        p, q = _settled(hexagon, alpha, beta)
+        p, q = hexagon.linear(alpha, beta)
         part = alpha[..., free], beta[..., free]
         slopes = start_slopes(graph, *part, apart=apart)
         raised = height(graph, *part, *slopes)[0].sum(-1)
@@ -248,12 +248,6 @@ def sizes(step: Step, hexagon: Hexagon) -> Ends:
         return hexagon.u1.clamp(min=0), hexagon.sizes()[1]
     (low, high), (dl, du) = activated(step, hexagon)
     return torch.maximum(low.abs(), high.abs()), torch.maximum(hexagon.sizes()[1], torch.maximum(dl.abs(), du.abs()))
-
-
-def _settled(hexagon: Hexagon, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients (p, q) [B, R, N] of alpha a + beta e on (z, d), right where both signs are settled."""
-    s1, s2 = (slope[:, None] for slope in hexagon.active())
-    return s1 * alpha + (s1 - s2) * beta, s2 * beta
 
 
 @torch.no_grad()

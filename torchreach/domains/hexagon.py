@@ -117,6 +117,11 @@ class Hexagon:
         """Slopes 0 or 1 of the two ReLUs where they are settled, [B, N] each."""
         return (self.l1 >= 0).to(self.l1), (self.l2 >= 0).to(self.l1)
 
+    def linear(self, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients (p, q) [B, R, N] of alpha a + beta e on (z, d), right where both signs are settled."""
+        s1, s2 = (slope[:, None] for slope in self.active())
+        return s1 * alpha + (s1 - s2) * beta, s2 * beta
+
     def sizes(self) -> tuple[Tensor, Tensor]:
         """Bounds on max(|z|, |z2|) and on |d|, [B, N] each."""
         z = torch.stack((self.l1, self.u1, self.l2, self.u2)).abs().amax(0)

@@ -62,7 +62,7 @@ def root_bounds(
 
 
 def _share(clock: Clock) -> Clock:
-    return clock.part(SHARE * clock.left if clock.limited else None)
+    return clock.share(SHARE)
 
 
 def _zonotopes(steps: tuple[Step, ...], rows: Tensor, slack: Tensor, clock: Clock, memory: float) -> Bounds:

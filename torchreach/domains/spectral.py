@@ -94,8 +94,7 @@ def _together(work: Work, alpha: Tensor, beta: Tensor, clock: Clock, *, on_d: bo
     """Slopes p, q [B, R, N] and heights [B, R] of planes above alpha a + beta e [1 or B, R, N]."""
     hexagon, free = work.hexagons[0], work.free[0]
     terms, shape = alpha.shape[-1] + 8 * work.pair.depth, (len(hexagon.l1), *alpha.shape[1:])
-    s1, s2 = (slope[:, None] for slope in hexagon.active())
-    p, q = (s1 * alpha + (s1 - s2) * beta).expand(shape), (s2 * beta).expand(shape)
+    p, q = (part.expand(shape) for part in hexagon.linear(alpha, beta))
     raised = 2 * gamma(terms) * (p.abs() @ hexagon.sizes()[0][:, :, None])[..., 0]
     own = hexagon.map(lambda part: part[:, free])
     forms = _forms(work, free, on_d)
@@ -140,21 +139,20 @@ def _planes(
     p0, q0, r0 = closed.above(*rest, terms)
     linear = (beta if on_d else weight) / 2  # on v
     # Of paired rows the weights are equal: one half tells.
-    own = weight[:, : weight.shape[1] // 2] if on_d else weight
-    size = _sizes(c, A, own)[0].repeat(1, 2 if on_d else 1, 1)
+    pairs = 2 if on_d else 1
+    size = _sizes(c, A, weight.chunk(pairs, 1)[0])[0].repeat(1, pairs, 1)
     z, d = (hexagon.l1 + hexagon.u1)[:, None] / 2, (hexagon.dl + hexagon.du)[:, None] / 2
     alone, joint = p1 * z + q1 * d + r1, p0 * z + q0 * d + r0 + linear * c + weight * size / 2
     together = joint < alone
     if on_d:  # both of a pair, or neither
         together = (alone - joint).reshape(len(alone), 2, -1, alone.shape[2]).sum(1).repeat(1, 2, 1) > 0
     weight = torch.where(together, weight, 0.0)
-    own = weight[:, : weight.shape[1] // 2] if on_d else weight
+    own = weight.chunk(pairs, 1)[0]
     kappa, stretch = _sizes(c, A, own)
     omega = torch.where(own > 0, own / (4 * kappa), 0.0)
     spread = _spread(A, omega, stretch)
     constant = torch.where(own > 0, own**2 / (16 * omega.clamp(min=TINY)), 0.0)  # own kappa / 4, of the rounded omega
-    if on_d:
-        omega, constant, spread = omega.repeat(1, 2, 1), constant.repeat(1, 2, 1), spread.repeat(1, 2)
+    omega, constant, spread = omega.repeat(1, pairs, 1), constant.repeat(1, pairs, 1), spread.repeat(1, pairs)
     linear = torch.where(together, linear, 0.0) + 2 * omega * c
     # What the slopes and the heights lose to rounding, and how far v is from its form.
     extent = hexagon.sizes()[1 if on_d else 0][:, None]
@@ -170,20 +168,20 @@ def _sizes(c: Tensor, A: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
     Maximises sum_i w_i |(c_i, A_i T)| over rows of T [n, r] of length 1, which never decreases.
     """
-    n, tiny = A.shape[3], TINY
+    n = A.shape[3]
     start = torch.arange(n * RANK, dtype=A.dtype, device=A.device).view(n, RANK)
     T = torch.cos(2.4 * start + 0.1 * start**2).expand(len(A), weight.shape[1], -1, -1)
     kappa = share = None
     for _ in range(ROUNDS):
-        T = T / T.norm(dim=3, keepdim=True).clamp(min=tiny)
+        T = T / T.norm(dim=3, keepdim=True).clamp(min=TINY)
         V = A @ T
-        kappa = (V.square().sum(3) + c**2).sqrt().clamp(min=tiny)
+        kappa = (V.square().sum(3) + c**2).sqrt().clamp(min=TINY)
         T = A.mT @ (V * (weight / kappa)[..., None])
         share = T.norm(dim=3)
     assert kappa is not None
     assert share is not None
     # Inputs that hardly matter keep a share: it costs little, and without one lambda would be large.
-    return kappa, (share + 1e-3 * share.mean(2, keepdim=True)).clamp(min=tiny)
+    return kappa, (share + 1e-3 * share.mean(2, keepdim=True)).clamp(min=TINY)
 
 
 def _spread(A: Tensor, omega: Tensor, stretch: Tensor) -> Tensor:

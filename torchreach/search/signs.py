@@ -283,7 +283,7 @@ def _closer(
     pair: Pair, low: Tensor, high: Tensor, root: tuple[Hexagon, ...], memory: float, clock: Clock
 ) -> tuple[Hexagon, ...]:
     """The bounds `root`, and those that see the inputs together where there is time for them."""
-    patience = clock.part(CLOSER * clock.left) if clock.limited else clock
+    patience = clock.share(CLOSER)
     try:
         found = difference_bounds(pair, low, high, together=patience, clock=clock, memory=memory / 2)
     except OutOfTime:
@@ -303,7 +303,7 @@ def _tightened(
     net, limit = Reduced(pair, work, rows), _rows(VERTICES * ROUNDED_VERTICES, memory, parts)
     # l1, u1, l2, u2, dl, du as objectives on (z, d), with z2 = z - d
     sides = hexagon.l1.new_tensor([[-1, 0], [1, 0], [-1, 1], [1, -1], [0, -1], [0, 1]])
-    found, clock = hexagon.map(lambda part: part[:, rows]).parts(), clock.part(LAYER * clock.left)
+    found, clock = hexagon.map(lambda part: part[:, rows]).parts(), clock.share(LAYER)
     bounds = torch.stack([-found[0], found[1], -found[2], found[3], -found[4], found[5]])[:, 0].flatten()
     for i in torch.arange(6 * n, device=rows.device).split(limit):
         if clock.over:

@@ -144,10 +144,8 @@ class DeployedStudent:
             before = {key: value for key, value in values.items() if int(key.split(".")[0]) < index}
             h = functional_call(self.model[:index], before, (x.to(bias),)).flatten(1).to(COMPUTE_DTYPE)
             weight, grid = values[f"{index}.weight"], cast("Grid", self.constraints.grids[f"{index}.weight"])
-            now, mask = grid.codes(weight), self.constraints.masks.get(f"{index}.weight")
-            step = torch.broadcast_to(grid.scale.to(weight), weight.shape)
-            ends = [(now + sign).clamp(grid.lowest, grid.highest) for sign in (-1, 1)]
-            step, low, high = (pad(part.to(COMPUTE_DTYPE), (0, 1)) for part in (step, *ends))
+            mask = self.constraints.masks.get(f"{index}.weight")
+            step, low, high = (pad(part.to(COMPUTE_DTYPE), (0, 1)) for part in grid.around(weight, 1))
             start = torch.cat((weight, values[f"{index}.bias"][:, None]), 1).to(COMPUTE_DTYPE)
             free = torch.ones_like(start, dtype=torch.bool)
             if mask is not None:

@@ -21,6 +21,7 @@ from torchreach.graph.layers import RESHAPING
 from torchreach.graph.steps import Step
 from torchreach.read.module import chain
 from torchreach.read.steps import steps
+from torchreach.sets.star import StarBatch
 from torchreach.training.program import Points
 from torchreach.verbs.reach import replay
 
@@ -94,11 +95,8 @@ class LastLayer:
     def codes(self, within: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Of a layer on a grid: its steps [N, F], 0 for the bias; lowest and highest code `within` steps of now."""
         assert self.grid is not None
-        weight = self.matrix[:, :-1]
-        step = torch.broadcast_to(self.grid.scale.to(weight), weight.shape)
-        now = (weight / step).round()
-        ends = [(now + sign * within).clamp(self.grid.lowest, self.grid.highest) for sign in (-1, 1)]
-        step, low, high = (torch.nn.functional.pad(part, (0, 1)) for part in (step, *ends))
+        parts = self.grid.around(self.matrix[:, :-1], within)
+        step, low, high = (torch.nn.functional.pad(part, (0, 1)) for part in parts)
         return step, (low, high)
 
     def features(self, x: Tensor) -> Tensor:
@@ -146,6 +144,11 @@ class LastLayer:
         certified = value - residual * WEIGHTS
         certified = certified / torch.where(certified > 0, above(above(share)), share)
         return Conflict(n, x, u / share, low, high, gives, float(above(residual / share)), WEIGHTS, float(certified))
+
+
+def in_float64(network: nn.Module, stars: StarBatch) -> nn.Module:
+    """A copy of the layers of `network`, on the device of the stars, in evaluation mode."""
+    return copy.deepcopy(chain(network, stars.shape)).to(stars.device, COMPUTE_DTYPE).eval()
 
 
 def evaluated(network: nn.Module, x: Tensor) -> Tensor:

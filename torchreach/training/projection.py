@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -81,7 +83,7 @@ def project(
                 constraints,
                 keep=Keep.each(keep),
                 data=data,
-                budget=Budget() if budget is None else Budget(stars=budget.stars, memory=budget.memory),
+                budget=replace(budget or Budget(), seconds=None),
                 tolerances=tolerances or Tolerances(),
                 clock=clock.share(0.5),
             )

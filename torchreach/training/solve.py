@@ -13,7 +13,6 @@ Axis letters: S stars, N outputs, P points, F features of the last layer's input
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -25,12 +24,11 @@ from torchreach.core.options import Budget
 from torchreach.core.repaired import Conflict
 from torchreach.core.roundoff import unit_roundoff
 from torchreach.core.tolerances import COMPUTE_DTYPE, Tolerances
-from torchreach.read.module import chain
 from torchreach.read.steps import steps
 from torchreach.sets.star import StarBatch
 from torchreach.training.fit import Data
 from torchreach.training.keep import Keep, kept_data
-from torchreach.training.last_layer import LastLayer, evaluated
+from torchreach.training.last_layer import LastLayer, evaluated, in_float64
 from torchreach.training.program import Fit, LayerProgram, Points
 from torchreach.verbs.corners import region_corners
 
@@ -88,8 +86,7 @@ class LayerSolver:
         device = stars.device
         self.stars = stars
         self.layer = LastLayer(student, stars.shape, constraints, device)
-        layers = chain(original, stars.shape)
-        self.original = copy.deepcopy(layers).to(device, COMPUTE_DTYPE).eval()
+        self.original = in_float64(original, stars)
         self.steps = steps(self.original, stars.shape, dtype=COMPUTE_DTYPE, device=device, smooth=True)
         self.threads = torch.get_num_threads() if device.type == "cpu" else 1
         options = {"budget": budget, "tolerances": tolerances, "clock": clock}

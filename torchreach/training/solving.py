@@ -1,10 +1,10 @@
-"""The iterations of a repair that solve: of a float network its last layer, of a deployed one its biases."""
+"""The iterations of a repair that solve: of a float network its last layer, of a deployed one biases and codes."""
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,13 +14,12 @@ from torchreach.core.options import Budget
 from torchreach.core.repaired import Conflict
 from torchreach.core.terms import Made
 from torchreach.core.tolerances import COMPUTE_DTYPE, Tolerances
-from torchreach.read.module import chain
 from torchreach.training.earlier_layer import step_earlier
 from torchreach.training.evaluations import Evaluations
 from torchreach.training.fit import Data
 from torchreach.training.int8_student import DeployedStudent
 from torchreach.training.keep import Keep
-from torchreach.training.last_layer import evaluated
+from torchreach.training.last_layer import evaluated, in_float64
 from torchreach.training.solve import LayerSolver
 from torchreach.training.students import Student, WeightStudent
 
@@ -154,11 +153,12 @@ class Solving:
     def _recode(self, student: DeployedStudent, iteration: int, began: float) -> None:
         """Solves codes and biases of the last layer on sampled inputs and witnesses, as long as that comes closer."""
         evaluations, stars = self.evaluations, self.evaluations.stars
-        original = copy.deepcopy(chain(evaluations.original, stars.shape)).to(stars.device, COMPUTE_DTYPE).eval()
         more = [witness.to(COMPUTE_DTYPE) for witness in evaluations.witnesses]
         x = torch.cat((stars.sample(RECODED, self.seed).to(COMPUTE_DTYPE), *more), 1).flatten(0, 1)
         try:
-            solved = student.solve_codes(x, evaluated(original, x), self.clock.share(SOLVING))
+            solved = student.solve_codes(
+                x, evaluated(in_float64(evaluations.original, stars), x), self.clock.share(SOLVING)
+            )
         except OutOfTime:
             solved = False
         if solved and evaluations.take(student.network, iteration, Made.RECODED, began, clock=self.clock):
@@ -170,7 +170,6 @@ class Solving:
 
     def _solver(self, student: WeightStudent, clock: Clock) -> LayerSolver:
         evaluations = self.evaluations
-        budget = evaluations.budget or Budget()
         return LayerSolver(
             evaluations.original,
             student.network,
@@ -178,7 +177,7 @@ class Solving:
             student.constraints,
             keep=self.keep,
             data=self.data,
-            budget=Budget(stars=budget.stars, memory=budget.memory),
+            budget=replace(evaluations.budget or Budget(), seconds=None),
             tolerances=evaluations.tolerances or Tolerances(),
             clock=clock,
             seed=self.seed,

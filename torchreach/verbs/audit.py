@@ -133,7 +133,7 @@ def audit(
                 f"outputs, got {int(wanted.min())} to {int(wanted.max())}"
             )
         work = _Audit((original, compressed), networks, readings, x, wanted, confidence, budget, progress, clock, kinds)
-        work.points(clock if not eps else clock.part(CENTRES * clock.left), last=not eps)
+        work.points(clock if not eps else clock.share(CENTRES), last=not eps)
         if eps:
             work.boxes(eps, clip, kernels, arithmetic)
         return work.result(eps)

@@ -298,7 +298,7 @@ class _Labels:
             clock = self.clock.part(self.clock.left / (size - s))
             found = self._differ(s, points[s])
             if found is None and self.confidence is not None:
-                yes[s], never[s] = self._sure(s, clock.part(clock.left / 2))
+                yes[s], never[s] = self._sure(s, clock.share(0.5))
             if found is None and not yes[s]:
                 yes[s], reached = self._constant(s, clock)
                 found = None if reached is None else self._differ(s, torch.cat((points[s], reached)))

@@ -171,7 +171,7 @@ class _Run:
         below, above = interval_bounds(self.network, middle[:, None], radius)[-1]
         self.evidence.certify(torch.stack((above, -below), 1))
         self.places = Places.of(self.stars, low, high, plain)
-        points = first_look(self.network, self.places, self.clock.part(LOOK * self.clock.left))
+        points = first_look(self.network, self.places, self.clock.share(LOOK))
         everyone = torch.arange(len(low), device=low.device)
         if len(self.network) == 1:  # linear: the root is as cheap, and exact on boxes
             self._root(everyone.tolist(), NO_LIMIT)

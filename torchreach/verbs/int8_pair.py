@@ -201,7 +201,7 @@ class _Comparison:
 
     def work(self) -> None:
         """Begins all stars, then finishes one after the other."""
-        begin = self.clock.part(START * self.clock.left)
+        begin = self.clock.share(START)
         for s, star in enumerate(self.stars):
             if star.points is not None or s == 0 or not begin.over:
                 star.start(begin.part(begin.left / (len(self.stars) - s)))

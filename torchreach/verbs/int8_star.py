@@ -139,7 +139,7 @@ class DeployedStar:
             self.offer(self.points[:, self.varied[2]], whole=self.points)
         elif bool((self.box[0] == self.box[1]).all()):
             return  # what a point attains is known
-        self._climb(FIRST_STEPS, clock.part(FIRST * clock.left))
+        self._climb(FIRST_STEPS, clock.share(FIRST))
 
     def look_at_kernels(self) -> None:
         """Notes in which layers a pair of products may saturate: closely, if there is time and memory."""
@@ -304,12 +304,12 @@ class DeployedStar:
         upper = torch.stack((cells.root[1], -cells.root[0]))
         if self.room:
             pair = Pair.of(cells.first, blank(cells.first))
-            for state in sign_states(self, pair, cells.lower, cells.upper, self.clock.part(self.clock.left / 2)):
+            for state in sign_states(self, pair, cells.lower, cells.upper, self.clock.share(0.5)):
                 upper = torch.minimum(upper, state.upper)
                 self.report()
         elif bool((cells.upper > cells.lower).any()):
             both = Both.of(cells.first, None, clock=self.clock)
-            ends, clock = (cells.lower[None], cells.upper[None]), self.clock.part(0.8 * self.clock.left)
+            ends, clock = (cells.lower[None], cells.upper[None]), self.clock.share(0.8)
             upper = torch.minimum(upper, joint_bounds(both, *ends, anytime=True, clock=clock).upper[0])
         return -upper[1], upper[0]
 
@@ -356,7 +356,7 @@ class DeployedStar:
             if self._exceeded:
                 return
         if not longer:
-            self._climb(STEPS, self.clock.part(SECOND * self.clock.left))
+            self._climb(STEPS, self.clock.share(SECOND))
 
     @property
     def _widest(self) -> int:

@@ -145,7 +145,7 @@ class Witness:
             return near_apart(straight_through(own[0], x), straight_through(own[1], x), self.most)[:, None]
 
         start = x[near(x)[:, 0].argmax()][None]
-        for best in wander(near, *self.ends, start, min(NEAR, self.few), clock=clock.part(SHARE * clock.left)):
+        for best in wander(near, *self.ends, start, min(NEAR, self.few), clock=clock.share(SHARE)):
             start = best
             self.offer(best, clock)
             if self.apart or clock.over:
