@@ -1,0 +1,5 @@
+import sys
+
+from torchreach.check.check import main
+
+sys.exit(main())
