@@ -33,10 +33,11 @@ MAY_IMPORT = {
     "engines": {"core", "graph", "lp", "sets", "domains"},
     "work": {"core", "graph", "lp", "sets", "domains", "engines"},
     "search": {"core", "graph", "lp", "domains"},
-    "verbs": BELOW_VERBS,
+    "check": set(),
+    "verbs": BELOW_VERBS | {"check", "top"},
     "training": BELOW_VERBS | {"verbs"},
     "reference": {"core", "graph", "read"},
-    "app": BELOW_VERBS | {"verbs", "training", "reference", "top"},
+    "app": BELOW_VERBS | {"check", "verbs", "training", "reference", "top"},
     "top": {"app"},
 }
 HEAVY = (

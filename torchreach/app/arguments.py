@@ -51,6 +51,7 @@ class Setup:
     out: Console = field(default_factory=Console)
     err: Console = field(default_factory=lambda: Console(stderr=True))
     began: float = field(default_factory=time.monotonic)
+    certificate: Path | None = None
 
     @staticmethod
     def make(

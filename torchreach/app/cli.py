@@ -24,6 +24,7 @@ from torchreach.app.cli_options import (
     Box,
     By,
     Center,
+    Certificate,
     Clip,
     Compressed,
     Confidence,
@@ -50,6 +51,7 @@ from torchreach.app.cli_options import (
     TestShape,
     Vnnlib,
 )
+from torchreach.app.cli_check import check
 from torchreach.core.errors import OptionError
 
 app = typer.Typer(
@@ -112,6 +114,7 @@ def compare(
             rich_help_panel=ANSWER,
         ),
     ] = None,
+    certificate: Certificate = None,
     output: Output = None,
     seconds: Seconds = None,
     stars: Stars = None,
@@ -133,8 +136,9 @@ def compare(
     asked = CompareSetup(tolerance, gap, arithmetic, kernels)
     setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj)
     from torchreach.app import commands
+    from torchreach.app.certificates import certifying
 
-    raise typer.Exit(commands.compare(setup, (original, compressed), sets, asked))
+    raise typer.Exit(commands.compare(certifying(setup, certificate), (original, compressed), sets, asked))
 
 
 @app.command(epilog="Exit status: 0 equivalent, 1 not equivalent or unknown, 2 bad input, 130 interrupted.")
@@ -160,6 +164,7 @@ def equivalent(
         typer.Option("--top1", help="Whether the largest output is the same one, the label.", rich_help_panel=ANSWER),
     ] = False,
     confidence: Confidence = None,
+    certificate: Certificate = None,
     output: Folder = None,
     seconds: Seconds = None,
     stars: Stars = None,
@@ -180,8 +185,9 @@ def equivalent(
     asked = EquivalentSetup(epsilon, top1, arithmetic, kernels, confidence)
     setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj)
     from torchreach.app import commands
+    from torchreach.app.certificates import certifying
 
-    raise typer.Exit(commands.equivalent(setup, (original, compressed), sets, asked))
+    raise typer.Exit(commands.equivalent(certifying(setup, certificate), (original, compressed), sets, asked))
 
 
 @app.command(epilog="Exit status: 0 the same label on all inputs, 1 not, 2 bad input, 130 interrupted.")
@@ -328,6 +334,7 @@ def repair(
             rich_help_panel=ANSWER,
         ),
     ] = None,
+    certificate: Certificate = None,
     output: Output = None,
     seconds: Seconds = None,
     stars: Stars = None,
@@ -350,9 +357,12 @@ def repair(
     setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj)
     check_repair(method, compressed, save)
     from torchreach.app import commands
+    from torchreach.app.certificates import certifying
 
-    raise typer.Exit(commands.repair(setup, (original, compressed), sets, options, save))
+    raise typer.Exit(commands.repair(certifying(setup, certificate), (original, compressed), sets, options, save))
 
+
+app.command(epilog="Exit status: 0 verified, 1 not, 2 a file that cannot be read.")(check)
 
 _DATA, _COMPRESSION = "Data and training", "Compression"
 

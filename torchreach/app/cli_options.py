@@ -161,6 +161,15 @@ Folder = Annotated[
         rich_help_panel=ANSWER,
     ),
 ]
+Certificate = Annotated[
+    Path | None,
+    typer.Option(
+        help="File for a certificate that `torchreach check` verifies on its own, of networks of Linear layers and ReLUs. Its "
+        "proof takes at most as long again as --seconds, or a minute. Default: none.",
+        metavar="FILE",
+        rich_help_panel=ANSWER,
+    ),
+]
 Output = Annotated[
     Path | None,
     typer.Option(

@@ -27,6 +27,7 @@ from torchreach.app.arguments import (
     Setup,
     is_state_dict,
 )
+from torchreach.app.certificates import certify
 from torchreach.app.inputs import InputSet, read_data, read_input_set
 from torchreach.app.report.attribution import attribution_files, kept_sentence
 from torchreach.app.report.audit import audit_json, audit_rows, audit_sentence
@@ -96,6 +97,7 @@ def compare(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: Com
         x = found.witness[star, output][None]
         show.print_witness(setup.out, report, found, (evaluate(original, x, found)[0], evaluate(runs, x, found)[0]))
     finish(setup, report)
+    certify(setup, found, paths)
     decided = report.verdict.state in (State.WITHIN, State.EXCEEDED)
     return _status(setup, report.verdict.ok, bool(pressed) and not decided)
 
@@ -132,6 +134,7 @@ def equivalent(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: 
         text = equivalence_json(found, inputs, networks, setup.command_line, settings, seconds)
         write_files(setup.output, {"report.json": text})
         show.print_line(setup.out, f"report: {setup.output / 'report.json'}")
+    certify(setup, found, paths)
     show.print_sentence(setup.out, sentence(found), whole is Answer.EQUIVALENT, whole is Answer.UNKNOWN)
     return _status(setup, whole is Answer.EQUIVALENT, bool(pressed) and whole is Answer.UNKNOWN)
 
@@ -237,6 +240,7 @@ def repair(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, options: Re
     if saved is not None:
         show.print_line(setup.out, f"repaired network: {saved}")
     finish(setup, report)
+    certify(setup, result, (paths[0], saved))
     return _status(setup, report.verdict.ok, bool(pressed) and not result.satisfied)
 
 

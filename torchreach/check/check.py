@@ -6,7 +6,7 @@ A certificate is a zip of `certificate.json` and `evidence.safetensors`:
     claim.S.low, .high [N]       range of y1 - y2 over it (of y1 where there is no second network)
     claim.S.attained [N], .at [N, M]    |y1 - y2| attained, and the predicate where
     tree.S [T]                   the splits, see `proof.Tree`
-    multipliers.S.at [Q, 3], .value [Q]    where leaves are bounded as boxes, see `proof.Multipliers`
+    multipliers.S.many [leaves], .objective, .form, .value [Q]    where leaves are bounded as boxes, `proof.Multipliers`
 
 Verified: that the networks are those of the certificate; that each witness lies in its set and attains what is claimed;
 that the leaves cover each set and the range holds on each; all for the real-valued functions of the numbers that are stored.
@@ -134,24 +134,26 @@ def check_set(certificate: Certificate, nets: Networks, s: int) -> tuple[int, Cl
     short = np.flatnonzero(claims.attained > np.maximum(sure, 0))
     if len(short):
         raise Refused(f"set {s}, output {short[0]}: the witness attains {sure[short[0]]:.6g}, not {claims.attained[short[0]]:.6g}")
-    multipliers = None
-    if f"multipliers.{s}.at" in certificate.tensors or not 1 <= variables <= MOST:
-        at = certificate.get(f"multipliers.{s}.at", "i", None, 3).astype(np.int64)
-        multipliers = Multipliers(at, certificate.get(f"multipliers.{s}.value", "f", len(at)))
-        if (np.diff(at[:, 0]) < 0).any() or (len(at) and at[:, 1].max() >= 2 * outputs):
-            raise Refused(f"set {s}: multipliers out of order")
-    tree = Tree(certificate.get(f"tree.{s}", "i", None), variables, nets.hidden)
+    tree, multipliers = Tree(certificate.get(f"tree.{s}", "i", None), variables, nets.hidden), None
+    leaves = len(tree.split) - int((tree.split >= 0).sum())
+    if f"multipliers.{s}.many" in certificate.tensors or not 1 <= variables <= MOST:
+        value = certificate.get(f"multipliers.{s}.value", "f", None)
+        objective, form = (certificate.get(f"multipliers.{s}.{n}", "i", len(value)) for n in ("objective", "form"))
+        many = certificate.get(f"multipliers.{s}.many", "i", leaves)
+        if (many < 0).any() or many.sum() != len(value) or (len(value) and objective.max() >= 2 * outputs):
+            raise Refused(f"set {s}: multipliers of nothing")
+        multipliers = Multipliers(np.stack((np.repeat(np.arange(leaves), many), objective, form), 1), value)
     limit = np.concatenate((claims.high, -claims.low))
-    for leaves, found in leaf_bounds(nets, given, tree, multipliers):
+    for nodes, found in leaf_bounds(nets, given, tree, multipliers):
         wrong = np.argwhere(~(found <= limit))
         if len(wrong):
             b, n = wrong[0]
             sign = "y1 - y2" if n < outputs else "y2 - y1"
             raise Refused(
-                f"set {s}, node {leaves[b]} of the tree, output {n % outputs}: {sign} may be {found[b, n]:.6g} there, "
+                f"set {s}, node {nodes[b]} of the tree, output {n % outputs}: {sign} may be {found[b, n]:.6g} there, "
                 f"more than the {limit[n]:.6g} that is claimed"
             )
-    return len(tree.split) - int((tree.split >= 0).sum()), claims, given
+    return leaves, claims, given
 
 
 def check(path: Path, files: list[Path], say: Callable[[str], object] = print) -> None:

@@ -183,9 +183,11 @@ class State:
             return State(a.with_symbols(b1.half), None, self.none | b1.none), [b1]
         _, z2, d = forms
         b2 = Bent.of(*shape.ends(z2), asked[1], one.relu)
-        low, high = shape.ends(d)
-        most = np.maximum(np.abs(low), np.abs(high)) * (0.5 + UNIT)
-        between = (b1.open | b2.open) & (most < b1.half + b2.half)
+        between, most = np.zeros_like(b1.open), np.zeros_like(b1.half)
+        if (b1.open | b2.open).any():
+            low, high = shape.ends(d)
+            most = np.maximum(np.abs(low), np.abs(high)) * (0.5 + UNIT)
+            between = (b1.open | b2.open) & (most < b1.half + b2.half)
         same = b1.on & b2.on
         # e = (slope z + half +- half) - (slope2 (z - d) + half2 +- half2), or d, or d / 2 +- most
         on_z = np.where(between | same, 0.0, b1.slope - b2.slope)

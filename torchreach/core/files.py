@@ -49,6 +49,16 @@ def check_target(path: Path, endings: tuple[str, ...] = NETWORKS) -> None:
         raise OptionError(f"cannot save a network in {path.parent}: {error.strerror or error}") from None
 
 
+def check_place(option: str, path: Path) -> None:
+    """Raises OptionError where a file could not be written at `path`: tries it, and leaves nothing behind."""
+    try:
+        if path.is_dir() or not path.parent.is_dir():
+            raise OptionError(f"{option} must name a file in a folder that exists, got {path}")
+        _try_to_write(path.parent, path.name)
+    except OSError as error:
+        raise OptionError(f"{option} {path}: the file cannot be written: {error.strerror or error}") from None
+
+
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write `files` into `folder`, made if missing: first all of them beside their places, then moved there."""
     existed = folder.is_dir()

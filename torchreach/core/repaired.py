@@ -6,11 +6,13 @@ Axis letters: S input stars, N outputs, C inputs of a conflict, F free numbers o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor, nn
 
 from torchreach.core.outward import at_least, at_most, counted
-from torchreach.core.results import Discrepancy, ended, lines
+from torchreach.core.options import Budget
+from torchreach.core.results import Certificate, Discrepancy, ended, lines
 from torchreach.core.terms import Made
 
 
@@ -112,6 +114,10 @@ class RepairResult:
     def method(self) -> Made:
         """What made `network`."""
         return self.history[self.index].method
+
+    def save_certificate(self, path: str | Path, budget: Budget | None = None) -> Certificate:
+        """That of `after`, of the original and `network`: see `Certifiable.save_certificate`."""
+        return self.after.save_certificate(path, budget)
 
     def __repr__(self) -> str:
         before, after = float(self.before.upper.max()), float(self.after.upper.max())

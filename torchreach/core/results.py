@@ -11,16 +11,21 @@ import enum
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from torchreach.core.errors import OptionError
+from torchreach.core.options import Budget
 from torchreach.core.outward import at_least, at_most, counted
 from torchreach.core.terms import Kernels, Reason, Semantics, Status
 
 if TYPE_CHECKING:
     from torchreach.sets.star import StarBatch
+
+PROOF_SECONDS = 60.0  # for the proof of a certificate, where no budget says how many
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,60 @@ ProgressCallback = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, eq=False)
-class ReachResult:
+class Certificate:
+    """A certificate in a file, which `torchreach check` verifies on its own; see `Certifiable.save_certificate`.
+
+    Attributes:
+        path: the file.
+        upper: [S, N] certified bound on |y1 - y2| (on |y| of one network) that it proves, in float64.
+        leaves: [S] parts of each star that are bounded one by one.
+        size: of the file, in bytes.
+    """
+
+    path: Path
+    upper: Tensor
+    leaves: tuple[int, ...]
+    size: int
+
+    def __repr__(self) -> str:
+        count = sum(self.leaves)
+        return lines(
+            f"Certificate: {self.path}, {counted(self.size, 'byte')}, {self.size / count:.1f} for each of {count:,} leaves",
+            f"proves at most {at_most(float(self.upper.max()))}",
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Certifiable:
+    """A result whose bounds others can check, without trusting what found them.
+
+    prover: writes the certificate; None where this reading of the networks has none, or the result came from a file.
+    """
+
+    prover: Callable[[Any, Path, Budget], Certificate] | None = field(default=None, repr=False, kw_only=True)
+
+    def save_certificate(self, path: str | Path, budget: Budget | None = None) -> Certificate:
+        """Finds a proof of the bounds and writes it at `path`, whole or not; `torchreach check` verifies it.
+
+        budget: seconds for the proof, by default 60. When they are spent, or where the analysis used bounds that the
+            checker does not know, it proves a wider bound, which `upper` of the return value says.
+
+        Guarantee: the file is accepted by `torchreach check PATH A B` for the same networks, as .onnx or .safetensors
+        files, and what it says there follows from these files and the sets alone.
+
+        Raises: OptionError: no certificate is known for this result. UnsupportedLayerError: networks that are no chains
+            of Linear layers and ReLUs. OSError: `path` cannot be written.
+        """
+        if self.prover is None:
+            raise OptionError(
+                "this result has no certificate for others to check: they are written of what discrepancy, reach, equivalent "
+                "(to within epsilon) and repair return themselves, for networks as real-valued functions of their weights"
+            )
+        return self.prover(self, Path(path), budget or Budget(seconds=PROOF_SECONDS))
+
+
+@dataclass(frozen=True, eq=False)
+class ReachResult(Certifiable):
     """Reach set of a network: the union of the output stars, and its certified range.
 
     Attributes:
@@ -132,7 +190,7 @@ class ReachResult:
 
 
 @dataclass(frozen=True, eq=False)
-class Discrepancy:
+class Discrepancy(Certifiable):
     """Certified discrepancy of two networks over input stars.
 
     Attributes:
@@ -278,7 +336,7 @@ class Answer(enum.Enum):
 
 
 @dataclass(frozen=True, eq=False)
-class Equivalence:
+class Equivalence(Certifiable):
     """Whether two networks agree on input stars: to within `epsilon`, or in their label.
 
     Attributes:

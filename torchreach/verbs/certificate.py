@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,22 @@ import torchreach
 from torchreach.check.check import FORMAT, VERSION, attained, leaf_bounds
 from torchreach.check.forms import TINY, Form, Layer
 from torchreach.check.polytopes import MOST, Polytopes
-from torchreach.check.proof import PARTS, Bounded, Multipliers, Networks, Parts, Set, Tree, batches, beside
+from torchreach.check.proof import Bounded, Multipliers, Networks, Parts, Set, Tree, batches, beside
 from torchreach.check.weights import digest
-from torchreach.core.clock import Clock
+from torchreach.core.clock import Clock, OutOfTime, running
 from torchreach.core.errors import UnsupportedLayerError
 from torchreach.core.files import whole
+from torchreach.core.options import Budget
+from torchreach.core.results import Certificate, Discrepancy, ReachResult
+from torchreach.core.terms import Semantics, Status
+from torchreach.graph.merged import MergedNetwork
 from torchreach.lp.halfspaces import Halfspaces
 from torchreach.lp.interior_point import maximize
 from torchreach.lp.problem import LPBatch
 from torchreach.read.module import chain
 from torchreach.sets.star import StarBatch
+
+Prover = Callable[[Any, Path, Budget], Certificate]
 
 # What is claimed beyond what was proven here, relative: other processors add up in another order.
 MARGIN = 1e-9
@@ -46,21 +51,8 @@ MARGIN = 1e-9
 FEW = 16
 # A program may leave its rows at this price, in units of the objective, so that it has a solution where the part is empty.
 PRICE = 1e3
-SMALL = 1e-11  # multipliers below this part of the largest are left out
-
-
-@dataclass(frozen=True)
-class Written:
-    """A certificate that was written. upper: [S, N] certified |y1 - y2| that it proves. leaves: [S]; size: in bytes."""
-
-    path: Path
-    upper: np.ndarray
-    leaves: tuple[int, ...]
-    size: int
-
-    @property
-    def bytes_per_leaf(self) -> float:
-        return self.size / sum(self.leaves)
+BATCH = 32  # parts split by signs at a time
+SMALL = 1e-8  # multipliers below this part of the largest are left out
 
 
 def layers_of(network: nn.Module, shape: tuple[int, ...]) -> list[Layer]:
@@ -95,6 +87,7 @@ class _Growing(Tree):
         self.variables, self.count = len(given.low), 1
         self.split, self.child = np.full(1, -1), np.full(1, -1)
         self.closed = np.zeros(1, bool)
+        self.layer, self.open = None, np.zeros((0, 0), bool)
 
     def divide(self, parts: np.ndarray, split: np.ndarray) -> None:
         """Splits of parts [B], -1 for none."""
@@ -117,9 +110,15 @@ class _Growing(Tree):
 
     def _sign(self, parts: np.ndarray, k: int, z: Form, parent: np.ndarray, shape: Polytopes, asked: np.ndarray) -> Any:
         """The first neuron of layer k that the vertices leave open, of parts that are not closed."""
-        low, high = shape.ends(z.take(parent))
-        relu = np.tile(self.nets.first[k].relu, low.shape[1] // self.nets.widths[k])
-        open = (asked == 0) & (low < -TINY) & (high > TINY) & relu & ~self.closed[parts][:, None]
+        if z is not self.layer:  # the first look at this layer: later ones are at parts of these
+            relu = np.tile(self.nets.first[k].relu, z.error.shape[1] // self.nets.widths[k])
+            self.layer, self.open = z, crossing(*shape.ends(z)) & relu & ~self.closed[parts][:, None]
+        open = self.open[parent] & (asked == 0)
+        at = np.argsort(~open, axis=1, kind="stable")[:, : max(int(open.sum(1).max()), 1)]
+        rows = z.rows[parent[:, None], :, at].transpose(0, 2, 1)
+        still = crossing(*shape.ends(Form(rows, z.error[parent[:, None], at]))) & np.take_along_axis(open, at, 1)
+        open = np.zeros_like(open)
+        np.put_along_axis(open, at, still, 1)
         column, start, n = open.argmax(1), sum(self.nets.widths[:k]), self.nets.widths[k]
         neuron = np.where(column < n, column, sum(self.nets.widths) + column - n) + start
         return np.where(open.any(1), self.variables + neuron, -1)
@@ -146,13 +145,21 @@ class _Growing(Tree):
             row += len(chosen)
         return split
 
-    def finished(self) -> np.ndarray:
-        """The splits level by level, as `Tree` takes them."""
-        parts, level = [], np.zeros(1, np.int64)
+    def levels(self) -> Iterator[np.ndarray]:
+        """The parts level by level, as `Tree` numbers them."""
+        level = np.zeros(1, np.int64)
         while len(level):
-            parts.append(self.split[level])
+            yield level
             level = self.halved(level[self.split[level] >= 0])
-        return np.concatenate(parts).astype(np.int32)
+
+    def finished(self) -> np.ndarray:
+        """The splits, as `Tree` takes them."""
+        return self.split[np.concatenate(list(self.levels()))].astype(np.int32)
+
+
+def crossing(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Which ranges leave a sign open by more than what becomes part of the error."""
+    return (low < -TINY) & (high > TINY)
 
 
 NONE = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
@@ -176,123 +183,162 @@ def prove(
     """A tree, multipliers where there are more than `MOST` variables, and what they prove [2 N]; `target` if it can."""
     growing = _Growing(nets, given, target, clock, whole=whole)
     if 1 <= len(given.low) <= MOST:
-        for _ in leaf_bounds(nets, given, growing, None):
-            pass
-        split, multipliers = growing.finished(), None
+        tree, multipliers = growing, None
     else:
         split, multipliers = _by_signs(growing)
-    tree, proven = Tree(split, growing.variables, nets.hidden), np.full(len(target), -np.inf)
+        tree = Tree(split, growing.variables, nets.hidden)
+    proven = np.full(len(target), -np.inf)
     for _, found in leaf_bounds(nets, given, tree, multipliers):
         proven = np.maximum(proven, found.max(0))
-    return split, multipliers, proven
+    return growing.finished(), multipliers, proven
 
 
 def _by_signs(growing: _Growing) -> tuple[np.ndarray, Multipliers]:
-    """Best first over signs, in batches; each open part has its programs solved when it is made."""
-    nets, given, target = growing.nets, growing.given, growing.target
+    """Best first over signs, in batches; each part has its programs solved when it is made."""
+    nets, given = growing.nets, growing.given
     root = Parts(np.zeros(1, np.int64), given.low[None], given.high[None], np.zeros((1, nets.hidden), np.int8))
-    proofs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    proofs: dict[int, np.ndarray] = {}
     open = _solved(growing, root, proofs)
     while open and not growing.clock.over:
         open.sort(key=lambda entry: -entry[0])
-        taken, open = open[: PARTS // 64], open[PARTS // 64 :]
-        index = np.array([entry[1].index[0] for entry in taken])
+        taken, open = open[:BATCH], open[BATCH:]
         split = np.array([entry[2] for entry in taken])
-        growing.divide(index, split)
-        parts = Parts(*(np.concatenate([getattr(e[1], n) for e in taken]) for n in ("index", "low", "high", "signs")))
-        for i in index:
-            proofs.pop(int(i), None)
-        open += _solved(growing, parts.halves(growing.halved(index), split), proofs)
-    split = growing.finished()
-    # The number of each part in `split`, level by level.
-    level, order = np.zeros(1, np.int64), []
-    while len(level):
-        order.append(level)
-        level = growing.halved(level[growing.split[level] >= 0])
-    order = np.concatenate(order)
-    leaves = order[split < 0]
-    found = [(leaf, *proofs[int(index)]) for leaf, index in enumerate(leaves) if int(index) in proofs]
-    at = [np.concatenate((np.full((len(a), 1), leaf), a), 1) for leaf, a, _ in found]
-    value = [v for _, _, v in found]
+        parts = [[getattr(entry[1], name) for entry in taken] for name in ("index", "low", "high", "signs")]
+        joined = Parts(*map(np.concatenate, parts))
+        growing.divide(joined.index, split)
+        for index in joined.index:
+            proofs.pop(int(index), None)
+        open += _solved(growing, joined.halves(growing.halved(joined.index), split), proofs)
+    levels = list(growing.levels())
+    order, split = np.concatenate(levels), growing.finished()
+    found = [(leaf, proofs[int(index)]) for leaf, index in enumerate(order[split < 0]) if int(index) in proofs]
+    at = [np.concatenate((np.full((len(part), 1), leaf), part[:, :2].astype(np.int64)), 1) for leaf, part in found]
+    value = [part[:, 2] for _, part in found]
     return split, Multipliers(np.concatenate([np.zeros((0, 3), np.int64), *at]), np.concatenate([np.zeros(0), *value]))
 
 
-def _solved(growing: _Growing, parts: Parts, proofs: dict[int, tuple[np.ndarray, np.ndarray]]) -> list[Any]:
-    """Multipliers of parts into `proofs`; those that stay open: excess, the part, and the sign to split."""
+def _solved(growing: _Growing, parts: Parts, proofs: dict[int, np.ndarray]) -> list[tuple[float, Parts, int]]:
+    """Multipliers [Q, 3] of parts into `proofs`; those that stay open: excess, the part, and the sign to split."""
     left = []
     for some in batches(growing.nets, growing.given, parts):
         found = Bounded.of(growing.nets, growing.given, some)
         excess = found.bounds(*NONE) - growing.target
-        row, objective = np.nonzero(excess > 0)
-        solved = [_dual(growing, found, some, int(b), objective[row == b]) for b in np.unique(row)]
-        at = [np.concatenate([part[i] for part in solved]) for i in range(4)] if solved else list(NONE)
-        excess = found.bounds(*at) - growing.target
-        score = scores(found, excess)
-        for b in np.unique(row):
+        try:
+            at, point = _duals(growing, found, some, *np.nonzero(excess > 0))
+        except OutOfTime:
+            at, point = NONE, None
+        bound = found.bounds(*at) - growing.target
+        score = scores(found, bound)
+        if point is not None:
+            score = score * _missed(growing, found, point) + 1e-9 * score
+        for b in np.flatnonzero((excess > 0).any(1)):
             mine = at[0] == b
-            proofs[int(some.index[b])] = np.stack((at[1][mine], at[2][mine]), 1), at[3][mine]
-            if excess[b].max() > 0 and score[b].max() > 0:
-                variables = growing.variables
-                left.append((excess[b].max(), some.take(np.array([b])), variables + int(score[b].argmax())))
+            proofs[int(some.index[b])] = np.stack((at[1][mine], at[2][mine], at[3][mine]), 1)
+            if bound[b].max() > 0 and score[b].max() > 0:
+                split = growing.variables + int(score[b].argmax())
+                left.append((float(bound[b].max()), some.take(np.array([b])), split))
     return left
 
 
-def _dual(growing: _Growing, found: Bounded, parts: Parts, b: int, objectives: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Multipliers of one part's objectives, as `Multipliers.of` gives them.
+def _missed(growing: _Growing, found: Bounded, point: np.ndarray) -> np.ndarray:
+    """[B, H] by which part of what it may each open neuron's relaxation leaves its ReLU at symbols [B, R - 1]."""
+    own, hidden = len(growing.given.b), growing.nets.hidden
+    values = found.known.rows[:, 0] + np.einsum("br,brh->bh", point, found.known.rows[:, 1:])
+    relu, over = (values[:, own + n * hidden : own + (n + 1) * hidden] for n in (1, 2))
+    half = np.zeros(relu.shape)
+    b, r = np.nonzero(found.owner >= 0)
+    h = found.owner[b, r]
+    half[b, h] = np.abs(found.known.rows[b, r, own + hidden + h])
+    return np.where(half > 0, np.clip(np.minimum(relu, over) / np.maximum(half, 1e-300), 0, 2), 0.0)
 
-    The program over the symbols: the largest of each objective where the forms are >= 0, or are missed at a price.
+
+def _duals(
+    growing: _Growing, found: Bounded, parts: Parts, row: np.ndarray, objective: np.ndarray
+) -> tuple[tuple[np.ndarray, ...], np.ndarray | None]:
+    """Multipliers of objectives [Q] of parts `row` [Q], as `Multipliers.of` gives them, and symbols [B, R - 1].
+
+    The programs over the symbols: the largest of each objective where the forms are >= 0, or are missed at a price.
     """
     own, hidden = len(growing.given.b), growing.nets.hidden
-    open = np.flatnonzero(found.open[b]) + own
-    asked = np.flatnonzero(parts.signs[b]) + own
-    forms = np.concatenate((np.arange(own), asked, open + hidden, open + 2 * hidden))
-    if not len(forms):
-        return tuple(part[:0] for part in NONE)
+    count = len(parts.index)
+    use = np.concatenate((np.ones((count, own), bool), parts.signs != 0, found.open, found.open), 1)
+    most = int(use.sum(1).max())
+    if not most or not len(row):
+        return NONE, None
+    forms = np.argsort(~use, axis=1, kind="stable")[:, :most]
+    used = np.take_along_axis(use, forms, 1)
+    known = np.take_along_axis(found.known.rows, forms[:, None], 2).transpose(0, 2, 1)
+    known[:, :, 0] += np.take_along_axis(found.known.error, forms, 1)
+    size = np.maximum(np.abs(known).sum(2), 1e-12)
+    known = np.where(used[:, :, None], known / size[:, :, None], 0.0)
     outputs = found.out.rows.shape[2]
-    rows = found.out.rows[b][:, objectives % outputs].T * np.where(objectives < outputs, 1.0, -1.0)[:, None]
-    known = found.known.rows[b][:, forms].T
-    known[:, 0] += found.known.error[b, forms]
-    size = np.maximum(np.abs(known).sum(1), 1e-12)
-    known = known / size[:, None]
-    price = PRICE * np.maximum(np.abs(rows).sum(1), 1e-12)
-    # - g . xi - t <= c, t = 1 + tau with |tau| <= 1: at xi = 0 and t near 2 all rows hold with room, as |c| <= 1
-    count = len(objectives)
-    A = torch.from_numpy(np.concatenate((-known[:, 1:], -np.ones((len(forms), 1))), 1)).expand(count, -1, -1)
-    right = torch.from_numpy(known[:, 0] + 1).expand(count, -1)
-    goal = torch.from_numpy(np.concatenate((rows[:, 1:], -price[:, None]), 1))
-    start = torch.zeros(count, goal.shape[1], dtype=torch.float64)
+    goal = found.out.rows[row, :, objective % outputs] * np.where(objective < outputs, 1.0, -1.0)[:, None]
+    price = PRICE * np.maximum(np.abs(goal).sum(1), 1e-12)
+    # - g . xi - t <= c for t = 1 + tau, |tau| <= 1: as |c| <= 1 there is room at xi = 0 and t near 2.
+    A = torch.from_numpy(np.concatenate((-known[:, :, 1:], -np.ones((count, most, 1))), 2)[row])
+    sets = Halfspaces(A, torch.from_numpy(known[row][:, :, 0] + 1))
+    start = torch.zeros(len(row), A.shape[2], dtype=A.dtype)
     start[:, -1] = 0.9
-    target = torch.from_numpy(growing.target[objectives] - price)
-    constant = torch.from_numpy(rows[:, 0] - price)
-    scale = float(np.abs(growing.target).max())
-    solution = maximize(
-        LPBatch(goal, constant, Halfspaces(A, right)), start, gap=1e-9 * scale, below=target + 0 * constant, clock=growing.clock
-    )
-    y = solution.dual.numpy() / size
-    keep = y > SMALL * y.max(1, keepdims=True).clip(1e-300)
-    q, p = np.nonzero(keep)
-    return np.full(len(q), b), objectives[q], forms[p], y[q, p]
+    problem = LPBatch(torch.from_numpy(np.concatenate((goal[:, 1:], -price[:, None]), 1)), torch.from_numpy(goal[:, 0] - price), sets)
+    target = torch.from_numpy(growing.target[objective])
+    gap = 1e-3 * float(np.abs(growing.target).max()) * MARGIN
+    solution = maximize(problem, start, gap=gap, above=target, below=target, clock=growing.clock)
+    point = np.zeros((count, A.shape[2] - 1))
+    point[row] = solution.point[:, :-1].numpy()
+    y = solution.dual.numpy() / size[row]
+    q, p = np.nonzero(used[row] & (y > SMALL * y.max(1, keepdims=True).clip(1e-300)))
+    y = y.astype(np.float32).astype(np.float64)  # as they are kept
+    return (row[q], objective[q], forms[row[q], p], y[q, p]), point
 
 
-def save_certificate(
-    path: str | Path,
-    networks: list[nn.Module],
+def of_difference(original: nn.Module, compressed: nn.Module, stars: StarBatch) -> Prover:
+    """What writes a certificate of a `Discrepancy` of these networks."""
+
+    def prover(found: Discrepancy, path: Path, budget: Budget) -> Certificate:
+        about = {"method": found.stats.method, "regions": found.regions.tolist(), "semantics": found.semantics.value}
+        about |= {"upper": found.upper.tolist(), "seconds": found.stats.seconds}
+        exact = _enumerated(found)
+        ends = found.range_lower, found.range_upper
+        return _write(path, (original, compressed), stars, ends, found.witness, about, budget, exact)
+
+    return prover
+
+
+def of_output(network: nn.Module, stars: StarBatch) -> Prover:
+    """What writes a certificate of a `ReachResult`."""
+
+    def prover(found: ReachResult, path: Path, budget: Budget) -> Certificate:
+        networks = (network.first, network.second) if isinstance(network, MergedNetwork) else (network,)
+        about = {"method": found.stats.method, "regions": found.count.tolist(), "semantics": Semantics.FLOAT.value}
+        larger = (found.attained_upper.abs() >= found.attained_lower.abs()).reshape(*found.lower.shape, *[1] * len(stars.shape))
+        witness = torch.where(larger, found.argmax, found.argmin)
+        ends = found.lower, found.upper
+        return _write(path, networks, stars, ends, witness, about, budget, _enumerated(found))
+
+    return prover
+
+
+def _enumerated(found: Discrepancy | ReachResult) -> list[bool]:
+    """[S] whether the regions of a star were enumerated to the end, so that a proof can do the same."""
+    methods = set(found.stats.method.replace(",", " ").split())
+    return [status is Status.EXACT and bool(methods & {"vertices", "programs"}) for status in found.status]
+
+
+def _write(
+    path: Path,
+    networks: tuple[nn.Module, ...],
     stars: StarBatch,
-    low: Tensor,
-    high: Tensor,
+    ends: tuple[Tensor, Tensor],
     witness: Tensor,
     about: dict[str, Any],
-    clock: Clock,
-    *,
-    whole_sets: list[bool],
-) -> Written:
-    """Writes a certificate of the range low .. high [S, N] of y1 - y2 (of y1, of one network) at `path`.
+    budget: Budget,
+    exact: list[bool],
+) -> Certificate:
+    """Writes a certificate of the ranges `ends` [S, N] of y1 - y2 (of y1, of one network) at `path`.
 
-    Args:
-        witness: [S, N, *shape] inputs that attain much. about: what the analysis says of itself, kept as it is.
-        whole_sets: [S] sets whose regions are enumerated.
-
-    The range proven contains low .. high; it is wider where the time of `clock` ended, or a search's bounds are tighter.
+    witness: [S, N, *shape] inputs that attain much. about: what the analysis says of itself, kept as it is. exact: [S]
+        sets to be enumerated. The ranges proven contain `ends`; they are wider where the time was too short, or where a
+        search's bounds were tighter.
 
     Raises: UnsupportedLayerError: networks that are no chains of Linear and ReLU. OSError.
     """
@@ -300,26 +346,15 @@ def save_certificate(
     nets = beside(layers[0], layers[1] if len(layers) > 1 else None)
     tensors: dict[str, np.ndarray] = {}
     uppers, leaves = [], []
-    for s in range(len(stars)):
-        given, variables = _set(stars, s)
-        target = torch.cat((high[s], -low[s])).double().cpu().numpy()
-        scale = MARGIN * np.abs(target).max()
-        left = clock.share(1 / (len(stars) - s))
-        split, multipliers, proven = prove(nets, given, target + scale / 2, left, whole=whole_sets[s])
-        claim = np.maximum(target, proven + MARGIN * np.abs(proven).max())
-        outputs = len(claim) // 2
-        at = variables(witness[s].flatten(1).double().cpu().numpy())
-        ends = attained(nets, given, at)
-        own = np.arange(outputs)
-        met = np.maximum(np.maximum(ends[0][own, own], -ends[1][own, own]) * (1 - MARGIN) - scale, 0)
-        tensors |= {f"set.{s}.{n}": getattr(given, n) for n in ("basis", "A", "b", "low", "high")}
-        tensors |= {f"claim.{s}.high": claim[:outputs], f"claim.{s}.low": -claim[outputs:]}
-        tensors |= {f"claim.{s}.attained": met, f"claim.{s}.at": at, f"tree.{s}": split}
-        if multipliers is not None:
-            tensors |= {f"multipliers.{s}.at": multipliers.at.astype(np.int32)}
-            tensors |= {f"multipliers.{s}.value": multipliers.value}
-        uppers.append(np.maximum(claim[:outputs], claim[outputs:]))
-        leaves.append(int((split < 0).sum()))
+    with running(budget.seconds) as clock:
+        for s in range(len(stars)):
+            target = torch.cat((ends[1][s], -ends[0][s])).double().cpu().numpy()
+            share = clock.share(1 / (len(stars) - s))
+            found = _one(nets, stars, s, target, witness[s], share, exact=exact[s])
+            tensors |= {f"{kind}.{s}{name}": value for (kind, name), value in found.items()}
+            high, low = found["claim", ".high"], found["claim", ".low"]
+            uppers.append(np.maximum(high, -low))
+            leaves.append(int((found["tree", ""] < 0).sum()))
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -328,28 +363,47 @@ def save_certificate(
         "networks": [{"digest": digest(net)} for net in layers],
         "analysis": about,
     }
-    path = Path(path)
     with whole(path) as draft, zipfile.ZipFile(draft, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("certificate.json", json.dumps(content, indent=1, allow_nan=False))
+        archive.writestr("certificate.json", json.dumps(content, indent=1))
         archive.writestr("evidence.safetensors", save({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
-    return Written(path, np.stack(uppers), tuple(leaves), path.stat().st_size)
+    return Certificate(path, torch.from_numpy(np.stack(uppers)), tuple(leaves), path.stat().st_size)
 
 
-def _set(stars: StarBatch, s: int) -> tuple[Set, Callable[[np.ndarray], np.ndarray]]:
-    """One star, and what finds the predicate [B, M] of inputs [B, N_in] in it."""
+def _one(
+    nets: Networks, stars: StarBatch, s: int, target: np.ndarray, witness: Tensor, clock: Clock, *, exact: bool
+) -> dict[tuple[str, str], np.ndarray]:
+    """What the certificate keeps of star s, by kind and name."""
+    given = _set(stars, s)
+    scale, outputs = MARGIN * np.abs(target).max(), len(target) // 2
+    split, multipliers, proven = prove(nets, given, target + scale / 2, clock, whole=exact)
+    claim = np.maximum(target, proven + MARGIN * np.abs(proven).max())
+    at = _predicates(given, witness.flatten(1).double().cpu().numpy())
+    low, high = attained(nets, given, at)
+    own = np.arange(outputs)
+    met = np.maximum(np.maximum(low[own, own], -high[own, own]) * (1 - MARGIN) - scale, 0)
+    found = {("set", f".{name}"): getattr(given, name) for name in ("basis", "A", "b", "low", "high")}
+    found |= {("claim", ".high"): claim[:outputs], ("claim", ".low"): -claim[outputs:]}
+    found |= {("claim", ".attained"): met, ("claim", ".at"): at, ("tree", ""): split}
+    if multipliers is not None:
+        leaf, objective, form = multipliers.at.T.astype(np.int32)
+        many = np.bincount(leaf, minlength=int((split < 0).sum())).astype(np.int32)
+        kept = {"many": many, "objective": objective, "form": form, "value": multipliers.value.astype(np.float32)}
+        found |= {("multipliers", f".{name}"): value for name, value in kept.items()}
+    return found
+
+
+def _set(stars: StarBatch, s: int) -> Set:
     basis, A, b, low, high = (
         getattr(stars, name)[s].detach().double().cpu().numpy() for name in ("basis", "A", "b", "lower", "upper")
     )
-    basis = basis.reshape(len(basis), -1)
     real = A.any(1) | (b < 0)
-    given = Set(basis, A[real], b[real], low, high)
+    return Set(basis.reshape(len(basis), -1), A[real], b[real], low, high)
 
-    def variables(x: np.ndarray) -> np.ndarray:
-        at = np.clip(np.linalg.lstsq(basis[1:].T, (x - basis[0]).T, rcond=None)[0].T, low, high)
-        if len(given.b):  # rounding may have left a half-space: back to a point well inside
-            inside = at.mean(0)
-            gap = (at @ given.A.T - given.b).max(1) > 0
-            at = np.where(gap[:, None], at + 1e-9 * (inside - at), at)
-        return at
 
-    return given, variables
+def _predicates(given: Set, x: np.ndarray) -> np.ndarray:
+    """The predicate [B, M] of inputs [B, N_in] of the set, or of points close to them."""
+    at = np.clip(np.linalg.lstsq(given.basis[1:].T, (x - given.basis[0]).T, rcond=None)[0].T, given.low, given.high)
+    if len(given.b):  # rounding may have left a half-space: back to a point well inside
+        out = (at @ given.A.T > given.b).any(1)
+        at = np.where(out[:, None], at + 1e-9 * (at.mean(0) - at), at)
+    return at

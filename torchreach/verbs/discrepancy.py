@@ -24,6 +24,7 @@ from torchreach.read.load import as_network
 from torchreach.read.module import chain, reading_once
 from torchreach.search.result import Question
 from torchreach.sets.star import StarBatch
+from torchreach.verbs.certificate import of_difference
 from torchreach.verbs.executed import as_executed, formats, widened
 from torchreach.verbs.float_pair import compare
 from torchreach.verbs.int8_kernels import CHOICES
@@ -109,6 +110,7 @@ def discrepancy(
     way = chosen(method)
     with running(budget.seconds) as clock:
         original, compressed = as_network(original), as_network(compressed)
+        given = original, compressed
         kinds = formats(original, compressed, arithmetic)
         if rounds(original, stars.shape) or rounds(compressed, stars.shape):
             if arithmetic == "real":
@@ -154,7 +156,8 @@ def discrepancy(
         else:
             found = real(stars, asked_of_scores(question, head))
             found = probabilities(found, networks, head, stars, question, clock)
-    return replace(found, semantics=Semantics.WEIGHT_ONLY if weight_only else Semantics.FLOAT)
+    prover = None if head is not None else of_difference(*given, stars)
+    return replace(found, semantics=Semantics.WEIGHT_ONLY if weight_only else Semantics.FLOAT, prover=prover)
 
 
 def one_dtype(original: nn.Module, compressed: nn.Module, shape: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:

@@ -182,6 +182,7 @@ def _within(found: Discrepancy, epsilon: float) -> Equivalence:
         kernels=found.kernels,
         uncovered=found.uncovered,
         reasons=found.reasons,
+        prover=None if found.prover is None else lambda _, path, budget: found.save_certificate(path, budget),
     )
 
 

@@ -30,6 +30,7 @@ from torchreach.graph.steps import Step, steps_of
 from torchreach.read.load import as_network
 from torchreach.read.module import chain, reading_once
 from torchreach.sets.star import StarBatch
+from torchreach.verbs.certificate import of_output
 from torchreach.work.frontier import Frontier
 from torchreach.work.run import run
 
@@ -82,7 +83,7 @@ def reach(
     """
     budget = budget or Budget()
     with running(budget.seconds) as clock:
-        return reach_within(
+        found = reach_within(
             clock,
             module,
             stars,
@@ -92,6 +93,7 @@ def reach(
             keep_stars=keep_stars,
             progress=progress,
         )
+    return replace(found, prover=of_output(as_network(module), stars))
 
 
 def reach_within(
