@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 import torchreach
+from torchreach.app.cli_check import check
 from torchreach.app.cli_group import Group
 from torchreach.app.cli_options import (
     ANSWER,
@@ -51,7 +52,6 @@ from torchreach.app.cli_options import (
     TestShape,
     Vnnlib,
 )
-from torchreach.app.cli_check import check
 from torchreach.core.errors import OptionError
 
 app = typer.Typer(

@@ -164,8 +164,8 @@ Folder = Annotated[
 Certificate = Annotated[
     Path | None,
     typer.Option(
-        help="File for a certificate that `torchreach check` verifies on its own, of networks of Linear layers and ReLUs. Its "
-        "proof takes at most as long again as --seconds, or a minute. Default: none.",
+        help="File for a certificate that `torchreach check` verifies on its own, of networks of Linear layers and "
+        "ReLUs. Its proof may take as long again as --seconds, or a minute. Default: none.",
         metavar="FILE",
         rich_help_panel=ANSWER,
     ),

@@ -6,9 +6,9 @@ pre-activations, d = z - z2, a = relu(z) and e = relu(z) - relu(z2),
 
     z' = W a + b,    d' = V e + (W - V) a + (b - c)
 
-so that what two networks share never has to cancel. relu(z) is z or 0 where the sign of z is known on the part, or asked of
-its points; otherwise slope z + half +- half (the parallelogram of Singh et al., DeepZ, 2018). e is the difference of these; or,
-as it lies between 0 and d, d / 2 +- max |d| / 2, whichever is less wide.
+so that what two networks share never has to cancel. relu(z) is z or 0 where the sign of z is known on the part, or
+asked of its points; otherwise slope z + half +- half (the parallelogram of Singh et al., DeepZ, 2018). e is the
+difference of these; or, as it lies between 0 and d, d / 2 +- max |d| / 2, whichever is less wide.
 
 Rounding: r takes in what every operation loses in float64. A sum of n products in any order is off by at most
 gamma_n = n u / (1 - n u) times the sum of their magnitudes (Higham, Accuracy and Stability, chapter 3); twice that is
@@ -20,7 +20,7 @@ Axis letters: B parts, R rows of forms (centre, predicate, symbols), n features,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +28,7 @@ UNIT = 2.0**-53
 TINY = 1e-9  # relaxations of this half width are part of r, and get no symbol
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818
     """What cannot be verified, and where."""
 
 
@@ -61,10 +61,11 @@ class Form:
     def take(self, index: np.ndarray) -> Form:
         return Form(self.rows[index], self.error[index])
 
-    def column(self, at: np.ndarray) -> Form:
-        """[B, R, 1] feature at [B] of each part."""
-        index = np.arange(len(at))
-        return Form(self.rows[index, :, at][:, :, None], self.error[index, at][:, None])
+    def features(self, at: Any) -> Form:
+        """Some features of all parts, or those at [B, C] of each."""
+        if not isinstance(at, np.ndarray):
+            return Form(self.rows[:, :, at], self.error[:, at])
+        return Form(np.take_along_axis(self.rows, at[:, None], 2), np.take_along_axis(self.error, at, 1))
 
     def scaled(self, factor: np.ndarray) -> Form:
         """factor [B, n] times this."""
@@ -92,6 +93,13 @@ class Form:
         new[np.arange(len(at))[:, None], np.arange(most), at] = value
         return Form(np.concatenate((self.rows, new), 1), error * (1 + 4 * UNIT))
 
+    @staticmethod
+    def beside(forms: list[Form]) -> Form:
+        """The features of all, one after the other."""
+        most = max(form.rows.shape[1] for form in forms)
+        rows = np.concatenate([form.padded(most).rows for form in forms], 2)
+        return Form(rows, np.concatenate([form.error for form in forms], 1))
+
     def padded(self, rows: int) -> Form:
         """With symbols that this form does not depend on, to so many rows."""
         count, own, features = self.rows.shape
@@ -101,53 +109,53 @@ class Form:
 def affine(weights: list[np.ndarray], forms: list[Form], bias: np.ndarray) -> Form:
     """The sum of W x over all, plus bias."""
     share = gamma(sum(weight.shape[1] for weight in weights) + 4)
-    rows, error = 0.0, share * np.abs(bias)
-    for weight, form in zip(weights, forms, strict=True):
-        rows = rows + form.rows @ weight.T
-        error = error + (form.error + share * form.size) @ np.abs(weight).T
+    pairs = list(zip(weights, forms, strict=True))
+    rows = np.sum([form.rows @ weight.T for weight, form in pairs], 0)
+    error = sum((form.error + share * form.size) @ np.abs(weight).T for weight, form in pairs) + share * np.abs(bias)
     rows[:, 0] += bias
     return Form(rows, error * (1 + share))
 
 
-class Shape(Protocol):
-    """The points of parts, in the predicate scaled to each part's box."""
+@dataclass(frozen=True, eq=False)
+class Networks:
+    """Two networks of one shape, or one. A layer's hidden neurons are those of the first, then of the second."""
 
-    def ends(self, form: Form) -> tuple[np.ndarray, np.ndarray]:
-        """Certified range [B, n] of a form over each part; of an empty part, low above high."""
-        ...
-
-
-class Boxes:
-    """Parts that are their whole boxes."""
-
-    def ends(self, form: Form) -> tuple[np.ndarray, np.ndarray]:
-        middle = form.rows[:, 0]
-        radius = (np.abs(form.rows[:, 1:]).sum(1) + form.error) * (1 + gamma(form.rows.shape[1] + 2))
-        radius = radius + 4 * UNIT * np.abs(middle)
-        return middle - radius, middle + radius
-
-
-@dataclass(eq=False)
-class Bent:
-    """relu of forms in a range, given signs asked [B, n]: slope z + half +- half; on: where it is z."""
-
-    on: np.ndarray
-    open: np.ndarray
-    slope: np.ndarray
-    half: np.ndarray
-    none: np.ndarray  # [B] no point has the signs asked
+    first: list[Layer]
+    second: list[Layer] | None
 
     @staticmethod
-    def of(low: np.ndarray, high: np.ndarray, asked: np.ndarray, relu: np.ndarray) -> Bent:
-        none = (((asked > 0) & (high < 0)) | ((asked < 0) & (low > 0)) | (low > high)).any(1)
-        on = (asked > 0) | ((asked == 0) & (low >= 0)) | ~relu
-        off = ~on & ((asked < 0) | (high <= 0))
-        open = ~on & ~off
-        width = np.where(open, high - low, 1.0)
-        slope = np.where(open, np.clip(high / width, 0, 1), on)
-        # relu(z) - slope z is convex, zero at zero, and largest at an end.
-        half = np.where(open, np.maximum(high - slope * high, -slope * low) * (0.5 + 4 * UNIT), 0.0)
-        return Bent(on, open, slope, half, none)
+    def of(first: list[Layer], second: list[Layer] | None) -> Networks:
+        """Two networks; of other shapes, as one whose output is their difference, side by side.
+
+        The one with fewer layers begins later, and gets the input through features without a ReLU.
+        """
+        shapes = [[(layer.weight.shape, *layer.relu) for layer in net] for net in (first, second or [])]
+        if second is None or shapes[0] == shapes[1]:
+            return Networks(first, second)
+        depth, inputs, eye = max(len(first), len(second)), first[0].weight.shape[1], np.eye(len(first[-1].bias))
+        carry = Layer(np.eye(inputs), np.zeros(inputs), np.zeros(inputs, bool))
+        layers = []
+        for k in range(depth):
+            one, two = (net[k - depth + len(net)] if k >= depth - len(net) else carry for net in (first, second))
+            m, a = one.weight.shape
+            n, b = two.weight.shape
+            weight = np.zeros((m + n, a + b))
+            weight[:m, :a], weight[m:, a:] = one.weight, two.weight
+            weight = weight if k else weight[:, :a] + weight[:, a:]  # one input; half of each sum is zero
+            bias, relu = np.concatenate((one.bias, two.bias)), np.concatenate((one.relu, two.relu))
+            layers.append(Layer(weight, bias, relu))
+        difference = Layer(np.concatenate((eye, -eye), 1), np.zeros(len(eye)), np.zeros(len(eye), bool))
+        return Networks([*layers, difference], None)
+
+    @property
+    def relus(self) -> list[np.ndarray]:
+        """Per hidden layer, which neurons of all networks have a ReLU."""
+        return [np.tile(layer.relu, 1 if self.second is None else 2) for layer in self.first[:-1]]
+
+    @property
+    def layer_of(self) -> np.ndarray:
+        """[H] the layer of each hidden neuron."""
+        return np.repeat(np.arange(len(self.first) - 1), [len(relu) for relu in self.relus])
 
 
 @dataclass(eq=False)
@@ -159,49 +167,55 @@ class State:
     none: np.ndarray
 
     @staticmethod
-    def start(entry: Form, pair: bool) -> State:
-        zero = Form(np.zeros_like(entry.rows), np.zeros_like(entry.error)) if pair else None
+    def start(entry: Form, nets: Networks) -> State:
+        zero = None if nets.second is None else Form(0 * entry.rows, 0 * entry.error)
         return State(entry, zero, np.zeros(len(entry.rows), bool))
 
     def take(self, index: np.ndarray) -> State:
         return State(self.a.take(index), self.e and self.e.take(index), self.none[index])
 
-    def layer(self, one: Layer, two: Layer | None) -> list[Form]:
-        """z, and z2 and d of a pair."""
+    def layer(self, nets: Networks, k: int) -> tuple[Form, Form]:
+        """z of all networks, and their difference; of one network, z twice."""
+        one, two = nets.first[k], None if nets.second is None else nets.second[k]
         z = affine([one.weight], [self.a], one.bias)
         if two is None or self.e is None:
-            return [z]
+            return z, z
         d = affine([two.weight, one.weight - two.weight], [self.e, self.a], one.bias - two.bias)
-        return [z, z.minus(d), d]
+        return Form.beside([z, z.minus(d)]), d
 
-    def bent(self, one: Layer, forms: list[Form], shape: Shape, asked: list[np.ndarray]) -> tuple[State, list[Bent]]:
-        """Behind a hidden layer's ReLUs; asked: signs [B, n] of z, and of z2."""
-        z = forms[0]
-        b1 = Bent.of(*shape.ends(z), asked[0], one.relu)
-        a = z.scaled(b1.slope).moved(b1.half)
-        if len(forms) == 1:
-            return State(a.with_symbols(b1.half), None, self.none | b1.none), [b1]
-        _, z2, d = forms
-        b2 = Bent.of(*shape.ends(z2), asked[1], one.relu)
-        between, most = np.zeros_like(b1.open), np.zeros_like(b1.half)
-        if (b1.open | b2.open).any():
-            low, high = shape.ends(d)
-            most = np.maximum(np.abs(low), np.abs(high)) * (0.5 + UNIT)
-            between = (b1.open | b2.open) & (most < b1.half + b2.half)
-        same = b1.on & b2.on
-        # e = (slope z + half +- half) - (slope2 (z - d) + half2 +- half2), or d, or d / 2 +- most
-        on_z = np.where(between | same, 0.0, b1.slope - b2.slope)
-        on_d = np.where(between, 0.5, np.where(same, 1.0, b2.slope))
-        e = z.scaled(on_z).minus(d.scaled(-on_d)).moved(np.where(between, 0.0, b1.half - b2.half))
-        e.error = e.error + 2 * UNIT * (np.abs(on_z) * z.size + np.where(between, 0.0, b1.half + b2.half))
-        shared = np.where(between, 0.0, b1.half)  # times the symbol of a
-        own = np.where(between, most, b2.half)
+    def bent(self, z: Form, d: Form, relu: np.ndarray, shape: Any, asked: np.ndarray) -> State:
+        """Behind the ReLUs of a hidden layer, whose signs are asked of its neurons [B, n].
+
+        shape: the points of the parts; its `ends` gives the range [B, n] of a form over each, low above high of none.
+        """
+        low, high = shape.ends(z)
+        none = self.none | (((asked > 0) & (high < 0)) | ((asked < 0) & (low > 0)) | (low > high)).any(1)
+        on = (asked > 0) | ((asked == 0) & (low >= 0)) | ~relu
+        open = ~on & (asked == 0) & (high > 0)
+        slope = np.where(open, np.clip(high / np.where(open, high - low, 1.0), 0, 1), on)
+        # relu(z) - slope z is convex, zero at zero, and largest at an end.
+        half = np.where(open, np.maximum(high - slope * high, -slope * low) * (0.5 + 4 * UNIT), 0.0)
+        n = d.error.shape[1]
+        one, two = slice(0, n), slice(n, None)
+        z1, half1 = z.features(one), half[:, one]
+        a = z1.scaled(slope[:, one]).moved(half1)
         before = a.rows.shape[1]
-        a = a.with_symbols(b1.half)
-        # e has the symbol of a, where a has one of its own
-        e = e.padded(a.rows.shape[1])
-        at = a.rows[:, before:]
-        e.rows[:, before:] = np.where(at != 0, shared[:, None], 0.0)
-        e.error = e.error + np.where(b1.half > TINY, 0.0, shared)
-        e = e.with_symbols(own)
-        return State(a.padded(e.rows.shape[1]), e, self.none | b1.none | b2.none), [b1, b2]
+        a = a.with_symbols(half1)
+        if self.e is None:
+            return State(a, None, none)
+        half2, any_open = half[:, two], open[:, one] | open[:, two]
+        between, most = any_open & False, 0 * half1
+        if any_open.any():
+            most = np.maximum(*map(np.abs, shape.ends(d))) * (0.5 + UNIT)
+            between = any_open & (most < half1 + half2)
+        same = on[:, one] & on[:, two]
+        # e = (slope z + half +- half) - (slope2 (z - d) + half2 +- half2), or d, or d / 2 +- most
+        on_z = np.where(between | same, 0.0, slope[:, one] - slope[:, two])
+        on_d = np.where(between, 0.5, np.where(same, 1.0, slope[:, two]))
+        e = z1.scaled(on_z).minus(d.scaled(-on_d)).moved(np.where(between, 0.0, half1 - half2))
+        shared = np.where(between, 0.0, half1)  # times the symbol of a, or in the error as there
+        lost = 2 * UNIT * (np.abs(on_z) * z1.size + np.where(between, 0.0, half1 + half2))
+        e = Form(e.rows, e.error + lost + np.where(half1 > TINY, 0.0, shared)).padded(a.rows.shape[1])
+        e.rows[:, before:] = np.where(a.rows[:, before:] != 0, shared[:, None], 0.0)
+        e = e.with_symbols(np.where(between, most, half2))
+        return State(a.padded(e.rows.shape[1]), e, none)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from torchreach.core.outward import at_least, at_most, counted
 from torchreach.core.options import Budget
+from torchreach.core.outward import at_least, at_most, counted
 from torchreach.core.results import Certificate, Discrepancy, ended, lines
 from torchreach.core.terms import Made
 

@@ -110,8 +110,9 @@ class Certificate:
 
     def __repr__(self) -> str:
         count = sum(self.leaves)
+        each = f"{self.size / count:.1f} for each of {count:,} leaves"
         return lines(
-            f"Certificate: {self.path}, {counted(self.size, 'byte')}, {self.size / count:.1f} for each of {count:,} leaves",
+            f"Certificate: {self.path}, {counted(self.size, 'byte')}, {each}",
             f"proves at most {at_most(float(self.upper.max()))}",
         )
 
@@ -139,8 +140,9 @@ class Certifiable:
         """
         if self.prover is None:
             raise OptionError(
-                "this result has no certificate for others to check: they are written of what discrepancy, reach, equivalent "
-                "(to within epsilon) and repair return themselves, for networks as real-valued functions of their weights"
+                "this result has no certificate for others to check: they are written of what discrepancy, reach, "
+                "equivalent (to within epsilon) and repair return themselves, for networks as real-valued functions of "
+                "their weights"
             )
         return self.prover(self, Path(path), budget or Budget(seconds=PROOF_SECONDS))
 

@@ -1,4 +1,4 @@
-"""Proofs of results that others can check, see `torchreach.check`: found after the analysis, for the bounds it certified.
+"""Proofs of results that others can check (`torchreach.check`): found after the analysis, for the bounds it certified.
 
 The proof is a tree of parts of each set. What a leaf must show is decided by the checker's own bounds, so that a proof
 that is written is one that it accepts; how the tree is found needs no trust.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ from safetensors.numpy import save
 from torch import Tensor, nn
 
 import torchreach
-from torchreach.check.check import FORMAT, VERSION, attained, leaf_bounds
-from torchreach.check.forms import TINY, Form, Layer
+from torchreach.check.check import FORMAT, VERSION, attained
+from torchreach.check.forms import TINY, Form, Layer, Networks, State
 from torchreach.check.polytopes import MOST, Polytopes
-from torchreach.check.proof import Bounded, Multipliers, Networks, Parts, Set, Tree, batches, beside
+from torchreach.check.proof import Bounded, Boxes, Parts, Set, Tree, batches, by_boxes, by_vertices
 from torchreach.check.weights import digest
 from torchreach.core.clock import Clock, OutOfTime, running
 from torchreach.core.errors import UnsupportedLayerError
@@ -49,7 +50,7 @@ Prover = Callable[[Any, Path, Budget], Certificate]
 MARGIN = 1e-9
 # Open neurons of a box up to which it is enumerated instead of halved.
 FEW = 16
-# A program may leave its rows at this price, in units of the objective, so that it has a solution where the part is empty.
+# A program may leave its rows at this price, in units of the objective: it has a solution where the part is empty.
 PRICE = 1e3
 BATCH = 32  # parts split by signs at a time
 SMALL = 1e-8  # multipliers below this part of the largest are left out
@@ -69,7 +70,7 @@ def layers_of(network: nn.Module, shape: tuple[int, ...]) -> list[Layer]:
             found[-1] = Layer(found[-1].weight, found[-1].bias, np.ones(len(found[-1].bias), bool))
         else:
             raise UnsupportedLayerError(
-                f"a certificate requires networks of Linear layers and ReLUs so far, got {type(leaf).__name__} at {name}"
+                f"a certificate requires networks of Linear layers and ReLUs, got {type(leaf).__name__} at {name}"
             )
     if not found or found[-1].relu.any():
         raise UnsupportedLayerError("a certificate requires networks that end in a Linear layer")
@@ -111,38 +112,30 @@ class _Growing(Tree):
     def _sign(self, parts: np.ndarray, k: int, z: Form, parent: np.ndarray, shape: Polytopes, asked: np.ndarray) -> Any:
         """The first neuron of layer k that the vertices leave open, of parts that are not closed."""
         if z is not self.layer:  # the first look at this layer: later ones are at parts of these
-            relu = np.tile(self.nets.first[k].relu, z.error.shape[1] // self.nets.widths[k])
-            self.layer, self.open = z, crossing(*shape.ends(z)) & relu & ~self.closed[parts][:, None]
+            self.layer = z
+            self.open = crossing(*shape.ends(z)) & self.nets.relus[k] & ~self.closed[parts][:, None]
         open = self.open[parent] & (asked == 0)
         at = np.argsort(~open, axis=1, kind="stable")[:, : max(int(open.sum(1).max()), 1)]
-        rows = z.rows[parent[:, None], :, at].transpose(0, 2, 1)
-        still = crossing(*shape.ends(Form(rows, z.error[parent[:, None], at]))) & np.take_along_axis(open, at, 1)
-        open = np.zeros_like(open)
-        np.put_along_axis(open, at, still, 1)
-        column, start, n = open.argmax(1), sum(self.nets.widths[:k]), self.nets.widths[k]
-        neuron = np.where(column < n, column, sum(self.nets.widths) + column - n) + start
-        return np.where(open.any(1), self.variables + neuron, -1)
+        still = crossing(*shape.ends(z.take(parent).features(at))) & np.take_along_axis(open, at, 1)
+        column = np.take_along_axis(at, still.argmax(1)[:, None], 1)[:, 0]
+        first = self.variables + int((self.nets.layer_of < k).sum())
+        return np.where(still.any(1), first + column, -1)
 
     def _box(self, parts: Parts) -> np.ndarray:
         """The variable to halve of boxes that are neither closed nor to be enumerated."""
         split = np.full(len(parts.index), -1)
         if self.whole:
             return split
-        signs = np.zeros((len(split), self.nets.hidden), np.int8)
-        parts = Parts(parts.index, parts.low, parts.high, signs)
+        signs = np.zeros((len(split), len(self.nets.layer_of)), np.int8)
         row = 0
-        for some in batches(self.nets, self.given, parts):
-            found = Bounded.of(self.nets, self.given, some)
-            excess = found.bounds(*NONE) - self.target
-            few = found.open.sum(1) <= FEW
+        for some in batches(self.nets, self.given, Parts(parts.index, parts.low, parts.high, signs)):
+            found = Relaxed.of(self.nets, self.given, some)
+            excess = found.bounded.bounds(*NONE) - self.target
             self.closed[some.index] = (excess <= 0).all(1)
-            score = scores(found, excess)
-            z = found.known.rows[:, 1 : 1 + self.variables, len(self.given.b) :][:, :, : self.nets.hidden]
-            width = np.abs(found.known.rows[:, 1:, len(self.given.b) :][:, :, : self.nets.hidden]).sum(1)
-            influence = (np.abs(z) * (score / np.maximum(width, 1e-300))[:, None]).sum(2)
-            chosen = np.where(self.closed[some.index] | few, -1, influence.argmax(1))
-            split[row : row + len(chosen)] = chosen
-            row += len(chosen)
+            influence = np.einsum("bmh,bh->bm", found.width, found.scores(excess))
+            stay = self.closed[some.index] | (found.open.sum(1) <= FEW)
+            split[row : row + len(stay)] = np.where(stay, -1, influence.argmax(1))
+            row += len(stay)
         return split
 
     def levels(self) -> Iterator[np.ndarray]:
@@ -150,7 +143,7 @@ class _Growing(Tree):
         level = np.zeros(1, np.int64)
         while len(level):
             yield level
-            level = self.halved(level[self.split[level] >= 0])
+            level = self.sides(level[self.split[level] >= 0])
 
     def finished(self) -> np.ndarray:
         """The splits, as `Tree` takes them."""
@@ -165,40 +158,93 @@ def crossing(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 NONE = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
 
 
-def scores(found: Bounded, excess: np.ndarray) -> np.ndarray:
-    """[B, H] how much each neuron's relaxation adds to the objectives that exceed their targets, relative to those."""
-    outputs = excess.shape[1] // 2
-    weight = np.maximum(excess, 0) / np.maximum(excess.max(1, keepdims=True), 1e-300)
-    weight = weight[:, :outputs] + weight[:, outputs:]
-    made = (np.abs(found.out.rows) * weight[:, None]).sum(2)  # [B, R]
-    score = np.zeros(found.open.shape)
-    owned = found.owner >= 0
-    np.add.at(score, (np.nonzero(owned)[0], found.owner[owned]), made[owned])
-    return np.where(found.open, score, 0.0)
+@dataclass(eq=False)
+class Relaxed:
+    """Parts bounded as boxes, and what was relaxed.
+
+    open: [B, H] neurons that were. owner: [B, R] the neuron whose relaxation a row stands for, -1 for none. width:
+    [B, M, H] which part of each pre-activation's range each variable makes. forms: [H, 3] places among
+    `Bounded.known` of each neuron's s z, relu(z) and relu(z) - z.
+    """
+
+    bounded: Bounded
+    open: np.ndarray
+    owner: np.ndarray
+    width: np.ndarray
+    forms: np.ndarray
+
+    @staticmethod
+    def of(nets: Networks, given: Set, parts: Parts) -> Relaxed:
+        variables, opens, widths, forms = len(given.low), [], [], []
+        owners = [np.full((len(parts.index), 1 + variables), -1)]
+        start = np.cumsum([0, *map(len, nets.relus)])
+
+        def watch(k: int, before: State, z: Form, after: State) -> None:
+            low, high = Boxes.ends(z)
+            asked = parts.signs[:, start[k] : start[k + 1]]
+            opens.append((low < 0) & (high > 0) & (asked == 0) & nets.relus[k])
+            rows = np.abs(z.rows[:, 1:])
+            widths.append(rows[:, :variables] / np.maximum(rows.sum(1), 1e-300)[:, None])
+            n, own = after.a.rows.shape[2], before.a.rows.shape[1]
+            new = after.a.rows[:, own:], (after.a if after.e is None else after.e).rows[:, own:]
+            first, second = (np.where((part != 0).any(2), np.abs(part).argmax(2), -1) for part in new)
+            at = np.where(first >= 0, first, np.where(second >= 0, second + n, -1))
+            owners.append(np.where(at >= 0, at + start[k], -1))
+            for net in range(len(asked[0]) // n):
+                base = len(given.b) + 3 * start[k]
+                sign, value = base + net * n, base + len(asked[0]) + 2 * net * n
+                forms.append(np.stack((sign + np.arange(n), value + np.arange(n), value + n + np.arange(n)), 1))
+
+        bounded = Bounded.of(nets, given, parts, watch)
+        none = np.zeros((len(parts.index), 0))
+        joined = [np.concatenate([none.astype(bool), *opens], 1), np.concatenate(owners, 1)]
+        width = np.concatenate([np.zeros((len(parts.index), variables, 0)), *widths], 2)
+        return Relaxed(bounded, joined[0], joined[1], width, np.concatenate([np.zeros((0, 3), np.int64), *forms]))
+
+    def scores(self, excess: np.ndarray) -> np.ndarray:
+        """[B, H] how much each neuron's relaxation adds to the objectives by which targets are exceeded [B, 2 N]."""
+        outputs = excess.shape[1] // 2
+        weight = np.maximum(excess, 0) / np.maximum(excess.max(1, keepdims=True), 1e-300)
+        weight = weight[:, :outputs] + weight[:, outputs:]
+        made, owned = (np.abs(self.bounded.out.rows) * weight[:, None]).sum(2), self.owner >= 0
+        score = np.zeros(self.open.shape)
+        np.add.at(score, (np.nonzero(owned)[0], self.owner[owned]), made[owned])
+        return np.where(self.open, score, 0.0)
+
+    def missed(self, point: np.ndarray) -> np.ndarray:
+        """[B, H] by which part of what it may each relaxation leaves its ReLU at symbols [B, R - 1]."""
+        known = self.bounded.known.rows
+        values = known[:, 0] + np.einsum("br,brh->bh", point, known[:, 1:])
+        half = np.zeros(self.open.shape)
+        b, r = np.nonzero(self.owner >= 0)
+        h = self.owner[b, r]
+        half[b, h] = np.abs(known[b, r, self.forms[h, 1]])
+        off = np.minimum(values[:, self.forms[:, 1]], values[:, self.forms[:, 2]])
+        return np.where(half > 0, np.clip(off / np.maximum(half, 1e-300), 0, 2), 0.0)
 
 
 def prove(
     nets: Networks, given: Set, target: np.ndarray, clock: Clock, *, whole: bool
-) -> tuple[np.ndarray, Multipliers | None, np.ndarray]:
+) -> tuple[np.ndarray, tuple[np.ndarray, ...], np.ndarray]:
     """A tree, multipliers where there are more than `MOST` variables, and what they prove [2 N]; `target` if it can."""
-    growing = _Growing(nets, given, target, clock, whole=whole)
+    growing, multipliers = _Growing(nets, given, target, clock, whole=whole), ()
     if 1 <= len(given.low) <= MOST:
-        tree, multipliers = growing, None
+        bounds = by_vertices(nets, given, growing)
     else:
-        split, multipliers = _by_signs(growing)
-        tree = Tree(split, growing.variables, nets.hidden)
+        multipliers = _by_signs(growing)
+        bounds = by_boxes(nets, given, Tree(growing.finished(), growing.variables, len(nets.layer_of)), *multipliers)
     proven = np.full(len(target), -np.inf)
-    for _, found in leaf_bounds(nets, given, tree, multipliers):
+    for _, found in bounds:
         proven = np.maximum(proven, found.max(0))
     return growing.finished(), multipliers, proven
 
 
-def _by_signs(growing: _Growing) -> tuple[np.ndarray, Multipliers]:
-    """Best first over signs, in batches; each part has its programs solved when it is made."""
+def _by_signs(growing: _Growing) -> tuple[np.ndarray, ...]:
+    """Best first over signs, in batches; each part has its programs solved when it is made. Arguments of `by_boxes`."""
     nets, given = growing.nets, growing.given
-    root = Parts(np.zeros(1, np.int64), given.low[None], given.high[None], np.zeros((1, nets.hidden), np.int8))
+    signs = np.zeros((1, len(nets.layer_of)), np.int8)
     proofs: dict[int, np.ndarray] = {}
-    open = _solved(growing, root, proofs)
+    open = _solved(growing, Parts(np.zeros(1, np.int64), given.low[None], given.high[None], signs), proofs)
     while open and not growing.clock.over:
         open.sort(key=lambda entry: -entry[0])
         taken, open = open[:BATCH], open[BATCH:]
@@ -208,29 +254,29 @@ def _by_signs(growing: _Growing) -> tuple[np.ndarray, Multipliers]:
         growing.divide(joined.index, split)
         for index in joined.index:
             proofs.pop(int(index), None)
-        open += _solved(growing, joined.halves(growing.halved(joined.index), split), proofs)
-    levels = list(growing.levels())
-    order, split = np.concatenate(levels), growing.finished()
-    found = [(leaf, proofs[int(index)]) for leaf, index in enumerate(order[split < 0]) if int(index) in proofs]
-    at = [np.concatenate((np.full((len(part), 1), leaf), part[:, :2].astype(np.int64)), 1) for leaf, part in found]
-    value = [part[:, 2] for _, part in found]
-    return split, Multipliers(np.concatenate([np.zeros((0, 3), np.int64), *at]), np.concatenate([np.zeros(0), *value]))
+        open += _solved(growing, joined.halves(growing.sides(joined.index), split), proofs)
+    order = np.concatenate(list(growing.levels()))
+    found = [proofs.get(int(index), np.zeros((0, 3))) for index in order[growing.split[order] < 0]]
+    objective, form, value = np.concatenate([np.zeros((0, 3)), *found]).T
+    return np.array([len(part) for part in found]), objective.astype(np.int64), form.astype(np.int64), value
 
 
 def _solved(growing: _Growing, parts: Parts, proofs: dict[int, np.ndarray]) -> list[tuple[float, Parts, int]]:
     """Multipliers [Q, 3] of parts into `proofs`; those that stay open: excess, the part, and the sign to split."""
     left = []
     for some in batches(growing.nets, growing.given, parts):
-        found = Bounded.of(growing.nets, growing.given, some)
-        excess = found.bounds(*NONE) - growing.target
+        found = Relaxed.of(growing.nets, growing.given, some)
+        excess = found.bounded.bounds(*NONE) - growing.target
         try:
             at, point = _duals(growing, found, some, *np.nonzero(excess > 0))
         except OutOfTime:
             at, point = NONE, None
-        bound = found.bounds(*at) - growing.target
-        score = scores(found, bound)
+        bound = found.bounded.bounds(*at) - growing.target
+        kept = bound[at[0], at[1]] < excess[at[0], at[1]]  # rounding may have made it worse
+        at, bound = tuple(part[kept] for part in at), np.minimum(bound, excess)
+        score = found.scores(bound)
         if point is not None:
-            score = score * _missed(growing, found, point) + 1e-9 * score
+            score = score * (found.missed(point) + 1e-9)
         for b in np.flatnonzero((excess > 0).any(1)):
             mine = at[0] == b
             proofs[int(some.index[b])] = np.stack((at[1][mine], at[2][mine], at[3][mine]), 1)
@@ -240,54 +286,47 @@ def _solved(growing: _Growing, parts: Parts, proofs: dict[int, np.ndarray]) -> l
     return left
 
 
-def _missed(growing: _Growing, found: Bounded, point: np.ndarray) -> np.ndarray:
-    """[B, H] by which part of what it may each open neuron's relaxation leaves its ReLU at symbols [B, R - 1]."""
-    own, hidden = len(growing.given.b), growing.nets.hidden
-    values = found.known.rows[:, 0] + np.einsum("br,brh->bh", point, found.known.rows[:, 1:])
-    relu, over = (values[:, own + n * hidden : own + (n + 1) * hidden] for n in (1, 2))
-    half = np.zeros(relu.shape)
-    b, r = np.nonzero(found.owner >= 0)
-    h = found.owner[b, r]
-    half[b, h] = np.abs(found.known.rows[b, r, own + hidden + h])
-    return np.where(half > 0, np.clip(np.minimum(relu, over) / np.maximum(half, 1e-300), 0, 2), 0.0)
-
-
 def _duals(
-    growing: _Growing, found: Bounded, parts: Parts, row: np.ndarray, objective: np.ndarray
+    growing: _Growing, found: Relaxed, parts: Parts, row: np.ndarray, objective: np.ndarray
 ) -> tuple[tuple[np.ndarray, ...], np.ndarray | None]:
-    """Multipliers of objectives [Q] of parts `row` [Q], as `Multipliers.of` gives them, and symbols [B, R - 1].
+    """Multipliers of objectives [Q] of parts `row` [Q], as `Bounded.bounds` takes them, and symbols [B, R - 1].
 
     The programs over the symbols: the largest of each objective where the forms are >= 0, or are missed at a price.
     """
-    own, hidden = len(growing.given.b), growing.nets.hidden
-    count = len(parts.index)
-    use = np.concatenate((np.ones((count, own), bool), parts.signs != 0, found.open, found.open), 1)
+    count, own = len(parts.index), len(growing.given.b)
+    out, known = found.bounded.out, found.bounded.known
+    use = np.zeros((count, known.rows.shape[2]), bool)
+    use[:, :own] = True
+    use[:, found.forms[:, 0]] = parts.signs != 0
+    use[:, found.forms[:, 1]] = use[:, found.forms[:, 2]] = found.open
     most = int(use.sum(1).max())
     if not most or not len(row):
         return NONE, None
     forms = np.argsort(~use, axis=1, kind="stable")[:, :most]
     used = np.take_along_axis(use, forms, 1)
-    known = np.take_along_axis(found.known.rows, forms[:, None], 2).transpose(0, 2, 1)
-    known[:, :, 0] += np.take_along_axis(found.known.error, forms, 1)
-    size = np.maximum(np.abs(known).sum(2), 1e-12)
-    known = np.where(used[:, :, None], known / size[:, :, None], 0.0)
-    outputs = found.out.rows.shape[2]
-    goal = found.out.rows[row, :, objective % outputs] * np.where(objective < outputs, 1.0, -1.0)[:, None]
+    some = known.features(forms)
+    rows = some.rows.transpose(0, 2, 1).copy()
+    rows[:, :, 0] += some.error
+    size = np.maximum(np.abs(rows).sum(2), 1e-12)
+    rows = np.where(used[:, :, None], rows / size[:, :, None], 0.0)
+    outputs = out.rows.shape[2]
+    goal = out.rows[row, :, objective % outputs] * np.where(objective < outputs, 1.0, -1.0)[:, None]
     price = PRICE * np.maximum(np.abs(goal).sum(1), 1e-12)
     # - g . xi - t <= c for t = 1 + tau, |tau| <= 1: as |c| <= 1 there is room at xi = 0 and t near 2.
-    A = torch.from_numpy(np.concatenate((-known[:, :, 1:], -np.ones((count, most, 1))), 2)[row])
-    sets = Halfspaces(A, torch.from_numpy(known[row][:, :, 0] + 1))
+    A = torch.from_numpy(np.concatenate((-rows[:, :, 1:], -np.ones((count, most, 1))), 2)[row])
+    sets = Halfspaces(A, torch.from_numpy(rows[row][:, :, 0] + 1))
     start = torch.zeros(len(row), A.shape[2], dtype=A.dtype)
     start[:, -1] = 0.9
-    problem = LPBatch(torch.from_numpy(np.concatenate((goal[:, 1:], -price[:, None]), 1)), torch.from_numpy(goal[:, 0] - price), sets)
+    goals = torch.from_numpy(np.concatenate((goal[:, 1:], -price[:, None]), 1))
+    problem = LPBatch(goals, torch.from_numpy(goal[:, 0] - price), sets)
     target = torch.from_numpy(growing.target[objective])
     gap = 1e-3 * float(np.abs(growing.target).max()) * MARGIN
     solution = maximize(problem, start, gap=gap, above=target, below=target, clock=growing.clock)
     point = np.zeros((count, A.shape[2] - 1))
     point[row] = solution.point[:, :-1].numpy()
-    y = solution.dual.numpy() / size[row]
+    y = solution.dual.numpy()
     q, p = np.nonzero(used[row] & (y > SMALL * y.max(1, keepdims=True).clip(1e-300)))
-    y = y.astype(np.float32).astype(np.float64)  # as they are kept
+    y = (y / size[row]).astype(np.float32).astype(np.float64)  # as they are kept
     return (row[q], objective[q], forms[row[q], p], y[q, p]), point
 
 
@@ -310,7 +349,9 @@ def of_output(network: nn.Module, stars: StarBatch) -> Prover:
     def prover(found: ReachResult, path: Path, budget: Budget) -> Certificate:
         networks = (network.first, network.second) if isinstance(network, MergedNetwork) else (network,)
         about = {"method": found.stats.method, "regions": found.count.tolist(), "semantics": Semantics.FLOAT.value}
-        larger = (found.attained_upper.abs() >= found.attained_lower.abs()).reshape(*found.lower.shape, *[1] * len(stars.shape))
+        larger = (found.attained_upper.abs() >= found.attained_lower.abs()).reshape(
+            *found.lower.shape, *[1] * len(stars.shape)
+        )
         witness = torch.where(larger, found.argmax, found.argmin)
         ends = found.lower, found.upper
         return _write(path, networks, stars, ends, witness, about, budget, _enumerated(found))
@@ -343,7 +384,7 @@ def _write(
     Raises: UnsupportedLayerError: networks that are no chains of Linear and ReLU. OSError.
     """
     layers = [layers_of(network, stars.shape) for network in networks]
-    nets = beside(layers[0], layers[1] if len(layers) > 1 else None)
+    nets = Networks.of(layers[0], layers[1] if len(layers) > 1 else None)
     tensors: dict[str, np.ndarray] = {}
     uppers, leaves = [], []
     with running(budget.seconds) as clock:
@@ -378,17 +419,12 @@ def _one(
     split, multipliers, proven = prove(nets, given, target + scale / 2, clock, whole=exact)
     claim = np.maximum(target, proven + MARGIN * np.abs(proven).max())
     at = _predicates(given, witness.flatten(1).double().cpu().numpy())
-    low, high = attained(nets, given, at)
-    own = np.arange(outputs)
-    met = np.maximum(np.maximum(low[own, own], -high[own, own]) * (1 - MARGIN) - scale, 0)
+    met = np.maximum(attained(nets, given, at) * (1 - MARGIN) - scale, 0)
     found = {("set", f".{name}"): getattr(given, name) for name in ("basis", "A", "b", "low", "high")}
     found |= {("claim", ".high"): claim[:outputs], ("claim", ".low"): -claim[outputs:]}
     found |= {("claim", ".attained"): met, ("claim", ".at"): at, ("tree", ""): split}
-    if multipliers is not None:
-        leaf, objective, form = multipliers.at.T.astype(np.int32)
-        many = np.bincount(leaf, minlength=int((split < 0).sum())).astype(np.int32)
-        kept = {"many": many, "objective": objective, "form": form, "value": multipliers.value.astype(np.float32)}
-        found |= {("multipliers", f".{name}"): value for name, value in kept.items()}
+    for name, value in zip(("many", "objective", "form", "value"), multipliers, strict=False):
+        found["multipliers", f".{name}"] = value.astype(np.float32 if name == "value" else np.int32)
     return found
 
 

@@ -106,7 +106,11 @@ def _encode(value: Any) -> Any:
 
 
 def _fields(value: Any) -> dict[str, Any]:
-    return {part.name: _encode(getattr(value, part.name)) for part in dataclasses.fields(value) if part.init and part.name != "prover"}
+    return {
+        part.name: _encode(getattr(value, part.name))
+        for part in dataclasses.fields(value)
+        if part.init and part.name != "prover"
+    }
 
 
 def _decode(value: Any, network: nn.Module | None) -> Any:
