@@ -1,4 +1,4 @@
-"""Makes the site's gallery: reports of the command line as it writes them, and docs/gallery/README.md, which shows them.
+"""Makes the site's gallery: reports of the command line and docs/gallery/README.md, which shows them.
 
 Each entry is one command, run in a folder of its own; the page, its picture and what the terminal says are kept. Fails
 where a command ends with another exit status than the page says.
@@ -28,7 +28,7 @@ DEMO = "demo/original.onnx demo/compressed.onnx"
 
 @dataclass(frozen=True)
 class Entry:
-    """One report: file name, title, what it shows, command, exit status, lines of the terminal's output that are kept."""
+    """One report: file name, title, what it shows, command, exit status, how many of the last lines said are kept."""
 
     name: str
     title: str
@@ -48,29 +48,31 @@ ENTRIES = (
     Entry(
         "tolerance",
         "A tolerance that is exceeded",
-        "The same two files with a tolerance of 0.1. The page names the input that exceeds it, and what both networks give there.",
+        "The same two files with a tolerance of 0.1. The page names the input that exceeds it, and what both networks "
+        "give there.",
         f'compare {HELLO} --box "0,6.283185307" --tolerance 0.1 --output tolerance_report',
         status=1,
     ),
     Entry(
         "demo",
         "Compressed, then repaired",
-        "scikit-learn's digits, 70 % of the weights pruned and the rest on 8 bits, around two test pictures: before and after.",
+        "scikit-learn's digits, 70 % of the weights pruned and the rest on 8 bits, around two test pictures: before "
+        "and after.",
         "demo --images 2 --output demo",
         last=4,
     ),
     Entry(
         "bounded",
         "An interval that stays open",
-        "The demo's networks with all 64 pixels moving by 0.15, for five seconds: certified and attained differ, the status is "
-        "BOUNDED, and the page says that a larger budget narrows it.",
+        "The demo's networks with all 64 pixels moving by 0.15, for five seconds: certified and attained differ, the "
+        "status is BOUNDED, and the page says that a larger budget narrows it.",
         f"compare {DEMO} --center pictures.npy --eps 0.15 --clip 0,1 --seconds 5 --output bounded_report",
     ),
     Entry(
         "audit",
         "A test set's labels",
-        "The demo's networks on 360 pictures, some of which it was trained on: on how many both certainly give one label. An "
-        "audit writes `report.json` and no page; this is what the terminal says.",
+        "The demo's networks on 360 pictures, some of which it was trained on: on how many both certainly give one "
+        "label. An audit writes `report.json` and no page; this is what the terminal says.",
         f"audit {DEMO} --data test.npy --labels labels.npy",
         status=1,
         last=40,
@@ -86,8 +88,8 @@ ENTRIES = (
 
 HEAD = """# Gallery of reports
 
-Made by the command line, as it writes them: `uv run python benchmarks/gallery.py`, which also wrote this page. Each report
-is one file without external resources, to be mailed or kept beside a build.
+Made by the command line, as it writes them: `uv run python benchmarks/gallery.py`, which also wrote this page. Each
+report is one file without external resources, to be mailed or kept beside a build.
 """
 
 

@@ -17,6 +17,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import griffe
 import nbformat
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
@@ -70,8 +71,17 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     return re.sub(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)", moved, markdown)
 
 
+class Paragraphs(griffe.Extension):
+    """ "Raises: this; that" in one line is a sentence, and "lower, upper: what both are" one entry of a section."""
+
+    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring:
+            text = re.sub(r"(?m)^([A-Z]\w+): (?=\S)", r"**\1**: ", obj.docstring.value)
+            obj.docstring.value = re.sub(r"(?m)^    \w+(, \w+)+: ", lambda names: names[0].replace(", ", ",\xa0"), text)
+
+
 def executed(path: Path) -> nbformat.NotebookNode:
-    """The notebook with its outputs; raises CellExecutionError where a cell does. It runs in the repository's folder."""
+    """The notebook with its outputs; raises CellExecutionError where a cell does. It runs in the root folder."""
     notebook = nbformat.read(path, as_version=4)
     local = Config({"KernelManager": {"transport": "ipc"}})
     where = {"metadata": {"path": str(ROOT)}}
@@ -104,44 +114,54 @@ def formula(source: str, *_: Any, **__: Any) -> str:
     return f'<div class="formula">{convert(source, display="block")}</div>'
 
 
-WIDTH, HEIGHT, ACROSS, DOWN = 176, 54, 14, 46  # of a box, and between two
+WIDTH, HEIGHT, LANE, ACROSS, DOWN = 190, 50, 16, 14, 26  # of a box and of a passing line, and between them
 
 
 def graph(source: str, *_: Any, **__: Any) -> str:
-    """Boxes in rows, each above all that its arrows lead to."""
+    """Boxes in rows, each above all that its arrows lead to; long arrows pass between boxes, in lanes of their own."""
     arrows = [(a, b) for a, _, b in re.findall(r"^\s*(\w+)(\[.*?\])? --> (\w+)", source, re.MULTILINE)]
     texts = dict(re.findall(r"(\w+)\[(.*?)\]", source))
     names = list(dict.fromkeys(sum(arrows, ())))
-    row = dict.fromkeys(names, 0)
+    height = dict.fromkeys(names, 0)
     for _ in names:
-        row |= {a: max([row[a], *(row[b] + 1 for c, b in arrows if c == a)]) for a in names}
-    rows = [[name for name in names if row[name] == level] for level in range(max(row.values()), -1, -1)]
-    columns = max(map(len, rows))
+        height |= {a: max([height[a], *(height[b] + 1 for c, b in arrows if c == a)]) for a in names}
+    # an arrow as the places that it passes: its two ends, and one lane in every row between
+    paths = [[a, *(f"{a} {b} {level}" for level in range(height[a] - 1, height[b], -1)), b] for a, b in arrows]
+    rows: list[list[str]] = [[] for _ in range(max(height.values()) + 1)]
+    for name in names:
+        rows[-1 - height[name]].append(name)
+    for path in paths:
+        for lane in path[1:-1]:
+            rows[-1 - int(lane.split()[-1])].append(lane)
     middle: dict[str, tuple[float, float]] = {}
-    for level, members in enumerate(rows):
-        above = {name: [middle[a][0] for a, b in arrows if b == name and a in middle] for name in members}
-        members.sort(key=lambda name: sum(above[name]) / max(len(above[name]), 1))
-        for place, name in enumerate(members):
-            x = (place + 0.5 + (columns - len(members)) / 2) * (WIDTH + ACROSS)
-            middle[name] = (x, level * (HEIGHT + DOWN) + HEIGHT / 2 + 2)
-    width, height = columns * (WIDTH + ACROSS), len(rows) * (HEIGHT + DOWN) - DOWN + 4
+    for row, places in enumerate(rows):
+        above = {place: [middle[p[p.index(place) - 1]][0] for p in paths if place in p[1:]] for place in places}
+        places.sort(key=lambda place: sum(above[place]) / max(len(above[place]), 1))
+        widths = [WIDTH if place in texts or place in names else LANE for place in places]
+        left = -(sum(widths) + ACROSS * (len(widths) - 1)) / 2
+        for place, width in zip(places, widths, strict=True):
+            middle[place] = (left + width / 2, row * (HEIGHT + DOWN) + HEIGHT / 2 + 2)
+            left += width + ACROSS
+    edge = min(x for x, _ in middle.values()) - WIDTH / 2 - 2
+    size = (-2 * edge, len(rows) * (HEIGHT + DOWN) - DOWN + 4)
     drawn = [
-        f'<svg class="graph" viewBox="0 0 {width} {height}" role="img" xmlns="http://www.w3.org/2000/svg">',
+        f'<svg class="graph" style="max-width: {size[0]}px" viewBox="{edge} 0 {size[0]} {size[1]}" role="img">',
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0 0L8 4L0 8z"/></marker></defs>',
     ]
-    for a, b in arrows:
-        (x, y), (x2, y2) = middle[a], middle[b]
-        y, y2 = y + HEIGHT / 2, y2 - HEIGHT / 2
-        drawn.append(f'<path d="M{x} {y}C{x} {y + DOWN} {x2} {y2 - DOWN} {x2} {y2}" marker-end="url(#tip)"/>')
-    for name, (x, y) in middle.items():
-        _, _, what = texts.get(name, name).partition(": ")
-        words = what.split()
-        cut = next((i for i in range(len(words), 0, -1) if len(" ".join(words[:i])) <= 30), 0)
-        lines = [" ".join(words[:cut]), " ".join(words[cut:])]
+    for path in paths:
+        curve = ""
+        for a, b in zip(path, path[1:], strict=False):
+            (x, y), (x2, y2) = middle[a], middle[b]
+            y, y2 = y + HEIGHT / 2, y2 - HEIGHT / 2
+            curve += f"{'L' if curve else 'M'}{x} {y}C{x} {y + DOWN / 2} {x2} {y2 - DOWN / 2} {x2} {y2}"
+        drawn.append(f'<path d="{curve}" marker-end="url(#tip)"/>')
+    for name in names:
+        x, y = middle[name]
+        words = texts.get(name, name).partition(": ")[2].split()
+        cut = next((i for i in range(len(words), 0, -1) if len(" ".join(words[:i])) <= 32), 0)
         drawn.append(f'<rect x="{x - WIDTH / 2}" y="{y - HEIGHT / 2}" width="{WIDTH}" height="{HEIGHT}" rx="4"/>')
-        drawn.append(f'<text x="{x}" y="{y - 10}" class="name">{html.escape(name)}</text>')
-        drawn += [
-            f'<text x="{x}" y="{y + 6 + 13 * i}">{html.escape(line)}</text>' for i, line in enumerate(lines) if line
-        ]
+        drawn.append(f'<text x="{x}" y="{y - 9}" class="name">{html.escape(name)}</text>')
+        for i, line in enumerate((" ".join(words[:cut]), " ".join(words[cut:]))):
+            drawn.append(f'<text x="{x}" y="{y + 6 + 13 * i}">{html.escape(line)}</text>')
     return "".join(['<div class="wide">', *drawn, "</svg></div>"])
