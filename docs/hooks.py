@@ -68,7 +68,9 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
             place = place.replace(".ipynb", ".md")
         return f"]({posixpath.relpath(place, posixpath.dirname(here) or '.')}{found[2] or ''})"
 
-    return re.sub(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)", moved, markdown)
+    parts = re.split(r"(^```.*?^```)", markdown, flags=re.DOTALL | re.MULTILINE)  # every second one is code
+    parts[::2] = [re.sub(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)", moved, part) for part in parts[::2]]
+    return "".join(parts)
 
 
 class Paragraphs(griffe.Extension):
