@@ -105,7 +105,7 @@ def shown(notebook: nbformat.NotebookNode, name: str) -> tuple[str, dict[str, by
             if "image/png" in data:
                 file = f"{name}_{len(pictures)}.png"
                 pictures[file] = base64.b64decode(data["image/png"])
-                parts.append(f"![]({file})")
+                parts.append(f"![Picture that the cell above draws]({file})")
             elif text := output.get("text") or data.get("text/plain"):
                 parts.append(f"```text\n{text.rstrip()}\n```")
     download = f"[This page as a notebook]({name}.ipynb){{: download }}"
