@@ -1,4 +1,6 @@
-"""MLPerf Tiny's networks and TFLite Micro's hello_world, float against int8 as LiteRT executes it: docs/mlperf_tiny.md.
+"""MLPerf Tiny's networks and TFLite Micro's hello_world, float against int8 as LiteRT executes it.
+
+Its figures: docs/benchmarks/mlperf_tiny.md.
 
 Points (every code that is possible is followed) with agreement of labels, boxes around real inputs where there are any,
 and what each layer's weights and roundings make of the difference. Softmax is left out of both

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -44,11 +46,29 @@ def assert_valid(found: tr.Discrepancy, differences: Differences, stars: tr.Star
         assert status is tr.Status.EXACT or reason is not Reason.CLOSED
 
 
-def run_example(page: str, number: int) -> dict[str, Any]:
-    """Names that the Python block of this number of a page of docs/ leaves behind, torch's random state being kept."""
-    text = (Path(__file__).resolve().parents[1] / "docs" / page).read_text()
-    code = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[number]
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def examples_of(page: str) -> list[tuple[str, str | None]]:
+    """The Python blocks of a page of docs/, each with the block of text behind it that says what it prints."""
+    text = (DOCS / page).read_text()
+    found = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", text, flags=re.DOTALL)
+    return [(code, says or None) for code, says in found]
+
+
+def run(page: str, codes: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Names that these blocks of a page leave behind, run in turn, and what each prints; torch's state is kept."""
     names: dict[str, Any] = {}
+    printed: list[str] = []
     with torch.random.fork_rng(devices=[]):
-        exec(compile(code, f"docs/{page}", "exec"), names)
-    return names
+        torch.manual_seed(0)
+        for code in codes:
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(compile(code, f"docs/{page}", "exec"), names)
+            printed.append(out.getvalue())
+    return names, printed
+
+
+def run_example(page: str, number: int) -> dict[str, Any]:
+    """Names that the Python block of this number of a page of docs/ leaves behind."""
+    return run(page, [examples_of(page)[number][0]])[0]

@@ -44,7 +44,7 @@ def quantize_weights(network: nn.Module, bits: int = 8, per_channel: bool = Fals
     Raises: OptionError for bits outside 2..16; InvalidNetworkError if there is nothing to quantise, or a
         weight is not finite.
 
-    Example:
+    Examples:
         >>> network = nn.Linear(2, 1)
         >>> _ = network.weight.data.copy_(torch.tensor([[3.0, -1.2]]))
         >>> tr.quantize_weights(network, bits=3).weight.tolist()  # multiples of 3 / 3

@@ -123,7 +123,7 @@ def weight_only(module: nn.Module, input_shape: Shape | None = None) -> WeightOn
 
     Arguments and errors as `chain`. A network without quantisers gives the same as `chain`.
 
-    Example:
+    Examples:
         >>> from torch.ao import quantization
         >>> network = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
         >>> wrapped = quantization.QuantWrapper(network).eval()

@@ -48,7 +48,7 @@ class StarBatch:
 
     Raises: ShapeError, InvalidSetError.
 
-    Example:
+    Examples:
         >>> stars = StarBatch.from_box(torch.zeros(2), torch.ones(2))
         >>> stars.shape, len(stars)
         ((2,), 1)
@@ -80,7 +80,7 @@ class StarBatch:
         One predicate variable per feature that has width in some box. The star is the box exactly, in any
         dtype.
 
-        Example:
+        Examples:
             >>> stars = tr.StarBatch.from_box(torch.zeros(5, 3), torch.ones(5, 3))
             >>> len(stars), stars.shape, stars.dim
             (5, (3,), 3)

@@ -58,7 +58,7 @@ class DiscrepancyLoss(nn.Module):
     Raises, at the first call: ShapeError if the architectures differ; UnsupportedLayerError; InvalidNetworkError
     for weights that are not finite, or if a parameter that wants a gradient could not get one.
 
-    Example:
+    Examples:
         >>> original, student = nn.Linear(2, 1), nn.Linear(2, 1)
         >>> loss, x, y = tr.DiscrepancyLoss(original, student), torch.rand(5, 2), torch.rand(5, 1)
         >>> (nn.functional.mse_loss(student(x), y) + loss(x - 0.01, x + 0.01)).backward()

@@ -56,7 +56,7 @@ def project(
 
     Raises: OptionError; UnsupportedLayerError for other last layers; as `discrepancy`.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> original = nn.Sequential(nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, 1))
         >>> student = tr.prune_weights(original, 0.5)

@@ -128,7 +128,7 @@ def repair(
     Raises: OptionError; InvalidNetworkError if no parameter trains, or none of the last layer is free;
         UnsupportedLayerError: when solving, a last layer that is no nn.Linear; as `discrepancy`.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> original = nn.Sequential(nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, 1))
         >>> compressed = tr.quantize_weights(original, bits=3)

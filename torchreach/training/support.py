@@ -42,7 +42,7 @@ class StarSupport(nn.Module):
 
     Raises: TorchreachError if cvxpylayers is not installed; ShapeError for stars without predicate variables.
 
-    Example:
+    Examples:
         >>> support = StarSupport(StarBatch.from_box(torch.zeros(2), torch.ones(2)))
         >>> support(torch.tensor([[1.0, 2.0]]))
         tensor([3.])

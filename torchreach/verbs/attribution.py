@@ -76,7 +76,7 @@ def attribute(
         rounds activations;
         OptionError: `samples` is not positive.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
         >>> stars = tr.StarBatch.from_box(torch.zeros(2), torch.ones(2))
         >>> tr.attribute(net, tr.quantize_weights(net, bits=4), stars).layers

@@ -94,7 +94,7 @@ def audit(
     Raises: as `equivalent`; ShapeError: points that are no batch of inputs, or labels of another number or range.
         InvalidSetError: inputs that are not finite.
 
-    Example:
+    Examples:
         >>> network = nn.Linear(2, 2)
         >>> _ = nn.init.eye_(network.weight), nn.init.zeros_(network.bias)
         >>> found = tr.audit(network, tr.quantize_weights(network), torch.tensor([[0.5, 0.1], [0.2, 0.9]]))

@@ -87,7 +87,7 @@ def discrepancy(
 
     Warns: UncoveredKernelsWarning: int8 kernels that add up in a way that is not known.
 
-    Example:
+    Examples:
         >>> original, compressed = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
         >>> _ = nn.init.constant_(original.weight, 1.0), nn.init.constant_(compressed.weight, 0.75)
         >>> found = tr.discrepancy(original, compressed, tr.StarBatch.from_box(torch.zeros(2), torch.ones(2)))

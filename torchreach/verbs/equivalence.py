@@ -112,7 +112,7 @@ def equivalent(
     Raises: as `discrepancy`; OptionError: not exactly one of `epsilon` and `top1`, a negative epsilon, or a confidence
         that is no probability in (0, 1), or comes without `top1`.
 
-    Example:
+    Examples:
         >>> original, compressed = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
         >>> _ = nn.init.constant_(original.weight, 1.0), nn.init.constant_(compressed.weight, 0.75)
         >>> stars = tr.StarBatch.from_box(torch.zeros(2), torch.ones(2))

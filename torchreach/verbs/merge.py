@@ -38,7 +38,7 @@ def merge(original: nn.Module, compressed: nn.Module, input_shape: Shape | None 
         ShapeError: input or output sizes differ, or `input_shape` is needed.
         InvalidNetworkError: a weight is NaN or infinite.
 
-    Example:
+    Examples:
         >>> original, compressed = nn.Linear(2, 1), nn.Linear(2, 1)
         >>> x = torch.rand(5, 2)
         >>> torch.allclose(tr.merge(original, compressed)(x), original(x) - compressed(x), atol=1e-6)

@@ -74,7 +74,7 @@ def reach(
     Raises:
         ShapeError: the stars do not fit the network. UnsupportedLayerError, InvalidNetworkError: see `merge`.
 
-    Example:
+    Examples:
         >>> network = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU())
         >>> _ = nn.init.constant_(network[0].weight, 2.0)
         >>> found = tr.reach(network, tr.StarBatch.from_box(-torch.ones(1), torch.ones(1)))

@@ -85,7 +85,7 @@ def load_int8(
         ShapeError: a weight of another shape.
         UnsupportedLayerError: layers that are not quantised, or that the int8 kernels cannot run.
 
-    Example:
+    Examples:
         >>> from torch.ao import quantization
         >>> network = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
         >>> wrapped = quantization.QuantWrapper(network).eval()
