@@ -19,6 +19,7 @@ import json
 import sys
 import zipfile
 from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -40,29 +41,18 @@ class Certificate:
     """One that is whole and of the right kind; nothing of it is believed. Raises Refused, OSError."""
 
     def __init__(self, path: Path) -> None:
+        content = BytesIO(path.read_bytes())
         try:
-            with zipfile.ZipFile(path) as archive:
+            with zipfile.ZipFile(content) as archive:
                 if sum(entry.file_size for entry in archive.infolist()) > LARGEST:
                     raise Refused(f"more than {LARGEST} bytes")
                 about = json.loads(archive.read("certificate.json"))
                 self.tensors = safetensors(archive.read("evidence.safetensors"))
             self.sets, self.digests = int(about["sets"]), [entry["digest"] for entry in about["networks"]]
-            whole = (
-                (about["format"], about["version"]) == (FORMAT, VERSION)
-                and self.sets > 0
-                and len(self.digests) in (1, 2)
-            )
-        except (
-            zipfile.BadZipFile,
-            zipfile.LargeZipFile,
-            KeyError,
-            ValueError,
-            TypeError,
-            EOFError,
-            RuntimeError,
-        ) as error:
+            fits = about["format"] == FORMAT and about["version"] == VERSION and len(self.digests) in (1, 2)
+        except Exception as error:  # what a damaged file makes zipfile, zlib and json raise
             raise Refused(f"{path} is no certificate, or damaged: {error!r}") from None
-        if not whole:
+        if not fits or self.sets < 1:
             raise Refused(f"{path} is no certificate of version {VERSION}")
 
     def get(self, name: str, kind: str, *shape: int | None) -> np.ndarray:
@@ -90,14 +80,14 @@ class Certificate:
         objective, form = (self.get(f"multipliers.{s}.{name}", "i", len(value)) for name in ("objective", "form"))
         most = 2 * len(nets.first[-1].bias), len(given.b) + 3 * hidden
         inside = all(((at >= 0) & (at < end)).all() for at, end in zip((objective, form), most, strict=True))
-        if not inside or (value < 0).any() or (many < 0).any() or many.sum() != len(value):
+        if not inside or (value < 0).any() or (many < 0).any() or (many > len(value)).any() or many.sum() != len(value):
             raise Refused(f"set {s}: multipliers that are negative, or of nothing")
         return count, by_boxes(nets, given, tree, many, objective, form, value)
 
 
 def attained(nets: Networks, given: Set, at: np.ndarray) -> np.ndarray:
     """[N] certified |y| of output n at the predicate at[n] [M] of the set. Raises Refused where one lies outside."""
-    beyond = at @ given.A.T - given.b - gamma(at.shape[1] + 4) * (np.abs(at) @ np.abs(given.A).T + np.abs(given.b))
+    beyond = at @ given.A.T - given.b + gamma(at.shape[1] + 4) * (np.abs(at) @ np.abs(given.A).T + np.abs(given.b))
     if ((at < given.low) | (at > given.high)).any() or (beyond > 0).any():
         raise Refused("a witness that lies outside of its set")
     parts, none = Parts(np.arange(len(at)), at, at, np.zeros((len(at), len(nets.layer_of)), np.int8)), np.zeros(0, int)
@@ -111,26 +101,19 @@ def check_set(certificate: Certificate, nets: Networks, s: int) -> str:
     outputs, given = len(nets.first[-1].bias), certificate.set(s, nets.first[0].weight.shape[1])
     low, high, met = (certificate.get(f"claim.{s}.{name}", "f", outputs) for name in ("low", "high", "attained"))
     sure = attained(nets, given, certificate.get(f"claim.{s}.at", "f", outputs, len(given.low)))
-    if (met > sure).any():
-        n = int((met > sure).argmax())
+    for n in np.flatnonzero(met > sure)[:1]:
         raise Refused(f"set {s}, output {n}: the witness attains {sure[n]:.8g}, not the {met[n]:.8g} that is claimed")
     limit = np.concatenate((high, -low))
     count, bounds = certificate.bounds(s, nets, given)
     for parts, found in bounds:
         for b, n in np.argwhere(~(found <= limit))[:1]:
-            sign = "upper" if n < outputs else "lower"
-            value, claim = (v if n < outputs else -v for v in (found[b, n], limit[n]))
-            raise Refused(
-                f"set {s}, part {parts[b]} of the tree, output {n % outputs}: the {sign} end is {value:.8g} there, "
-                f"beyond the {claim:.8g} that is claimed"
-            )
+            what, sign = ("upper", 1) if n < outputs else ("lower", -1)
+            where = f"set {s}, part {parts[b]} of the tree, output {n % outputs}: the {what} end is"
+            raise Refused(f"{where} {sign * found[b, n]:.8g} there, not the {sign * limit[n]:.8g} that is claimed")
     ends = given.basis[0] + np.sort(np.stack((given.low, given.high))[:, :, None] * given.basis[1:], 0).sum(1)
     box = " x ".join(f"[{a:.6g}, {b:.6g}]" for a, b in ends.T[:6]) + (" x ..." if ends.shape[1] > 6 else "")
-    rows = f", {len(given.b)} half-spaces" if len(given.b) else ""
-    return (
-        f"set {s}: {box} ({ends.shape[1]} inputs, {len(given.low)} vary{rows}): {count:,} parts cover it; "
-        f"at most {max(high.max(), -low.min()):.8g} holds, {met.max():.8g} is attained"
-    )
+    kind = f"{ends.shape[1]} inputs, {len(given.low)} vary" + (f", {len(given.b)} half-spaces" if len(given.b) else "")
+    return f"set {s}: {box} ({kind}): {count:,} parts cover it; <= {limit.max():.8g} holds, {met.max():.8g} is attained"
 
 
 def check(path: Path, files: list[Path], say: Any = print) -> None:
@@ -138,23 +121,18 @@ def check(path: Path, files: list[Path], say: Any = print) -> None:
     certificate = Certificate(path)
     layers = [network(file) for file in files]
     if [digest(net) for net in layers] != certificate.digests:
-        raise Refused(
-            f"{' and '.join(map(str, files))} are not the networks of the certificate, whose layers have the digests "
-            f"{' and '.join(map(str, certificate.digests))}"
-        )
+        raise Refused(f"{' and '.join(map(str, files))} are not the networks of the certificate")
     for name, file, net in zip("AB", files, layers, strict=False):
         sizes = "-".join(str(n) for n in [net[0].weight.shape[1], *(len(layer.bias) for layer in net)])
         say(f"{name}  {file}: {sizes}, SHA-256 of the file {sha256(file.read_bytes()).hexdigest()}")
-    ends = {(net[0].weight.shape[1], len(net[-1].bias)) for net in layers}
-    if len(ends) > 1:
+    if len({(net[0].weight.shape[1], len(net[-1].bias)) for net in layers}) > 1:
         raise Refused("networks of different input or output sizes")
     nets = Networks.of(layers[0], layers[1] if len(layers) > 1 else None)
     for s in range(certificate.sets):
         say(check_set(certificate, nets, s))
-    claims = [
-        certificate.get(f"claim.{s}.{name}", "f", None) for s in range(certificate.sets) for name in ("low", "high")
-    ]
-    what, most = "|y1 - y2|" if len(layers) > 1 else "|y|", max(float(np.abs(claim).max()) for claim in claims)
+    names = [f"claim.{s}.{end}" for s in range(certificate.sets) for end in ("low", "high")]
+    most = max(float(np.abs(certificate.get(name, "f", None)).max()) for name in names)
+    what = "|y1 - y2|" if len(layers) > 1 else "|y|"
     say(f"verified: {what} <= {most:.8g} for every input of {certificate.sets} set{'s' * (certificate.sets > 1)}")
     say(NOT_CHECKED)
 
@@ -162,15 +140,12 @@ def check(path: Path, files: list[Path], say: Any = print) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Exit status 0: verified; 1: not; 2: files that cannot be read."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) not in (2, 3):
-        print("usage: python -m torchreach.check CERTIFICATE A [B]", file=sys.stderr)
-        return 2
     try:
+        if len(arguments) not in (2, 3):
+            raise OSError("required are CERTIFICATE A [B]: the certificate and the networks' files")
         check(Path(arguments[0]), [Path(argument) for argument in arguments[1:]])
-        return 0
-    except Refused as error:
-        print(f"not verified: {error}")
-        return 1
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (Refused, OSError) as error:
+        refused = isinstance(error, Refused)
+        print(f"{'not verified' if refused else 'error'}: {error}", file=sys.stdout if refused else sys.stderr)
+        return 1 if refused else 2
+    return 0

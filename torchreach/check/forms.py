@@ -12,7 +12,7 @@ difference of these; or, as it lies between 0 and d, d / 2 +- max |d| / 2, which
 
 Rounding: r takes in what every operation loses in float64. A sum of n products in any order is off by at most
 gamma_n = n u / (1 - n u) times the sum of their magnitudes (Higham, Accuracy and Stability, chapter 3); twice that is
-taken, for what the allowances themselves lose.
+taken, for what the allowances themselves lose. What underflows, below 1e-300, is not bounded.
 
 Axis letters: B parts, R rows of forms (centre, predicate, symbols), n features, M predicate variables.
 """
@@ -88,9 +88,7 @@ class Form:
         error = self.error + np.where(wide, 0.0, radius)
         most = int(wide.sum(1).max()) if wide.size else 0
         at = np.argsort(~wide, axis=1, kind="stable")[:, :most]
-        new = np.zeros((len(at), most, radius.shape[1]))
-        value = np.take_along_axis(np.where(wide, radius, 0.0), at, 1)
-        new[np.arange(len(at))[:, None], np.arange(most), at] = value
+        new = np.eye(radius.shape[1])[at] * np.take_along_axis(np.where(wide, radius, 0.0), at, 1)[:, :, None]
         return Form(np.concatenate((self.rows, new), 1), error * (1 + 4 * UNIT))
 
     @staticmethod
@@ -137,13 +135,10 @@ class Networks:
         layers = []
         for k in range(depth):
             one, two = (net[k - depth + len(net)] if k >= depth - len(net) else carry for net in (first, second))
-            m, a = one.weight.shape
-            n, b = two.weight.shape
-            weight = np.zeros((m + n, a + b))
-            weight[:m, :a], weight[m:, a:] = one.weight, two.weight
-            weight = weight if k else weight[:, :a] + weight[:, a:]  # one input; half of each sum is zero
-            bias, relu = np.concatenate((one.bias, two.bias)), np.concatenate((one.relu, two.relu))
-            layers.append(Layer(weight, bias, relu))
+            zeros = (np.zeros((len(x.bias), y.weight.shape[1])) for x, y in ((one, two), (two, one)))
+            rows = [[one.weight, next(zeros)], [next(zeros), two.weight]] if k else [[one.weight], [two.weight]]
+            weight = np.block(rows)  # the first layers have one input
+            layers.append(Layer(weight, np.concatenate((one.bias, two.bias)), np.concatenate((one.relu, two.relu))))
         difference = Layer(np.concatenate((eye, -eye), 1), np.zeros(len(eye)), np.zeros(len(eye), bool))
         return Networks([*layers, difference], None)
 

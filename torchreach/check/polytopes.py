@@ -45,15 +45,11 @@ class Polytopes:
         sizes = np.full(count, 2**variables)
         return Polytopes(x, np.zeros(len(x)), 2 * np.arange(variables) + bits, planes, sizes, 2 * variables)
 
-    def rows(self, index: np.ndarray) -> np.ndarray:
-        """The vertices of polytopes [C], one polytope after the other."""
-        sizes, start = self.sizes[index], np.cumsum(self.sizes) - self.sizes
-        return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes - start[index], sizes)
-
     def take(self, index: np.ndarray) -> Polytopes:
         """Polytopes [C], in this order; some may come twice."""
-        at = self.rows(index)
-        return Polytopes(self.x[at], self.err[at], self.facets[at], self.planes[at], self.sizes[index], self.named)
+        sizes, start = self.sizes[index], np.cumsum(self.sizes) - self.sizes
+        at = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes - start[index], sizes)
+        return Polytopes(self.x[at], self.err[at], self.facets[at], self.planes[at], sizes, self.named)
 
     @staticmethod
     def join(parts: list[Polytopes]) -> Polytopes:
@@ -69,9 +65,8 @@ class Polytopes:
         linear = form.rows[:, 1 : 1 + variables]
         value, size = self.x[table] @ linear, np.abs(linear).sum(1)
         rest = np.abs(form.rows[:, 1 + variables :]).sum(1) + form.error + self.err[table].max(1)[:, None] * size
-        rest = rest * (1 + gamma(form.rows.shape[1] + 2)) + gamma(variables + 4) * (
-            np.abs(form.rows[:, 0]) + 1.01 * size
-        )
+        lost = gamma(variables + 4) * (np.abs(form.rows[:, 0]) + 1.01 * size)
+        rest = rest * (1 + gamma(form.rows.shape[1] + 2)) + lost
         low, high = form.rows[:, 0] + value.min(1) - rest, form.rows[:, 0] + value.max(1) + rest
         empty = (self.sizes == 0)[:, None]
         return np.where(empty, np.inf, low), np.where(empty, -np.inf, high)
@@ -84,15 +79,13 @@ class Polytopes:
         part, variables = self.take(np.repeat(which, 2)), self.x.shape[1]
         if np.any(form.rows[:, 1 + variables :]):
             raise Refused("a split of a neuron that depends on relaxed ones")
-        side, owner = (
-            np.where(np.arange(len(part.sizes)) % 2, 1.0, -1.0),
-            np.repeat(np.arange(len(part.sizes)), part.sizes),
-        )
-        rows = np.repeat(form.rows[:, : 1 + variables, 0], 2, 0) * side[:, None]
+        owner = np.repeat(np.arange(len(part.sizes)), part.sizes)
+        rows = np.repeat(form.rows[:, : 1 + variables, 0], 2, 0)
+        rows[::2] *= -1
         w, gain = rows[owner, 0] + (part.x * rows[owner, 1:]).sum(1), np.abs(rows[:, 1:]).sum(1)
         share = gamma(variables + 4)
         off = 2 * (gain[owner] * (part.err + share) + share * np.abs(rows[owner, 0])) + 1e-300
-        out = np.maximum(np.repeat(form.error[:, 0], 2), 1e-14 * np.abs(rows).sum(1)) + 1e-300
+        out = np.repeat(form.error[:, 0], 2) * (1 + share) + 1e-14 * np.abs(rows).sum(1) + 1e-300
         for _ in range(60):
             doubt = np.unique(owner[np.abs(w + out[owner]) <= off])
             if not len(doubt):
@@ -106,9 +99,7 @@ class Polytopes:
         variables, names = self.x.shape[1], 2 ** (63 // max(self.x.shape[1] - 1, 2))
         if self.named >= names:
             raise Refused(f"more than {names} cuts one after the other")
-        others = np.array([np.delete(np.arange(variables), j) for j in range(variables)], np.int64).reshape(
-            variables, -1
-        )
+        others = np.array([[i for i in range(variables) if i != j] for j in range(variables)], np.int64)
         edge = (self.facets[:, others] @ names ** np.arange(variables - 1)).reshape(-1)
         vertex, facet = np.divmod(np.arange(len(edge)), variables)
         order = np.lexsort((edge, owner[vertex]))
@@ -119,9 +110,8 @@ class Polytopes:
         keep = w > 0
         crossed = keep[vertex[u]] != keep[vertex[v]]
         u, v = u[crossed], v[crossed]
-        gone, u, v = facet[u], vertex[u], vertex[v]
+        left, u, v = others[facet[u]], vertex[u], vertex[v]
         x = self.x[u] + (w[u] / (w[u] - w[v]))[:, None] * (self.x[v] - self.x[u])
-        left = others[gone]
         planes = np.concatenate((self.planes[u[:, None], left], rows[owner[u]][:, None]), 1)
         facets = np.concatenate((self.facets[u[:, None], left], np.full((len(u), 1), self.named)), 1)
         x, err = refined(x, planes)

@@ -126,8 +126,8 @@ def by_vertices(nets: Networks, given: Set, tree: Tree) -> Bounds:
         while stack:
             k, index, state, shape = stack.pop()
             if len(index) > PARTS:
-                halves = np.arange(PARTS), np.arange(PARTS, len(index))
-                stack += [(k, index[at], state.take(at), shape.take(at)) for at in halves]
+                for at in np.arange(PARTS), np.arange(PARTS, len(index)):
+                    stack.append((k, index[at], state.take(at), shape.take(at)))
                 continue
             z, d = state.layer(nets, k)
             if k == len(nets.first) - 1:
@@ -144,21 +144,18 @@ def by_vertices(nets: Networks, given: Set, tree: Tree) -> Bounds:
                 stack.append((k + 1, index, after, shape))
 
 
-def cut(
-    tree: Tree, nets: Networks, k: int, index: np.ndarray, z: Form, shape: Polytopes
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, Polytopes]]:
+def cut(tree: Tree, nets: Networks, k: int, index: np.ndarray, z: Form, shape: Polytopes) -> Iterator[list[Any]]:
     """Parts behind all splits of layer k: where they come from, which they are, signs asked [B, n], and polytopes."""
     parent, asked = np.arange(len(index)), np.zeros(z.error.shape, np.int8)
-    layer_of = nets.layer_of
-    first = int((layer_of < k).sum())
+    first = int((nets.layer_of < k).sum())
     while len(index):
         split = tree.choose(index, k, z, parent, shape, asked) - tree.variables
-        here = (split >= 0) & (split < first + asked.shape[1])
+        here = (split >= 0) & (split < first + z.error.shape[1])
         if (split[here] < first).any() or ((split < 0) & (split >= -tree.variables)).any():
             raise Refused("splits that are not in the order of the layers")
         if not here.all():
             done = np.flatnonzero(~here)
-            yield parent[done], index[done], asked[done], shape.take(done)
+            yield [parent[done], index[done], asked[done], shape.take(done)]
         at = np.flatnonzero(here)
         column, index = split[at][:, None] - first, tree.sides(index[at])
         shape = shape.cut(z.take(parent[at]).features(column), at)
@@ -192,7 +189,7 @@ class Bounded:
     none: np.ndarray
 
     @staticmethod
-    def of(nets: Networks, given: Set, parts: Parts, watch: Callable[..., object] | None = None) -> Bounded:
+    def of(nets: Networks, given: Set, parts: Parts, watch: Callable[..., Any] = lambda *_: None) -> Bounded:
         """watch: called with what each hidden layer got and made."""
         entry, room = given.entry(parts.low, parts.high)
         state, known, start = State.start(entry, nets), [room], 0
@@ -200,17 +197,14 @@ class Bounded:
             z, d = state.layer(nets, k)
             asked = parts.signs[:, start : start + len(relu)]
             after = state.bent(z, d, relu, Boxes, asked)
-            values, z = (
-                [after.a] if after.e is None else [after.a, after.a.minus(after.e)],
-                z.padded(after.a.rows.shape[1]),
-            )
+            values, z = [after.a], z.padded(after.a.rows.shape[1])
+            values += [] if after.e is None else [after.a.minus(after.e)]
             known.append(z.scaled(asked.astype(float)))
             for net, value in enumerate(values):
                 n = value.error.shape[1]
                 more = value.minus(z.features(slice(net * n, net * n + n)))
                 known += [form.scaled(np.broadcast_to(relu[:n] * 1.0, value.error.shape)) for form in (value, more)]
-            if watch is not None:
-                watch(k, state, z, after)
+            watch(k, state, z, after)
             state, start = after, start + len(relu)
         out = state.layer(nets, len(nets.relus))[1]
         return Bounded(out, Form.beside([*known, out.features(slice(0, 0))]), state.none)

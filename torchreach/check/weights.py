@@ -16,7 +16,7 @@ import numpy as np
 
 from torchreach.check.forms import Layer, Refused
 
-TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
+TYPES = dict(F64="<f8", F32="<f4", F16="<f2", BF16="<u2", I64="<i8", I32="<i4", I16="<i2", I8="i1", U8="u1")
 ONNX_TYPES = {1: "<f4", 10: "<f2", 11: "<f8", 7: "<i8", 6: "<i4"}
 
 
@@ -28,12 +28,8 @@ def safetensors(content: bytes) -> dict[str, np.ndarray]:
         header.pop("__metadata__", None)
         for name, entry in header.items():
             first, last = entry["data_offsets"]
-            if not 0 <= first <= last <= len(body):
-                raise ValueError(f"{name} lies outside of it")
-            if entry["dtype"] == "BF16":
-                value = (np.frombuffer(body[first:last], "<u2").astype("<u4") << 16).view("<f4")
-            else:
-                value = np.frombuffer(body[first:last], TYPES[entry["dtype"]])
+            value = np.frombuffer(body[first:last], TYPES[entry["dtype"]])
+            value = (value.astype("<u4") << 16).view("<f4") if entry["dtype"] == "BF16" else value
             tensors[name] = value.reshape(entry["shape"])
         return tensors
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -42,23 +38,24 @@ def safetensors(content: bytes) -> dict[str, np.ndarray]:
 
 def network(path: Path) -> list[Layer]:
     """The layers of a file. Raises Refused, OSError."""
-    content = path.read_bytes()
-    if path.suffix == ".onnx":
-        try:
-            return onnx(content)
-        except (ValueError, IndexError, KeyError, StopIteration, TypeError, AttributeError) as error:
-            raise Refused(f"{path.name}: an ONNX file that is damaged, or not read here: {error!r}") from None
-    if path.suffix != ".safetensors":
+    readers = {".onnx": onnx, ".safetensors": dense}
+    if path.suffix not in readers:
         raise Refused(f"{path.name}: networks are read from .safetensors and .onnx files")
+    try:
+        return readers[path.suffix](path.read_bytes())
+    except (ValueError, IndexError, KeyError, StopIteration, TypeError, AttributeError, Refused) as error:
+        raise Refused(f"{path.name} is damaged, or not read here: {error}") from None
+
+
+def dense(content: bytes) -> list[Layer]:
+    """Weights and biases of fully connected layers in the order of their names, with ReLUs between them."""
     tensors = safetensors(content)
     weights = [name for name, value in tensors.items() if name.endswith("weight") and value.ndim == 2]
     weights.sort(key=lambda name: [(not part.isdigit(), part.zfill(9)) for part in name.split(".")])
     biases = [name.removesuffix("weight") + "bias" for name in weights]
     other = set(tensors) - set(weights) - set(biases)
     if other or not weights or any(value.dtype.kind != "f" for value in tensors.values()):
-        raise Refused(
-            f"{path.name}: not weights and biases of fully connected layers alone: {', '.join(sorted(other))}"
-        )
+        raise Refused(f"not only weights and biases of fully connected layers: {', '.join(sorted(other))}")
     return chain([[tensors[w], tensors.get(b), w != weights[-1]] for w, b in zip(weights, biases, strict=True)])
 
 
@@ -66,15 +63,13 @@ def chain(parts: list[list[Any]]) -> list[Layer]:
     """Layers from weight, bias or None, and whether a ReLU follows; the last has none."""
     layers = []
     for weight, bias, relu in parts:
-        bias = (
-            np.zeros(len(weight)) if bias is None else np.broadcast_to(bias.astype(np.float64).reshape(-1), len(weight))
-        )
-        layers.append(Layer(np.ascontiguousarray(weight, np.float64), bias.copy(), np.full(len(weight), relu)))
+        bias = np.zeros(1) if bias is None else bias.astype(np.float64).reshape(-1)
+        bias, relu = np.broadcast_to(bias, len(weight)).copy(), np.full(len(weight), relu)
+        layers.append(Layer(np.ascontiguousarray(weight, np.float64), bias, relu))
     sizes = [layer.weight.shape for layer in layers]
-    if not layers or layers[-1].relu.any() or any(one[0] != two[1] for one, two in zip(sizes, sizes[1:], strict=False)):
-        raise Refused("layers that do not follow one another, or end in a ReLU")
-    if not all(np.isfinite(layer.weight).all() and np.isfinite(layer.bias).all() for layer in layers):
-        raise Refused("weights that are not finite")
+    fit = bool(layers) and all(one[0] == two[1] for one, two in zip(sizes, sizes[1:], strict=False))
+    if not fit or layers[-1].relu.any() or not all(np.isfinite(x.weight.sum() + x.bias.sum()) for x in layers):
+        raise Refused("layers that do not follow one another, end in a ReLU, or have weights that are not finite")
     return layers
 
 
@@ -82,8 +77,8 @@ def digest(layers: list[Layer]) -> str:
     """SHA-256 of the layers: of each its sizes and whether ReLUs follow, as text, then W and b in float64, by rows."""
     found = hashlib.sha256()
     for layer in layers:
-        found.update(f"{layer.weight.shape[0]} {layer.weight.shape[1]} {int(layer.relu.all())}\n".encode())
-        found.update((layer.weight + 0.0).astype("<f8").tobytes() + (layer.bias + 0.0).astype("<f8").tobytes())
+        found.update(f"{len(layer.weight)} {layer.weight.shape[1]} {int(layer.relu.all())}\n".encode())
+        found.update(b"".join((part + 0.0).astype("<f8").tobytes() for part in (layer.weight, layer.bias)))
     return found.hexdigest()
 
 
@@ -103,13 +98,10 @@ def fields(content: memoryview) -> Iterator[tuple[int, Any]]:
     at = 0
     while at < len(content):
         key, at = varint(content, at)
+        size, at = ({1: 8, 5: 4}[key & 7], at) if key & 7 in (1, 5) else varint(content, at)
         if key & 7 == 0:
-            value, at = varint(content, at)
-            yield key >> 3, value
+            yield key >> 3, size  # the number itself
             continue
-        size = {1: 8, 5: 4}.get(key & 7)
-        if size is None:
-            size, at = varint(content, at)
         if key & 7 not in (1, 2, 5) or size > len(content) - at:
             raise ValueError("a field that does not fit")
         yield key >> 3, content[at : at + size]
@@ -118,11 +110,11 @@ def fields(content: memoryview) -> Iterator[tuple[int, Any]]:
 
 def integers(value: Any) -> list[int]:
     """A repeated number, packed or not."""
-    found, at = [value] if isinstance(value, int) else [], 0
+    found, at = [value], 0
     while not isinstance(value, int) and at < len(value):
-        number, at = varint(value, at)
-        found.append(number)
-    return found
+        found[-1], at = varint(value, at)
+        found.append(0)
+    return found if isinstance(value, int) else found[:-1]
 
 
 def tensor(content: memoryview) -> tuple[str, np.ndarray]:
@@ -159,9 +151,7 @@ def onnx(content: bytes) -> list[Layer]:
             raise ValueError(f"{op}: no chain")
         now = outputs[0]
         match op, given:
-            case ["Flatten" | "Identity" | "Dropout"], _:
-                pass
-            case ["Reshape"], [None, _]:
+            case ["Flatten" | "Identity" | "Dropout" | "Reshape"], [None, *_]:
                 pass
             case ["Relu"], _ if parts and not parts[-1][2]:
                 parts[-1][2] = True

@@ -39,7 +39,7 @@ from torchreach.core.results import Certificate, Discrepancy, ReachResult
 from torchreach.core.terms import Semantics, Status
 from torchreach.graph.merged import MergedNetwork
 from torchreach.lp.halfspaces import Halfspaces
-from torchreach.lp.interior_point import maximize
+from torchreach.lp.interior_point import interior, maximize
 from torchreach.lp.problem import LPBatch
 from torchreach.read.module import chain
 from torchreach.sets.star import StarBatch
@@ -52,6 +52,7 @@ MARGIN = 1e-9
 FEW = 16
 # A program may leave its rows at this price, in units of the objective: it has a solution where the part is empty.
 PRICE = 1e3
+INWARD = 1e-8  # part of the way to a deep point of a set, that witnesses are moved
 BATCH = 32  # parts split by signs at a time
 SMALL = 1e-8  # multipliers below this part of the largest are left out
 
@@ -437,9 +438,12 @@ def _set(stars: StarBatch, s: int) -> Set:
 
 
 def _predicates(given: Set, x: np.ndarray) -> np.ndarray:
-    """The predicate [B, M] of inputs [B, N_in] of the set, or of points close to them."""
+    """The predicate [B, M] of inputs [B, N_in] of the set, or of points of it close to them."""
     at = np.clip(np.linalg.lstsq(given.basis[1:].T, (x - given.basis[0]).T, rcond=None)[0].T, given.low, given.high)
-    if len(given.b):  # rounding may have left a half-space: back to a point well inside
-        out = (at @ given.A.T > given.b).any(1)
-        at = np.where(out[:, None], at + 1e-9 * (at.mean(0) - at), at)
-    return at
+    if not len(given.b):
+        return at
+    # On a half-space's border rounding decides whether they are in it: they are moved inward a little.
+    middle, radius = (given.low + given.high) / 2, (given.high - given.low) / 2
+    sets = Halfspaces(*(torch.from_numpy(part)[None] for part in (given.A * radius, given.b - given.A @ middle)))
+    deep = middle + radius * interior(sets, 1e-9)[0][0].numpy()
+    return at + INWARD * (deep - at)
