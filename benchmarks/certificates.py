@@ -1,6 +1,6 @@
 """Certificates that others check: what the proof takes, what the checker takes, and how large the file is.
 
-ACAS Xu networks and pairs with recorded region counts, and the paper's MNIST networks with 8-bit weights on some pixels.
+ACAS Xu networks and pairs with recorded region counts, and the MNIST networks of the paper with 8-bit weights.
 The checker runs as its own program (`python -m torchreach.check`), NumPy alone; its time is that of the whole program.
 """
 

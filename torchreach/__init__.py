@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torchreach.core.results import (
         Answer,
         Attribution,
+        Certificate,
         Discrepancy,
         Equivalence,
         KeptFloat,
@@ -65,6 +66,7 @@ __all__ = [
     "Attribution",
     "Audit",
     "Budget",
+    "Certificate",
     "Certification",
     "Comparison",
     "Conflict",
@@ -128,8 +130,8 @@ _PLACES = {
         "core.audited": "Audit",
         "core.errors": "KernelMismatchError TorchreachError UncalibratedWarning UncoveredKernelsWarning",
         "core.options": "Budget Exact Search",
-        "core.results": "Answer Attribution Discrepancy Equivalence KeptFloat Kernels Progress ReachResult ReachStats "
-        "Reason Semantics Status",
+        "core.results": "Answer Attribution Certificate Discrepancy Equivalence KeptFloat Kernels Progress ReachResult "
+        "ReachStats Reason Semantics Status",
         "core.repaired": "Conflict RepairResult RepairStep",
         "core.terms": "Made",
         "core.tolerances": "Tolerances",

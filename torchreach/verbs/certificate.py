@@ -25,7 +25,6 @@ import torch
 from safetensors.numpy import save
 from torch import Tensor, nn
 
-import torchreach
 from torchreach.check.check import FORMAT, VERSION, attained
 from torchreach.check.forms import TINY, Form, Layer, Networks, State
 from torchreach.check.polytopes import MOST, Polytopes
@@ -400,7 +399,6 @@ def _write(
     content = {
         "format": FORMAT,
         "version": VERSION,
-        "torchreach": torchreach.__version__,
         "sets": len(stars),
         "networks": [{"digest": digest(net)} for net in layers],
         "analysis": about,
