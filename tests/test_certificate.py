@@ -17,14 +17,16 @@ import pytest
 import torch
 from safetensors.numpy import load, save
 from safetensors.torch import save_file
+from scipy.optimize import linprog
 from torch import nn
 
 import torchreach as tr
 from tests.data import require_data
 from tests.networks import acasxu_pair
 from torchreach.check.check import check, main
-from torchreach.check.forms import Refused
+from torchreach.check.forms import Form, Networks, Refused
 from torchreach.check.polytopes import Polytopes
+from torchreach.check.proof import Bounded, Parts, Set
 from torchreach.check.weights import digest, network
 from torchreach.core.errors import OptionError, UnsupportedLayerError
 from torchreach.read.save import save as save_network
@@ -314,10 +316,6 @@ def test_damaged_files_are_refused(cut, tmp_path, capsys):
 @pytest.mark.parametrize("variables", [1, 2, 3, 5])
 def test_cut_polytopes_have_the_vertices_that_enumeration_finds(variables):
     """Random cuts of the cube: every vertex lies in all half-spaces, and support values are those of programs."""
-    from scipy.optimize import linprog
-
-    from torchreach.check.forms import Form
-
     generator = np.random.default_rng(variables)
     polytope, planes = Polytopes.boxes(1, variables), []
     for _ in range(6):
@@ -361,21 +359,49 @@ def test_networks_that_the_checker_cannot_read_are_refused_by_name(tmp_path):
         network(tmp_path / "m.onnx")
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_bounds_with_any_signs_and_multipliers_hold_at_samples(seed):
+    """Random pairs, boxes, signs asked and multipliers: no sample with these signs lies above a bound."""
+    generator = np.random.default_rng(seed)
+    first = mlp(4, 9, 7, 2, seed=seed)
+    second = mlp(4, 9, 7, 2, seed=seed + (0 if seed % 2 else 50))
+    if seed % 2:
+        second = tr.prune_weights(second, 0.3)
+    nets = Networks.of(layers_of(first, (4,)), layers_of(second, (4,)))
+    low = generator.uniform(-1, 0.5, 4)
+    given = Set(np.concatenate((np.zeros((1, 4)), np.eye(4))), np.zeros((0, 4)), np.zeros(0), low, low + 0.6)
+    x = torch.from_numpy(generator.uniform(given.low, given.high, (4000, 4)))
+    signs, y = [], []
+    for net in (first, second):
+        hidden = [net[:1](x), net[:3](x)]
+        signs.append([torch.sign(z) for z in hidden])
+        y.append(net(x))
+    pattern = torch.cat([part for pair in zip(*signs, strict=True) for part in pair], 1).detach().numpy()
+    difference = torch.cat((y[0] - y[1], y[1] - y[0]), 1).detach().numpy()
+    hidden, count = pattern.shape[1], 12
+    asked = np.where(generator.random((count, hidden)) < 0.2, pattern[generator.integers(4000, size=count)], 0)
+    parts = Parts(
+        np.arange(count), *(np.tile(end, (count, 1)) for end in (given.low, given.high)), asked.astype(np.int8)
+    )
+    bounded = Bounded.of(nets, given, parts)
+    row, objective = generator.integers(count, size=300), generator.integers(4, size=300)
+    form = generator.integers(bounded.known.error.shape[1], size=300)
+    for scale in (0.0, 0.01, 0.3):
+        found = bounded.bounds(row, objective, form, scale * generator.random(300))
+        for b in range(count):
+            inside = ((asked[b] == 0) | (asked[b] == pattern)).all(1)
+            assert inside.any()
+            assert (difference[inside] <= found[b]).all()
+
+
 # -- ACAS Xu --------------------------------------------------------------------------------------------
 
-RECORDED = "float16 3_7 prop_3", "int8 3_7 prop_3", "identical 1_1 prop_3", "prune30 3_7 prop_3"
 NETWORKS = ("1_2", "1_3", "2_1", "2_5", "3_3", "4_2", "5_7")
+# Twenty pairs: the recorded ones, and networks beside copies with 8-bit weights on a quarter of a property.
+ACAS_XU = [*(("recorded", i) for i in range(13)), *(("onnx", name) for name in NETWORKS)]
 
 
-def acasxu() -> list:
-    """Twenty pairs: the recorded ones, and networks beside copies with 8-bit weights on a quarter of a property."""
-    found = [("recorded", i) for i in range(13)]
-    return [pytest.param(*case, marks=() if i in (0, 1) else pytest.mark.slow) for i, case in enumerate(found)] + [
-        pytest.param("onnx", name, marks=pytest.mark.slow) for name in NETWORKS
-    ]
-
-
-@pytest.mark.parametrize(("kind", "which"), acasxu())
+@pytest.mark.parametrize(("kind", "which"), ACAS_XU)
 def test_acas_xu_certificates_are_verified(kind, which, tmp_path):
     if kind == "recorded":
         cases = json.loads(require_data("equivalence", "acasxu.json").read_text())["cases"]

@@ -28,7 +28,7 @@ import numpy as np
 from torchreach.check.forms import UNIT, Form, Networks, Refused, State, affine, gamma
 from torchreach.check.polytopes import Polytopes
 
-PARTS, NUMBERS = 512, 1 << 23  # parts bounded at once, and numbers in their forms
+PARTS, NUMBERS = 512, 1 << 26  # parts bounded at once, and numbers in their forms
 Bounds = Iterator[tuple[np.ndarray, np.ndarray]]
 
 

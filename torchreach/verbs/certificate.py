@@ -52,7 +52,7 @@ FEW = 16
 # A program may leave its rows at this price, in units of the objective: it has a solution where the part is empty.
 PRICE = 1e3
 INWARD = 1e-8  # part of the way to a deep point of a set, that witnesses are moved
-BATCH = 32  # parts split by signs at a time
+BATCH = 64  # parts split by signs at a time
 SMALL = 1e-8  # multipliers below this part of the largest are left out
 
 
@@ -267,10 +267,13 @@ def _solved(growing: _Growing, parts: Parts, proofs: dict[int, np.ndarray]) -> l
     for some in batches(growing.nets, growing.given, parts):
         found = Relaxed.of(growing.nets, growing.given, some)
         excess = found.bounded.bounds(*NONE) - growing.target
-        try:
-            at, point = _duals(growing, found, some, *np.nonzero(excess > 0))
-        except OutOfTime:
-            at, point = NONE, None
+        # The worst objective of each part first: where its program leaves one open that is split, the others need none.
+        worst = excess == excess.max(1, keepdims=True)
+        at, point = _duals(growing, found, some, (excess > 0) & worst)
+        bound = found.bounded.bounds(*at) - growing.target
+        closed = ~((bound > 0) & worst).any(1) | ~found.open.any(1)
+        more, _ = _duals(growing, found, some, (excess > 0) & ~worst & closed[:, None])
+        at = tuple(map(np.concatenate, zip(at, more, strict=True)))
         bound = found.bounded.bounds(*at) - growing.target
         kept = bound[at[0], at[1]] < excess[at[0], at[1]]  # rounding may have made it worse
         at, bound = tuple(part[kept] for part in at), np.minimum(bound, excess)
@@ -287,12 +290,14 @@ def _solved(growing: _Growing, parts: Parts, proofs: dict[int, np.ndarray]) -> l
 
 
 def _duals(
-    growing: _Growing, found: Relaxed, parts: Parts, row: np.ndarray, objective: np.ndarray
+    growing: _Growing, found: Relaxed, parts: Parts, which: np.ndarray
 ) -> tuple[tuple[np.ndarray, ...], np.ndarray | None]:
-    """Multipliers of objectives [Q] of parts `row` [Q], as `Bounded.bounds` takes them, and symbols [B, R - 1].
+    """Multipliers of the objectives `which` [B, 2 N], as `Bounded.bounds` takes them, and symbols [B, R - 1].
 
     The programs over the symbols: the largest of each objective where the forms are >= 0, or are missed at a price.
+    None of both where there is nothing to solve, or no time.
     """
+    row, objective = np.nonzero(which)
     count, own = len(parts.index), len(growing.given.b)
     out, known = found.bounded.out, found.bounded.known
     use = np.zeros((count, known.rows.shape[2]), bool)
@@ -321,7 +326,10 @@ def _duals(
     problem = LPBatch(goals, torch.from_numpy(goal[:, 0] - price), sets)
     target = torch.from_numpy(growing.target[objective])
     gap = 1e-3 * float(np.abs(growing.target).max()) * MARGIN
-    solution = maximize(problem, start, gap=gap, above=target, below=target, clock=growing.clock)
+    try:
+        solution = maximize(problem, start, gap=gap, above=target, below=target, clock=growing.clock)
+    except OutOfTime:
+        return NONE, None
     point = np.zeros((count, A.shape[2] - 1))
     point[row] = solution.point[:, :-1].numpy()
     y = solution.dual.numpy()
