@@ -310,6 +310,31 @@ def test_damaged_files_are_refused(cut, tmp_path, capsys):
     assert "not the networks of the certificate" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("which", ["certificate", "network"])
+def test_changed_bytes_are_refused_or_change_nothing_that_is_claimed(which, tmp_path, capsys):
+    """150 files each with one to three bytes changed: the checker answers, and what it accepts is true."""
+    original, compressed, stars, truth = example("vertices")
+    made = tr.discrepancy(original, compressed, stars).save_certificate(tmp_path / "c")
+    a, b = kept(original, tmp_path / "a.safetensors"), kept(compressed, tmp_path / "b.safetensors")
+    save_network(original, tmp_path / "a.onnx", (3,))
+    source = {"certificate": made.path, "network": tmp_path / "a.onnx"}[which]
+    generator, answers = np.random.default_rng(11), []
+    for _ in range(150):
+        raw = bytearray(source.read_bytes())
+        for _ in range(generator.integers(1, 4)):
+            raw[generator.integers(len(raw))] = generator.integers(256)
+        changed = tmp_path / ("m" + source.suffix)
+        changed.write_bytes(raw)
+        files = (changed, a, b) if which == "certificate" else (made.path, changed, b)
+        answers.append(main([str(path) for path in files]))
+        if answers[-1] == 0:
+            claims = tensors(files[0])
+            assert (claims["claim.0.high"] >= truth.range_upper[0].numpy() - 1e-8).all()
+    capsys.readouterr()
+    assert set(answers) <= {0, 1}
+    assert answers.count(1) > 100
+
+
 # -- the checker's parts --------------------------------------------------------------------------------
 
 
