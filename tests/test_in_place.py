@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.ao import quantization
 
-from torchreach.app.commands import evaluate
+from torchreach.app.shared import evaluate
 from torchreach.core.errors import UnsupportedLayerError
 from torchreach.read.module import chain, exported_module
 from torchreach.training.fit import run

@@ -356,10 +356,10 @@ def repair(
     options = RepairSetup(target, target_max, alpha, iterations, epochs, rate, seed, by)
     setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj)
     check_repair(method, compressed, save)
-    from torchreach.app import commands
+    from torchreach.app import repairing
     from torchreach.app.certificates import certifying
 
-    raise typer.Exit(commands.repair(certifying(setup, certificate), (original, compressed), sets, options, save))
+    raise typer.Exit(repairing.repair(certifying(setup, certificate), (original, compressed), sets, options, save))
 
 
 app.command(epilog="Exit status: 0 verified, 1 not, 2 a file that cannot be read.")(check)
@@ -433,11 +433,11 @@ def demo(
     digits = DemoSetup(data, root, images, pixels, eps, epochs, bits, prune)
     setup = Setup.make(device, "float64", method, seconds, stars, memory, output, ctx.obj)
     check_repair(method)
-    from torchreach.app import commands
+    from torchreach.app import repairing
     from torchreach.app.demo import one_thread
 
     with one_thread():
-        status = commands.demo(setup, options, digits)
+        status = repairing.demo(setup, options, digits)
     raise typer.Exit(status)
 
 
