@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from torchreach.verbs.reach import reach
     from torchreach.verbs.storage import load_result, save_result
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Answer",

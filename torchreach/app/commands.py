@@ -39,6 +39,7 @@ from torchreach.app.shared import (
     input_set,
     keep,
     status_of,
+    with_pictures,
 )
 from torchreach.app.verdict import State, compare_verdict
 from torchreach.core.clock import first_interrupt
@@ -55,6 +56,7 @@ from torchreach.verbs.equivalence import equivalent as equivalence
 
 def compare(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: CompareSetup) -> int:
     """Runs `torchreach compare`; the exit status."""
+    with_pictures(setup)
     device = device_of(setup)
     original = load(paths[0]).to(device)
     runs = compressed_of(paths)  # on the int8 kernels, where it has some: witnesses replay there
@@ -170,6 +172,7 @@ def attribute(
     setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: AttributeSetup, saved: Path | None
 ) -> int:
     """Runs `torchreach attribute`; the exit status."""
+    with_pictures(setup)
     device = device_of(setup)
     original, compressed = load(paths[0]).to(device), compressed_of(paths).to(device)
     inputs, kept = input_set(setup, sets, paths, original, device), None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from torchreach.app.inputs import InputSet
 from torchreach.core.errors import FileFormatError, OptionError
+from torchreach.core.extras import need
 from torchreach.sets.star import StarBatch
 
 HIDDEN = (64, 32)
@@ -53,9 +54,8 @@ def load_data(name: str, root: Path | None, seed: int) -> Digits:
     if name == "mnist":
         assert root is not None
         return _mnist(root)
-    from sklearn.datasets import load_digits
-
-    pictures, labels = load_digits(return_X_y=True)
+    datasets = need("sklearn.datasets", "the demo")
+    pictures, labels = datasets.load_digits(return_X_y=True)
     x = torch.as_tensor(pictures).float() / 16  # stored as whole numbers 0..16
     y = torch.as_tensor(labels).long()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
@@ -64,8 +64,7 @@ def load_data(name: str, root: Path | None, seed: int) -> Digits:
 
 
 def _mnist(root: Path) -> Digits:
-    from torchvision.datasets import MNIST
-
+    MNIST = need("torchvision.datasets", "--data mnist").MNIST
     try:
         parts = [MNIST(str(root), train=train, download=True) for train in (True, False)]
     except (RuntimeError, OSError) as error:

@@ -32,6 +32,7 @@ from torchreach.app.shared import (
     input_set,
     keep,
     status_of,
+    with_pictures,
 )
 from torchreach.app.verdict import repair_verdict
 from torchreach.core.clock import first_interrupt
@@ -44,6 +45,7 @@ from torchreach.verbs.equivalence import equivalent as equivalence
 
 def repair(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, options: RepairSetup, saved: Path | None) -> int:
     """Runs `torchreach repair`; the exit status."""
+    with_pictures(setup)
     device = device_of(setup)
     original, compressed = load(paths[0]).to(device), compressed_of(paths).to(device)
     inputs = input_set(setup, sets, paths, original, device)
@@ -111,6 +113,7 @@ def demo(setup: Setup, options: RepairSetup, digits: DemoSetup) -> int:
     """Runs `torchreach demo`; the exit status."""
     from torchreach.app import demo as parts
 
+    with_pictures(setup)
     device = device_of(setup)
     data = parts.load_data(digits.data, digits.root, options.seed)
     inputs = parts.input_set(data, digits.images, digits.pixels, digits.eps).to(device)

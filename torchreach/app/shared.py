@@ -20,6 +20,7 @@ from torchreach.app.report.content import NetworkInfo, Report
 from torchreach.app.report.provenance import file_hashes
 from torchreach.app.report.report import render
 from torchreach.core.errors import OptionError
+from torchreach.core.extras import need
 from torchreach.core.files import whole, write_files
 from torchreach.core.results import Discrepancy, Equivalence
 from torchreach.core.terms import Semantics
@@ -114,6 +115,12 @@ def at_witnesses(original: nn.Module, compressed: nn.Module, found: Discrepancy)
     )
     first, second = both
     return first, second
+
+
+def with_pictures(setup: Setup) -> None:
+    """Raises MissingPackageError before the work, where a report could not be drawn after it."""
+    if setup.output is not None:
+        need("matplotlib", "--output: drawing a report's pictures")
 
 
 def device_of(setup: Setup) -> torch.device:

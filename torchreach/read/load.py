@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from torchreach.core.errors import FileFormatError
+from torchreach.core.extras import need
 from torchreach.read.builder import ChainBuilder, Shape, check_finite
 from torchreach.read.module import add_graph_module, chain, check_module, exported_module
 
@@ -56,6 +57,7 @@ def load(
         raise FileFormatError(f"no such file: {path}")
     kind = path.suffix.lower()
     if kind == ".onnx":
+        need("onnx", f"{path}: reading .onnx files")
         from torchreach.read.onnx import read_onnx
 
         network = read_onnx(path)
@@ -131,6 +133,7 @@ def input_shape(path: Path) -> Shape | None:
         from torchreach.read import tflite
 
         return tflite.read_input_shape(path)
+    need("onnx", f"{path}: reading .onnx files")
     from torchreach.read.onnx import read_input_shape
 
     return read_input_shape(path)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchreach.core.errors import UnsupportedLayerError
+from torchreach.core.extras import need
 from torchreach.core.files import check_target, whole
 from torchreach.graph.layers import MaskedReLU
 
@@ -59,7 +60,7 @@ def _written(network: nn.Module) -> nn.Module:
 
 def onnx_bytes(network: nn.Module, input_shape: tuple[int, ...]) -> bytes:
     """The contents of an .onnx file of `network`; as `save`."""
-    import onnx
+    onnx = need("onnx", "writing .onnx files")
     from onnx import helper, numpy_helper
 
     nodes, tensors, last = [], [], "x"

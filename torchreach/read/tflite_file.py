@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from torchreach.core.errors import FileFormatError, InvalidNetworkError, UnsupportedLayerError
+from torchreach.core.extras import need
 from torchreach.graph.quantizer import Quantizer
 
-INSTALL = "reading .tflite files needs the package ai-edge-litert: pip install 'torchreach[tflite]'"
 # Element types of the schema that the reader knows, and how they lie in memory.
 _STORED = {"FLOAT32": "<f4", "FLOAT16": "<f2", "INT32": "<i4", "INT64": "<i8", "INT8": "i1", "UINT8": "u1"}
 CODES = {"INT8": (-128, 127), "UINT8": (0, 255)}
@@ -104,13 +104,10 @@ class TfliteFile:
 def parse(path: Path) -> TfliteFile:
     """Reads and checks a file.
 
-    Raises: FileFormatError: a damaged file, or no ai-edge-litert. UnsupportedLayerError: several subgraphs, inputs or
-        outputs. InvalidNetworkError: scales that are not positive, weights that are not finite.
+    Raises: FileFormatError: a damaged file. MissingPackageError: no ai-edge-litert. UnsupportedLayerError: several
+        subgraphs, inputs or outputs. InvalidNetworkError: scales that are not positive, weights that are not finite.
     """
-    try:
-        from ai_edge_litert import schema_py_generated as schema
-    except ImportError:
-        raise FileFormatError(f"{path}: {INSTALL}") from None
+    schema = need("ai_edge_litert.schema_py_generated", f"{path}: reading .tflite files")
     try:
         data = path.read_bytes()
         if data[4:8] != b"TFL3":
