@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -51,7 +51,7 @@ class Setup:
     out: Console = field(default_factory=Console)
     err: Console = field(default_factory=lambda: Console(stderr=True))
     began: float = field(default_factory=time.monotonic)
-    certificate: Path | None = None
+    files: Mapping[str, Path] = field(default_factory=dict)  # what else is written, by option
 
     @staticmethod
     def make(

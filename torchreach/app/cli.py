@@ -14,6 +14,7 @@ import typer
 
 import torchreach
 from torchreach.app.cli_check import check
+from torchreach.app.cli_demo import demo
 from torchreach.app.cli_group import Group
 from torchreach.app.cli_options import (
     ANSWER,
@@ -30,20 +31,22 @@ from torchreach.app.cli_options import (
     Compressed,
     Confidence,
     Data,
-    DemoTarget,
     Device,
     Dtype,
     Eps,
     Folder,
     Iterations,
+    Junit,
     KernelKind,
     Labels,
+    LivePage,
     Mask,
     Memory,
     Method,
     Original,
     Output,
     Rate,
+    Sarif,
     Seconds,
     Shape,
     Stars,
@@ -114,6 +117,9 @@ def compare(
             rich_help_panel=ANSWER,
         ),
     ] = None,
+    junit: Junit = None,
+    sarif: Sarif = None,
+    live: LivePage = None,
     certificate: Certificate = None,
     output: Output = None,
     seconds: Seconds = None,
@@ -136,9 +142,10 @@ def compare(
     asked = CompareSetup(tolerance, gap, arithmetic, kernels)
     setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj)
     from torchreach.app import commands
-    from torchreach.app.certificates import certifying
+    from torchreach.app.files import writing
 
-    raise typer.Exit(commands.compare(certifying(setup, certificate), (original, compressed), sets, asked))
+    setup = writing(setup, certificate=certificate, junit=junit, sarif=sarif, live=live)
+    raise typer.Exit(commands.compare(setup, (original, compressed), sets, asked))
 
 
 @app.command(epilog="Exit status: 0 equivalent, 1 not equivalent or unknown, 2 bad input, 130 interrupted.")
@@ -164,6 +171,9 @@ def equivalent(
         typer.Option("--top1", help="Whether the largest output is the same one, the label.", rich_help_panel=ANSWER),
     ] = False,
     confidence: Confidence = None,
+    junit: Junit = None,
+    sarif: Sarif = None,
+    live: LivePage = None,
     certificate: Certificate = None,
     output: Folder = None,
     seconds: Seconds = None,
@@ -185,9 +195,10 @@ def equivalent(
     asked = EquivalentSetup(epsilon, top1, arithmetic, kernels, confidence)
     setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj)
     from torchreach.app import commands
-    from torchreach.app.certificates import certifying
+    from torchreach.app.files import writing
 
-    raise typer.Exit(commands.equivalent(certifying(setup, certificate), (original, compressed), sets, asked))
+    setup = writing(setup, certificate=certificate, junit=junit, sarif=sarif, live=live)
+    raise typer.Exit(commands.equivalent(setup, (original, compressed), sets, asked))
 
 
 @app.command(epilog="Exit status: 0 the same label on all inputs, 1 not, 2 bad input, 130 interrupted.")
@@ -214,6 +225,9 @@ def audit(
     ] = None,
     shape: TestShape = None,
     confidence: Confidence = None,
+    junit: Junit = None,
+    sarif: Sarif = None,
+    live: LivePage = None,
     output: Folder = None,
     seconds: Seconds = None,
     stars: Stars = None,
@@ -235,7 +249,9 @@ def audit(
     asked = AuditSetup(data, labels, eps, clip, shape, confidence, arithmetic, kernels)
     setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj)
     from torchreach.app import commands
+    from torchreach.app.files import writing
 
+    setup = writing(setup, junit=junit, sarif=sarif, live=live)
     raise typer.Exit(commands.audit(setup, (original, compressed), asked))
 
 
@@ -267,6 +283,7 @@ def attribute(
             rich_help_panel=ANSWER,
         ),
     ] = None,
+    live: LivePage = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -302,8 +319,9 @@ def attribute(
             raise OptionError("--save belongs to --keep-float: without it there is no mixed network")
         check_target(save, NETWORKS)
     from torchreach.app import commands
+    from torchreach.app.files import writing
 
-    raise typer.Exit(commands.attribute(setup, (original, compressed), sets, asked, save))
+    raise typer.Exit(commands.attribute(writing(setup, live=live), (original, compressed), sets, asked, save))
 
 
 @app.command(epilog="Exit status: 0 target met, 1 not met, 2 bad input, 130 interrupted.")
@@ -334,6 +352,9 @@ def repair(
             rich_help_panel=ANSWER,
         ),
     ] = None,
+    junit: Junit = None,
+    sarif: Sarif = None,
+    live: LivePage = None,
     certificate: Certificate = None,
     output: Output = None,
     seconds: Seconds = None,
@@ -357,88 +378,14 @@ def repair(
     setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj)
     check_repair(method, compressed, save)
     from torchreach.app import repairing
-    from torchreach.app.certificates import certifying
+    from torchreach.app.files import writing
 
-    raise typer.Exit(repairing.repair(certifying(setup, certificate), (original, compressed), sets, options, save))
+    setup = writing(setup, certificate=certificate, junit=junit, sarif=sarif, live=live)
+    raise typer.Exit(repairing.repair(setup, (original, compressed), sets, options, save))
 
 
 app.command(epilog="Exit status: 0 verified, 1 not, 2 a file that cannot be read.")(check)
 
-_DATA, _COMPRESSION = "Data and training", "Compression"
-
-
-@app.command(epilog="Exit status: 0 target met, 1 not met, 2 bad input, 130 interrupted.")
-def demo(
-    ctx: typer.Context,
-    data: Annotated[
-        str, typer.Option(help="digits (inside scikit-learn, no download) or mnist.", rich_help_panel=_DATA)
-    ] = "digits",
-    root: Annotated[
-        Path | None,
-        typer.Option(
-            help="With --data mnist: folder that holds MNIST or to download it to.",
-            metavar="DIR",
-            rich_help_panel=_DATA,
-        ),
-    ] = None,
-    epochs: Annotated[int, typer.Option(help="Epochs of training the original.", rich_help_panel=_DATA)] = 30,
-    seed: Annotated[int, typer.Option(help="Seed of everything; one seed, one result.", rich_help_panel=_DATA)] = 0,
-    bits: Annotated[
-        int,
-        typer.Option(help="Bits of a weight after compression; 0 keeps floats.", rich_help_panel=_COMPRESSION),
-    ] = 8,
-    prune: Annotated[
-        float,
-        typer.Option(help="Share of the weights of each layer set to zero, 0 to 1.", rich_help_panel=_COMPRESSION),
-    ] = 0.7,
-    images: Annotated[
-        int, typer.Option(help="Test pictures, one of each digit in turn.", rich_help_panel="Input set")
-    ] = 10,
-    pixels: Annotated[
-        int, typer.Option(help="Central pixels that vary in each picture.", rich_help_panel="Input set")
-    ] = 4,
-    eps: Annotated[
-        float,
-        typer.Option(help="How far each of them may move; pixels lie in [0, 1].", rich_help_panel="Input set"),
-    ] = 0.1,
-    target: DemoTarget = None,
-    target_max: TargetMax = None,
-    by: By = "auto",
-    alpha: Alpha = 1.0,
-    iterations: Iterations = 20,
-    rate: Rate = 1e-3,
-    output: Annotated[
-        Path,
-        typer.Option(
-            help="Folder for report.json, report.html, the pictures and the three networks (.onnx), made if missing.",
-            metavar="DIR",
-            rich_help_panel=ANSWER,
-        ),
-    ] = Path("torchreach-demo"),
-    seconds: Seconds = None,
-    stars: Stars = None,
-    memory: Memory = None,
-    device: Device = "cpu",
-    method: Method = "auto",
-) -> None:
-    """See it work: train a digit classifier, compress it until it errs, certify what changed, repair it.
-
-    Prints accuracy, certified distance, and on how many sets both certainly give one label, before and after.
-    Takes well under two minutes on two cores, needs no files and no network.
-    """
-    from torchreach.app.arguments import DemoSetup, RepairSetup, Setup, check_repair
-
-    target = 0.1 if target is None and target_max is None else target
-    options = RepairSetup(target, target_max, alpha, iterations, 50, rate, seed, by)
-    digits = DemoSetup(data, root, images, pixels, eps, epochs, bits, prune)
-    setup = Setup.make(device, "float64", method, seconds, stars, memory, output, ctx.obj)
-    check_repair(method)
-    from torchreach.app import repairing
-    from torchreach.app.demo import one_thread
-
-    with one_thread():
-        status = repairing.demo(setup, options, digits)
-    raise typer.Exit(status)
-
+app.command(epilog="Exit status: 0 target met, 1 not met, 2 bad input, 130 interrupted.")(demo)
 
 main = app

@@ -161,6 +161,30 @@ Folder = Annotated[
         rich_help_panel=ANSWER,
     ),
 ]
+Junit = Annotated[
+    Path | None,
+    typer.Option(
+        help="File for the verdict on each input set as JUnit XML, which CI systems show among tests. Default: none.",
+        metavar="FILE",
+        rich_help_panel=ANSWER,
+    ),
+]
+Sarif = Annotated[
+    Path | None,
+    typer.Option(
+        help="File for what did not pass as SARIF 2.1.0, which code scanning shows. Default: none.",
+        metavar="FILE",
+        rich_help_panel=ANSWER,
+    ),
+]
+LivePage = Annotated[
+    Path | None,
+    typer.Option(
+        help="HTML file that shows the progress and reloads itself while the work goes on. Default: none.",
+        metavar="FILE",
+        rich_help_panel=ANSWER,
+    ),
+]
 Certificate = Annotated[
     Path | None,
     typer.Option(

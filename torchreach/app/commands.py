@@ -21,12 +21,13 @@ from torchreach.app.arguments import (
     SetOptions,
     Setup,
 )
-from torchreach.app.certificates import certify
+from torchreach.app.files import certify, gate
 from torchreach.app.inputs import read_data
 from torchreach.app.report.attribution import attribution_files, kept_sentence
 from torchreach.app.report.audit import audit_json, audit_rows, audit_sentence
 from torchreach.app.report.content import Report
 from torchreach.app.report.equivalence import answer, equivalence_json, sentence, worst
+from torchreach.app.report.gates import audit_cases, comparison_cases, equivalence_cases
 from torchreach.app.report.provenance import file_hashes
 from torchreach.app.shared import (
     at_witnesses,
@@ -39,6 +40,7 @@ from torchreach.app.shared import (
     input_set,
     keep,
     status_of,
+    watched,
     with_pictures,
 )
 from torchreach.app.verdict import State, compare_verdict
@@ -62,7 +64,7 @@ def compare(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: Com
     runs = compressed_of(paths)  # on the int8 kernels, where it has some: witnesses replay there
     compressed = load(runs).to(device)
     inputs = input_set(setup, sets, paths, original, device)
-    with first_interrupt() as pressed, show.live(setup.err, "compare") as live:
+    with first_interrupt() as pressed, watched(setup, "compare") as live:
         found = discrepancy(
             original,
             runs,
@@ -97,7 +99,8 @@ def compare(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: Com
     finish(setup, report)
     certify(setup, found, paths)
     decided = report.verdict.state in (State.WITHIN, State.EXCEEDED)
-    return status_of(setup, report.verdict.ok, bool(pressed) and not decided)
+    status = status_of(setup, report.verdict.ok, bool(pressed) and not decided)
+    return gate(setup, "compare", paths, status, lambda: comparison_cases(found, inputs.labels, asked.tolerance))
 
 
 def equivalent(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: EquivalentSetup) -> int:
@@ -105,7 +108,7 @@ def equivalent(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: 
     device = device_of(setup)
     original, runs = load(paths[0]).to(device), compressed_of(paths)
     inputs = input_set(setup, sets, paths, original, device)
-    with first_interrupt() as pressed, show.live(setup.err, "equivalent") as live:
+    with first_interrupt() as pressed, watched(setup, "equivalent") as live:
         found = equivalence(
             original,
             runs,
@@ -134,7 +137,8 @@ def equivalent(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: 
         show.print_line(setup.out, f"report: {setup.output / 'report.json'}")
     certify(setup, found, paths)
     show.print_sentence(setup.out, sentence(found), whole is Answer.EQUIVALENT, whole is Answer.UNKNOWN)
-    return status_of(setup, whole is Answer.EQUIVALENT, bool(pressed) and whole is Answer.UNKNOWN)
+    status = status_of(setup, whole is Answer.EQUIVALENT, bool(pressed) and whole is Answer.UNKNOWN)
+    return gate(setup, "equivalent", paths, status, lambda: equivalence_cases(found, inputs.labels))
 
 
 def audit(setup: Setup, paths: tuple[Path, Path], asked: AuditSetup) -> int:
@@ -142,7 +146,7 @@ def audit(setup: Setup, paths: tuple[Path, Path], asked: AuditSetup) -> int:
     device = device_of(setup)
     original, runs = load(paths[0]).to(device), compressed_of(paths)
     points, labels = read_data(asked, original, getattr(torch, setup.dtype), file_shape(paths))
-    with first_interrupt() as pressed, show.live(setup.err, "audit") as live:
+    with first_interrupt() as pressed, watched(setup, "audit") as live:
         found = audited(
             original,
             runs,
@@ -165,7 +169,8 @@ def audit(setup: Setup, paths: tuple[Path, Path], asked: AuditSetup) -> int:
         show.print_line(setup.out, f"report: {setup.output / 'report.json'}")
     ok, apart = found.count(Answer.EQUIVALENT) == len(found), found.count(Answer.NOT_EQUIVALENT)
     show.print_sentence(setup.out, audit_sentence(found), ok, not ok and not apart)
-    return status_of(setup, ok, bool(pressed) and not apart)
+    status = status_of(setup, ok, bool(pressed) and not apart)
+    return gate(setup, "audit", paths, status, lambda: audit_cases(found))
 
 
 def attribute(
@@ -180,7 +185,7 @@ def attribute(
     limits = None if setup.budget == Budget() else setup.budget
     if limits is not None and limits.seconds is not None and asked.keep_float is not None:
         limits = replace(limits, seconds=limits.seconds / 2)
-    with first_interrupt() as pressed, show.live(setup.err, "attribute") as live:
+    with first_interrupt() as pressed, watched(setup, "attribute") as live:
         found = attribution(
             original,
             compressed,

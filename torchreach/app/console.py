@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from torchreach.app.live_page import LivePage
 from torchreach.app.verdict import Verdict, open_reasons, star_status, uncovered, work, worst_first
 from torchreach.core.outward import at_least, at_most, counted, span
 from torchreach.core.repaired import RepairStep
@@ -30,31 +32,40 @@ FIRST, MOST = 2.0, 60.0  # seconds before the first line of progress in a log; a
 
 @dataclass(frozen=True)
 class Live:
-    """Progress: one line kept up to date, or where there is no terminal, a line now and then."""
+    """Progress: one line kept up to date, or where there is no terminal, a line now and then; and a page, if asked."""
 
     what: str
     write: Callable[[str], None]
+    page: LivePage | None = None
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.write(f"{self.what}: {text}")
+        if self.page is not None:
+            self.page.say(text)
 
     def stars(self, progress: Progress) -> None:
         """Progress of one enumeration."""
-        self.write(f"{self.what}: {progress_line(progress)}")
+        if self.page is not None:
+            self.page.interval(*ends_of(progress))
+        self.say(progress_line(progress))
 
     def count(self, done: int, most: int) -> None:
         """Progress by numbers alone."""
-        self.write(f"{self.what}: comparison {done} of at most {most}")
+        self.say(f"comparison {done} of at most {most}")
 
     def inputs(self, done: int, most: int) -> None:
         """Progress over a test set."""
-        self.write(f"{self.what}: {done:,} of {counted(most, 'input')}")
+        self.say(f"{done:,} of {counted(most, 'input')}")
 
     def step(self, step: RepairStep) -> None:
         """Progress of a repair: its last evaluation."""
         bound = at_most(float(step.discrepancy.upper.max()), 4)
         accuracy = "" if step.accuracy is None else f", accuracy {100 * step.accuracy:.1f} %"
         claim = step.discrepancy.claim
-        self.write(
-            f"{self.what}: iteration {step.iteration} ({step.method}), {claim} max |y1 - y2| <= {bound}{accuracy}"
-        )
+        if self.page is not None:
+            self.page.interval(float(step.discrepancy.lower.max()), float(step.discrepancy.upper.max()))
+        self.say(f"iteration {step.iteration} ({step.method}), {claim} max |y1 - y2| <= {bound}{accuracy}")
 
 
 @dataclass
@@ -79,29 +90,46 @@ class Log:
 
 
 @contextmanager
-def live(console: Console, what: str) -> Iterator[Live]:
+def live(console: Console, what: str, path: Path | None = None, seconds: float | None = None) -> Iterator[Live]:
     """Progress on `console`: where that is not a terminal, lines as `Log` has them, and none of what is over sooner.
 
-    The lines come from a thread, for long steps report nothing until they end.
+    The lines come from a thread, for long steps report nothing until they end. path: also in an HTML page there, which
+    says how much of `seconds` is left.
     """
+    page = None if path is None else LivePage(path, what, seconds)
+    try:
+        with _lines(console, what) as write:
+            yield Live(what, write, page)
+    finally:
+        if page is not None:
+            page.write(over=True)
+
+
+@contextmanager
+def _lines(console: Console, what: str) -> Iterator[Callable[[str], None]]:
     if console.is_terminal:
         with console.status(f"{what} ...") as line:
-            yield Live(what, line.update)
+            yield line.update
         return
     log, over = Log(what, lambda text: print_line(console, text)), threading.Event()
     thread = threading.Thread(target=log.run, args=(over.wait,), name="torchreach progress", daemon=True)
     thread.start()
     try:
-        yield Live(what, log.keep)
+        yield log.keep
     finally:
         over.set()
         thread.join()
 
 
+def ends_of(progress: Progress) -> tuple[float, float]:
+    """What is attained and certified so far of max |y1 - y2|."""
+    attained = max(float(progress.attained_upper.max()), -float(progress.attained_lower.min()), 0.0)
+    return attained, max(float(progress.upper.max()), -float(progress.lower.min()))
+
+
 def progress_line(progress: Progress) -> str:
     """Work done and open, and the interval so far around max |y1 - y2|."""
-    attained = max(float(progress.attained_upper.max()), -float(progress.attained_lower.min()), 0.0)
-    bound = max(float(progress.upper.max()), -float(progress.lower.min()))
+    attained, bound = ends_of(progress)
     return (
         f"{counted(progress.done, progress.unit)} done, {progress.open:,} open, "
         f"max |y1 - y2| in {span(attained, bound, 4)}, {progress.seconds:.1f} s"

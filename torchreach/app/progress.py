@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 
 from torchreach.app.console import Live, live
+from torchreach.app.live_page import LivePage
 from torchreach.core.repaired import RepairStep
 from torchreach.core.results import Progress
 
@@ -19,11 +21,22 @@ Show = Callable[[Progress | RepairStep], None]
 
 
 @contextmanager
-def show_progress(what: str = "comparing", console: Console | None = None) -> Iterator[Show]:
+def show_progress(
+    what: str = "comparing",
+    console: Console | None = None,
+    *,
+    html: str | Path | None = None,
+    seconds: float | None = None,
+) -> Iterator[Show]:
     """A `progress` callback for every verb that takes one, shown while the block runs.
 
     One line that is kept up to date in terminals, and in notebooks where tqdm is installed; elsewhere a line after two
-    seconds, and then at growing intervals of up to a minute. console: where to write; standard error by default.
+    seconds, and then at growing intervals of up to a minute.
+
+    Args:
+        console: where to write; standard error by default.
+        html: also a page at this path, which reloads itself, says how much of `seconds` is left, and draws how the
+            interval closes.
     """
     console = console or Console(stderr=True)
     if console.is_jupyter:
@@ -33,9 +46,12 @@ def show_progress(what: str = "comparing", console: Console | None = None) -> It
             pass
         else:
             with tqdm(bar_format="{desc}", desc=f"{what} ...") as bar:
-                yield _shown(Live(what, bar.set_description_str))
+                page = None if html is None else LivePage(Path(html), what, seconds)
+                yield _shown(Live(what, bar.set_description_str, page))
+                if page is not None:
+                    page.write(over=True)
             return
-    with live(console, what) as line:
+    with live(console, what, None if html is None else Path(html), seconds) as line:
         yield _shown(line)
 
 

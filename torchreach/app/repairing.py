@@ -19,9 +19,10 @@ from torchreach.app.arguments import (
     SetOptions,
     Setup,
 )
-from torchreach.app.certificates import certify
+from torchreach.app.files import certify, gate
 from torchreach.app.inputs import InputSet
 from torchreach.app.report.content import NetworkInfo, Report
+from torchreach.app.report.gates import comparison_cases
 from torchreach.app.report.provenance import file_hashes
 from torchreach.app.shared import (
     at_witnesses,
@@ -32,6 +33,7 @@ from torchreach.app.shared import (
     input_set,
     keep,
     status_of,
+    watched,
     with_pictures,
 )
 from torchreach.app.verdict import repair_verdict
@@ -68,7 +70,9 @@ def repair(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, options: Re
         show.print_line(setup.out, f"repaired network: {saved}")
     finish(setup, report)
     certify(setup, result, (paths[0], saved))
-    return status_of(setup, report.verdict.ok, bool(pressed) and not result.satisfied)
+    status = status_of(setup, report.verdict.ok, bool(pressed) and not result.satisfied)
+    cases = partial(comparison_cases, result.after, inputs.labels, report.verdict.tolerance)
+    return gate(setup, "repair", paths, status, cases)
 
 
 def _repair(
@@ -90,7 +94,7 @@ def _repair(
         if options.largest is None
         else Target.bounds(-options.largest, options.largest)
     )
-    with show.live(setup.err, "repair") as live:
+    with watched(setup, "repair") as live:
         return repair(
             original,
             compressed,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -115,6 +116,13 @@ def at_witnesses(original: nn.Module, compressed: nn.Module, found: Discrepancy)
     )
     first, second = both
     return first, second
+
+
+@contextmanager
+def watched(setup: Setup, what: str) -> Iterator[show.Live]:
+    """Progress of a command, where it is printed and on the page that was asked for."""
+    with show.live(setup.err, what, setup.files.get("live"), setup.budget.seconds) as live:
+        yield live
 
 
 def with_pictures(setup: Setup) -> None:
