@@ -43,9 +43,12 @@ SECONDS, MULTIPLE = 10.0, 40.0
 class Checkpoint:
     """Pieces of the answer to one question, by name. `part` gives those of a question inside of it."""
 
-    def __init__(self, folder: Path, question: str, prefix: str = "") -> None:
-        """question: digest of what is asked. Callers have `Checkpoint.open` or `part`."""
-        self.folder, self.question, self.prefix = folder, question, prefix
+    def __init__(self, folder: Path, question: str, prefix: str = "", *, unit: bool = False) -> None:
+        """question: digest of what is asked. unit: whether of one unit of work, which is not divided further.
+
+        Callers have `Checkpoint.open` or `part`.
+        """
+        self.folder, self.question, self.prefix, self.unit = folder, question, prefix, unit
         self._due: dict[str, float] = {}
 
     @staticmethod
@@ -71,10 +74,10 @@ class Checkpoint:
             raise OptionError(f"checkpoint {folder}: the folder cannot be written: {error.strerror or error}") from None
         return Checkpoint(folder, hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest())
 
-    def part(self, name: str, *question: str) -> Checkpoint:
+    def part(self, name: str, *question: str, unit: bool = False) -> Checkpoint:
         """The pieces of another question inside this one; question: what tells it from others of the same name."""
         own = hashlib.sha256("\n".join((self.question, name, *question)).encode()).hexdigest()
-        return Checkpoint(self.folder, own, f"{self.prefix}{name}.")
+        return Checkpoint(self.folder, own, f"{self.prefix}{name}.", unit=unit)
 
     @property
     def outermost(self) -> bool:

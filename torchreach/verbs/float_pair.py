@@ -23,6 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from torchreach.core.checkpoint import Checkpoint
 from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime
 from torchreach.core.errors import ShapeError
 from torchreach.core.evidence import Evidence, reason
@@ -78,18 +79,19 @@ def compare(
     tolerances: Tolerances,
     progress: ProgressCallback | None,
     clock: Clock,
+    files: Checkpoint | None = None,
 ) -> Discrepancy:
     """The interval around y1 - y2 of every star, until `question` is answered on it or the budget is spent.
 
     method: None takes turns. Where `question` has a threshold, a star at whose witness it is exceeded is done too.
-    clock: when to stop (and not `budget.seconds`).
+    clock: when to stop (and not `budget.seconds`). files: where snapshots of the work go, and from which it goes on.
 
     Raises: as `merge` and `reach`.
     """
     if not isinstance(stars, StarBatch):
         raise ShapeError(f"two networks are compared on a torchreach.StarBatch, got {type(stars).__name__}")
     smooth = not isinstance(method, Exact)
-    run = _Run(original, compressed, stars, question, budget, tolerances, progress, clock, smooth)
+    run = _Run(original, compressed, stars, question, budget, tolerances, progress, clock, smooth, files)
     run.everything = isinstance(method, Exact) and question == Question("signed")
     if isinstance(method, Exact):
         run.enumerate(method, None, run.enumerable)
@@ -133,6 +135,7 @@ class _Run:
     progress: ProgressCallback | None
     clock: Clock
     smooth: bool  # whether smooth activations will do
+    files: Checkpoint | None = None
     compared: Both | None = None
     roots: dict[int, FirstBounds] = field(default_factory=dict)
     methods: list[str] = field(default_factory=list)
@@ -246,6 +249,7 @@ class _Run:
             tolerances=self.tolerances,
             keep_stars=False,
             progress=lambda progress: self._during(index, progress, watch),
+            files=None if self.files is None else self.files.part("enumeration", repr(open_), repr(method)),
         )
         self._take_exact(index, found)
         # The clock ends no run before a tenth of its time: what is open then stays so.
@@ -304,6 +308,7 @@ class _Run:
             compared=self.compared,
             root=self.roots.pop(s, None),
             clock=self.ticking,
+            files=None if self.files is None else self.files.part(f"search-{s}"),
         )
         self.searches[s] = work
         self._used(work.split)
