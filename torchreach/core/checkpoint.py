@@ -24,7 +24,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from torchreach.core.clock import Clock
@@ -90,9 +90,9 @@ class Checkpoint:
         if not path.is_file():
             return None
         try:
-            with safe_open(path, framework="pt", device="cpu") as file:  # pyright: ignore[reportUnknownVariableType]
-                said = cast("dict[str, str]", file.metadata() or {})
-                tensors = {key: cast(Tensor, file.get_tensor(key)) for key in cast("list[str]", list(file.keys()))}
+            with cast("Any", safe_open(path, framework="pt", device="cpu")) as file:
+                said: dict[str, str] = file.metadata() or {}
+                tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in list(file.keys())}
             if said.get("question") != self.question:
                 log.info("%s belongs to another question: its work is done again", path)
                 return None
@@ -122,9 +122,12 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             raise OptionError(f"checkpoint {path} cannot be written: {error}") from None
 
-    def drop(self, name: str) -> None:
-        """Removes what is not needed any more."""
-        self._path(name).unlink(missing_ok=True)
+    def tidy(self, keep: str) -> None:
+        """Removes all pieces but one: once there is an answer, the state of the work on it is not needed."""
+        kept = self._path(keep)
+        for path in self.folder.glob(f"{self.prefix}*{ENDING}"):
+            if path != kept:
+                path.unlink(missing_ok=True)
 
     def wait(self, name: str, clock: Clock) -> float:
         """Seconds of work until another snapshot of this name is worth its time."""
@@ -201,7 +204,7 @@ def _checksum(question: str, tree: str, tensors: dict[str, Tensor]) -> str:
     for key in sorted(tensors):
         value = tensors[key]
         hashed.update(f"{key} {value.dtype} {list(value.shape)}\n".encode())
-        hashed.update(memoryview(value.flatten().view(torch.uint8).numpy()))
+        hashed.update(cast("Any", value.flatten().view(torch.uint8).numpy()))
     return hashed.hexdigest()
 
 

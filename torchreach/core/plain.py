@@ -55,10 +55,13 @@ def encode(value: Any, known: Builders, other: Callable[[Any], Any] | None = Non
             case _ if kind in known and dataclasses.is_dataclass(value):
                 if id(value) in seen:
                     return {"type": "again", "value": seen[id(value)]}
-                content = {part.name: walk(getattr(value, part.name)) for part in dataclasses.fields(value) if part.init}
+                own = [part.name for part in dataclasses.fields(value) if part.init]
+                content = {name: walk(getattr(value, name)) for name in own}
                 if shared:
                     seen[id(value)] = len(seen)
                 return {"type": kind, "value": content}
+            case _:
+                pass
         if other is None:
             raise TypeError(f"no plain data for a {kind}")
         return other(value)
@@ -120,9 +123,8 @@ def digest(*values: Any) -> str:
                 say(kind, value.name)
             case Tensor():
                 _tensor(value)
-            case list() | tuple() | set() | frozenset():
+            case list() | tuple():
                 parts = cast("list[Any]", value)
-                parts = sorted(parts, key=repr) if isinstance(value, set | frozenset) else parts
                 say(kind, len(parts))
                 for part in parts:
                     walk(part)
@@ -133,7 +135,8 @@ def digest(*values: Any) -> str:
                     say(repr(key))
                     walk(part)
             case _ if callable(value) and hasattr(value, "__qualname__"):
-                say("function", value.__module__, value.__qualname__)
+                function = cast("Any", value)
+                say("function", function.__module__, function.__qualname__)
             case _:
                 if id(value) in seen:
                     say("again", seen[id(value)])
@@ -171,6 +174,8 @@ def _contents(value: Any) -> dict[str, Any]:
         return {**own, **value._parameters, **value._buffers, **value._modules}  # pyright: ignore[reportPrivateUsage]
     if dataclasses.is_dataclass(value):
         return {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
+    if isinstance(value, torch.ScriptObject):  # packed weights of int8 layers
+        return {"": cast("Any", value).__getstate__()}
     return dict(vars(value)) if hasattr(value, "__dict__") else {"": repr(value)}
 
 

@@ -64,7 +64,8 @@ class Tree:
 
     def attained(self, met: Evidence) -> None:
         """Puts what was attained into `met`."""
-        assert self.lower is not None and self.witness is not None
+        assert self.lower is not None
+        assert self.witness is not None
         met.lower, met.witness = self.lower, self.witness
 
 

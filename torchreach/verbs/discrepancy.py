@@ -88,8 +88,9 @@ def discrepancy(
     that an interval can stay wider than was asked for.
 
     Raises: as `merge` and `reach`; OptionError: an unknown method, kind of kernels or arithmetic, a negative tolerance,
-        a gap that is not positive, or a checkpoint of another question. InvalidNetworkError: a layer that may overflow its format as executed.
-        KernelMismatchError: this machine's kernels left the certified range, see `torchreach.verbs.int8_kernels`.
+        a gap that is not positive, or a checkpoint of another question. InvalidNetworkError: a layer that may overflow
+        its format as executed. KernelMismatchError: this machine's kernels left the certified range, see
+        `torchreach.verbs.int8_kernels`.
 
     Warns: UncoveredKernelsWarning: int8 kernels that add up in a way that is not known.
 

@@ -15,8 +15,6 @@ Axis letters: S stars, N outputs; rows of [S, 2, N] are y1 - y2 and y2 - y1.
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -24,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from torchreach.core.checkpoint import Checkpoint
-from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime
+from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime, Watch
 from torchreach.core.errors import ShapeError
 from torchreach.core.evidence import Evidence, reason
 from torchreach.core.memory import default_budget
@@ -110,18 +108,6 @@ def bounded_once(original: nn.Module, compressed: nn.Module, stars: StarBatch, c
     return run.result()
 
 
-class _Watch:
-    """What every look at the clock sees: Ctrl-C, or that a run is to end; and it reports progress, from one thread."""
-
-    def __init__(self, clock: Clock, tick: Callable[[], object]) -> None:
-        self.clock, self.tick, self.thread, self.ended = clock, tick, threading.get_ident(), False
-
-    def __len__(self) -> int:
-        if threading.get_ident() == self.thread:
-            self.tick()
-        return int(self.ended or self.clock.interrupted)
-
-
 @dataclass
 class _Run:
     """State of one comparison."""
@@ -163,7 +149,7 @@ class _Run:
         self.enumerable, self.enumerated = self.searchable & (not curves), ~self.searchable
         self.count = torch.zeros(size, dtype=torch.long, device=stars.device)
         self.spent = torch.zeros_like(self.enumerated)  # stars that a limit of the budget, not the clock, ended
-        self.ticking = self.clock.part(None, _Watch(self.clock, self._tick))
+        self.ticking = self.clock.part(None, Watch(self.clock, self._tick))
         self._start()
 
     def _start(self) -> None:
@@ -239,7 +225,7 @@ class _Run:
         if not open_ or self.clock.over:
             return
         index = torch.tensor(open_, device=self.stars.device)
-        watch = _Watch(self.clock, lambda: None)
+        watch = Watch(self.clock, lambda: None)
         found = reach_within(
             self.clock.part(seconds, watch),
             self.merged,
@@ -256,7 +242,7 @@ class _Run:
         if seconds is None or found.stats.seconds < seconds / 10:
             self.enumerable[index] = False
 
-    def _during(self, index: Tensor, progress: Progress, watch: _Watch) -> None:
+    def _during(self, index: Tensor, progress: Progress, watch: Watch) -> None:
         """Reports an enumeration, and ends it once the threshold is answered on all of its stars."""
         lower, upper = self.evidence.lower.clone(), self.evidence.upper.clone()
         met = torch.stack((progress.attained_upper, -progress.attained_lower), 1)

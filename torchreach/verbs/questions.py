@@ -7,17 +7,17 @@ memory do not count: they say how long one call goes on, and the next one may be
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import torchreach
 from torchreach.core.checkpoint import Checkpoint
-from torchreach.core.options import Budget
+from torchreach.core.options import Budget, Exact, Search
 from torchreach.core.plain import digest
+from torchreach.core.tolerances import Tolerances
 from torchreach.read.load import as_network
 from torchreach.read.module import chain
 from torchreach.sets.star import StarBatch
@@ -43,12 +43,12 @@ def opened(
     if checkpoint is None or isinstance(checkpoint, Checkpoint):
         return checkpoint
     shape = tuple(inputs.shape if isinstance(inputs, StarBatch) else inputs.shape[1:])
-    values = {"inputs": inputs} if isinstance(inputs, Tensor) else {f.name: getattr(inputs, f.name) for f in fields(inputs)}
+    parts = [inputs] if isinstance(inputs, Tensor) else [getattr(inputs, part.name) for part in fields(inputs)]
     question = {
         "verb": verb,
         "torchreach": torchreach.__version__,
         **{role: network_digest(network, shape) for role, network in networks.items()},
-        "inputs": digest(values),
+        "inputs": digest(parts),
         "stars": budget.stars,
         **{name: _plain(value) for name, value in options.items()},
     }
@@ -59,6 +59,4 @@ def _plain(value: Any) -> Any:
     """A JSON value that tells options apart: their text, or the digest of tensors and what holds some."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if is_dataclass(value) and not any(isinstance(getattr(value, f.name), Tensor | torch.nn.Module) for f in fields(value)):
-        return repr(value)
-    return digest(value)
+    return repr(value) if isinstance(value, Exact | Search | Tolerances) else digest(value)

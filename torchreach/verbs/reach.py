@@ -33,8 +33,8 @@ from torchreach.graph.steps import Step, steps_of
 from torchreach.read.load import as_network
 from torchreach.read.module import chain, reading_once
 from torchreach.sets.star import StarBatch
-from torchreach.work.frontier import Frontier
 from torchreach.verbs.questions import opened
+from torchreach.work.frontier import Frontier
 from torchreach.work.run import run
 from torchreach.work.snapshot import ROOT, Snapshots
 

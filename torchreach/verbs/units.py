@@ -18,7 +18,7 @@ from torchreach.core.audited import Audit
 from torchreach.core.checkpoint import Checkpoint
 from torchreach.core.clock import Clock
 from torchreach.core.options import Budget
-from torchreach.core.results import Discrepancy, Equivalence, Reason, ReachStats
+from torchreach.core.results import Discrepancy, Equivalence, ReachStats, Reason
 from torchreach.core.terms import Kernels
 from torchreach.engines.tally import added
 from torchreach.verbs.storage import from_plain, to_plain
@@ -51,21 +51,27 @@ def in_units(
         if clock.limited or clock.interrupted:
             seconds = 0.0 if clock.interrupted else clock.left * (some.stop - first) / (count - first)
             share = replace(budget, seconds=max(seconds, LEAST_SECONDS))
-        own = files.part(f"{first:06d}-{some.stop - 1:06d}", unit=True)
-        parts.append(filed(own, clock, budget, lambda some=some, share=share, own=own: answer(some, share, own)))
+        name = f"{first:06d}-{some.stop - 1:06d}"
+        parts.append(filed(files, name, clock, budget, lambda own, some=some, share=share: answer(some, share, own)))
     return joined(parts)
 
 
-def filed(files: Checkpoint, clock: Clock, budget: Budget, answer: Callable[[], Result]) -> Result:
-    """The answer in the checkpoint, or that of `answer`, which is filed there once nothing cut it short."""
-    found = files.load(ANSWER)
+def filed(files: Checkpoint | None, name: str, clock: Clock, budget: Budget, answer: Callable[[Any], Result]) -> Result:
+    """The answer in a unit of the checkpoint, or that of `answer`, which is filed there unless something cut it short.
+
+    answer: is given the checkpoint of the unit, for the state of its work; None where there is none.
+    """
+    if files is None:
+        return answer(None)
+    own = files.part(name, unit=True)
+    found = own.load(ANSWER)
     if found is not None:
         return from_plain(found)
-    result = answer()
+    result = answer(own)
     limited = clock.limited or budget.stars is None
-    short = Reason.INTERRUPTED in result.reasons or (limited and Reason.BUDGET in result.reasons)
-    if not short:
-        files.save(ANSWER, to_plain(result))
+    if Reason.INTERRUPTED not in result.reasons and not (limited and Reason.BUDGET in result.reasons):
+        own.save(ANSWER, to_plain(result))
+        own.tidy(ANSWER)
     return result
 
 
@@ -97,15 +103,17 @@ def joined(parts: Sequence[Any]) -> Any:
 def _stats(parts: Sequence[ReachStats]) -> ReachStats:
     whole = parts[0]
     for part in parts[1:]:
-        layers = added(whole, part) if len(whole.layers) == len(part.layers) else replace(part, layers=whole.layers or part.layers)
-        whole = replace(
-            layers,
-            method=" + ".join(dict.fromkeys((*whole.method.split(" + "), *part.method.split(" + ")))),
-            seconds=whole.seconds + part.seconds,
-            branches=whole.branches + part.branches,
-            fallback=whole.fallback or part.fallback,
-        )
-    return whole
+        if len(whole.layers) == len(part.layers):
+            whole = added(whole, part)
+    methods = dict.fromkeys(name for part in parts for name in part.method.split(" + "))
+    return replace(
+        whole,
+        method=" + ".join(methods),
+        root_bounds=parts[0].root_bounds,
+        seconds=sum(part.seconds for part in parts),
+        branches=sum(part.branches for part in parts),
+        fallback=next((part.fallback for part in parts if part.fallback), ""),
+    )
 
 
 def _kernels(parts: Sequence[Kernels]) -> Kernels:

@@ -68,7 +68,14 @@ class Engine(Protocol):
     name: str
     load: int  # how many times as many stars a chunk should have as it has for vertices
     tally: Tally
-    state: list[Any]  # what it knows beside the chunks, as plain data
+
+    @property
+    def state(self) -> list[Any]:
+        """What it knows beside the chunks, as plain data."""
+        ...
+
+    @state.setter
+    def state(self, state: list[Any]) -> None: ...
 
     def advance(self, chunk: Any, clock: Clock, room: float) -> list[Any]:
         """Chunks after a step of a chunk, in about `room` bytes.

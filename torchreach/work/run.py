@@ -100,7 +100,6 @@ def _in_processes(
             return None
 
 
-
 def _worth_forking(frontier: Frontier) -> bool:
     passed = frontier.clock.elapsed
     if passed < FORK_SECONDS or frontier.open < SMALLEST_SHARE * frontier.workers:

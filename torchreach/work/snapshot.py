@@ -89,7 +89,8 @@ class Snapshots:
         if tree["network"] != self.network:
             log.warning("a checkpoint's regions were cut on other bounds or weights: the enumeration begins anew")
             return False
-        stars = [self.files.load(f"stars-{k:06d}", device) for k in range(tree["parts"] if self.kept is not None else 0)]
+        parts = range(0 if self.kept is None else tree["parts"])
+        stars = [self.files.load(f"stars-{k:06d}", device) for k in parts]
         if any(part is None for part in stars):
             log.warning("a checkpoint misses output stars: the enumeration begins anew")
             return False
