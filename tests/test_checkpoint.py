@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 import torchreach as tr
 from tests.networks import random_network
+from tests.test_cli import run
 from tests.test_deployed import case as int8_case
 from torchreach.core import checkpoint
 from torchreach.core.checkpoint import Checkpoint
 from torchreach.core.plain import digest
 from torchreach.read.module import chain
+from torchreach.read.save import onnx_bytes
 from torchreach.verbs import units
 from torchreach.verbs.storage import to_plain
 
@@ -160,13 +162,14 @@ def test_a_run_in_processes_goes_on_to_the_same_regions(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr("torchreach.work.run.FORK_SECONDS", 0.0)
     monkeypatch.setattr("torchreach.work.run.FORK_CHUNKS", 0.01)
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.2)
     folder = tmp_path / "checkpoint"
 
-    def run(place: Path | None) -> tr.ReachResult:
-        return tr.reach(random_network(0, [3, 24, 24, 2]), boxes(3, 0.8), tr.Exact("vertices"), checkpoint=place)
+    def reach(place: Path | None) -> tr.ReachResult:
+        return tr.reach(random_network(0, [3, 32, 32, 2]), boxes(3, 1.0), tr.Exact("vertices"), checkpoint=place)
 
-    killed(lambda: run(folder), 6)
-    resumed, whole = run(folder), run(None)
+    killed(lambda: reach(folder), 4)
+    resumed, whole = reach(folder), reach(None)
     assert int(resumed.count) == int(whole.count) == len(resumed.stars)
     torch.testing.assert_close(resumed.upper, whole.upper, rtol=0, atol=1e-12)
     assert resumed.stats.splits == whole.stats.splits
@@ -206,11 +209,15 @@ OTHERS = {
 def test_another_question_is_refused_by_what_differs(difference, tmp_path):
     asked = {"original": SMALL[0], "compressed": SMALL[1], "stars": boxes(3, 0.5), "method": tr.Exact()}
     tr.discrepancy(**asked, checkpoint=tmp_path / "c")
+    change = OTHERS[difference]
+    ask = tr.attribute if change is None else tr.discrepancy
+    asked = (
+        {**asked, **(change or {})}
+        if change is not None
+        else dict(zip(("original", "compressed"), SMALL, strict=True), stars=asked["stars"])
+    )
     with pytest.raises(tr.TorchreachError, match=f"belongs to another question: .*{difference}"):
-        if OTHERS[difference] is None:
-            tr.attribute(*SMALL, boxes(3, 0.5), checkpoint=tmp_path / "c")
-        else:
-            tr.discrepancy(**asked | OTHERS[difference], checkpoint=tmp_path / "c")
+        ask(**asked, checkpoint=tmp_path / "c")
 
 
 def test_another_dtype_is_another_question(tmp_path):
@@ -322,3 +329,17 @@ def test_units_are_answered_in_the_order_of_their_inputs(tmp_path, monkeypatch):
     assert found.status == whole.status
     torch.testing.assert_close(found.upper, whole.upper, rtol=0, atol=1e-12)
     assert replace(found.stats, seconds=0).splits == replace(whole.stats, seconds=0).splits
+
+
+def test_the_commands_go_on_from_a_checkpoint(tmp_path):
+    files = [tmp_path / "a.onnx", tmp_path / "b.onnx"]
+    for network, path in zip(SMALL, files, strict=True):
+        path.write_bytes(onnx_bytes(network, (3,)))
+    command = ["compare", *files, "--box", "0,0.5; 0,0.5; 0,0.5", "--checkpoint", tmp_path / "c"]
+    first, second = run(*command), run(*command)
+    assert first.exit_code == second.exit_code == 0
+    assert "certified: |y1 - y2| <= " in first.output
+    assert first.output.splitlines()[-1].split("(")[0] == second.output.splitlines()[-1].split("(")[0]
+    other = run(*command, "--tolerance", "0.1")
+    assert other.exit_code == 2
+    assert "tolerance is nothing there and 0.1 here" in other.output.replace("\n", " ")

@@ -24,6 +24,7 @@ from torchreach.app.cli_options import (
     Box,
     By,
     Center,
+    Checkpoint,
     Clip,
     Compressed,
     Confidence,
@@ -116,6 +117,7 @@ def compare(
     seconds: Seconds = None,
     stars: Stars = None,
     memory: Memory = None,
+    checkpoint: Checkpoint = None,
     device: Device = "cpu",
     dtype: Dtype = "float64",
     method: Method = "auto",
@@ -131,7 +133,7 @@ def compare(
     check_networks(original, compressed)
     sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
     asked = CompareSetup(tolerance, gap, arithmetic, kernels)
-    setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj)
+    setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj, checkpoint)
     from torchreach.app import commands
 
     raise typer.Exit(commands.compare(setup, (original, compressed), sets, asked))
@@ -164,6 +166,7 @@ def equivalent(
     seconds: Seconds = None,
     stars: Stars = None,
     memory: Memory = None,
+    checkpoint: Checkpoint = None,
     device: Device = "cpu",
     dtype: Dtype = "float64",
     arithmetic: Arithmetic = None,
@@ -178,7 +181,7 @@ def equivalent(
     check_networks(original, compressed)
     sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
     asked = EquivalentSetup(epsilon, top1, arithmetic, kernels, confidence)
-    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj)
+    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj, checkpoint)
     from torchreach.app import commands
 
     raise typer.Exit(commands.equivalent(setup, (original, compressed), sets, asked))
@@ -212,6 +215,7 @@ def audit(
     seconds: Seconds = None,
     stars: Stars = None,
     memory: Memory = None,
+    checkpoint: Checkpoint = None,
     device: Device = "cpu",
     dtype: Dtype = "float64",
     arithmetic: Arithmetic = None,
@@ -227,7 +231,7 @@ def audit(
 
     check_networks(original, compressed)
     asked = AuditSetup(data, labels, eps, clip, shape, confidence, arithmetic, kernels)
-    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj)
+    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj, checkpoint)
     from torchreach.app import commands
 
     raise typer.Exit(commands.audit(setup, (original, compressed), asked))
@@ -276,6 +280,7 @@ def attribute(
     seconds: Seconds = None,
     stars: Stars = None,
     memory: Memory = None,
+    checkpoint: Checkpoint = None,
     device: Device = "cpu",
     dtype: Dtype = "float64",
 ) -> None:
@@ -290,7 +295,7 @@ def attribute(
     check_networks(original, compressed)
     sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
     asked = AttributeSetup(samples, seed, keep_float)
-    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj)
+    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj, checkpoint)
     if save is not None:
         if keep_float is None:
             raise OptionError("--save belongs to --keep-float: without it there is no mixed network")
@@ -332,6 +337,7 @@ def repair(
     seconds: Seconds = None,
     stars: Stars = None,
     memory: Memory = None,
+    checkpoint: Checkpoint = None,
     device: Device = "cpu",
     dtype: Dtype = "float64",
     method: Method = "auto",
@@ -347,7 +353,7 @@ def repair(
     check_networks(original, compressed)
     sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
     options = RepairSetup(target, target_max, alpha, iterations, epochs, rate, seed, by)
-    setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj)
+    setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj, checkpoint)
     check_repair(method, compressed, save)
     from torchreach.app import commands
 

@@ -75,6 +75,7 @@ def compare(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: Com
             budget=setup.budget,
             progress=live.stars,
             kernels=asked.kernels,
+            checkpoint=setup.checkpoint,
         )
     report = Report(
         "compare",
@@ -117,6 +118,7 @@ def equivalent(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: 
             progress=live.stars,
             arithmetic=asked.arithmetic,
             kernels=asked.kernels,
+            checkpoint=setup.checkpoint,
         )
     show.print_line(setup.out, f"input set: {inputs.text}")
     show.print_equivalence(setup.out, found, inputs.labels)
@@ -127,8 +129,7 @@ def equivalent(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: 
         show.print_values(setup.out, f"witness, an input of {inputs.labels[worst(found)]}", x[0], values)
     if setup.output is not None:
         networks = _described(paths, (original, runs))
-        settings = setup.settings(**asdict(asked))
-        seconds = time.monotonic() - setup.began
+        settings, seconds = setup.settings(**asdict(asked)), time.monotonic() - setup.began
         text = equivalence_json(found, inputs, networks, setup.command_line, settings, seconds)
         write_files(setup.output, {"report.json": text})
         show.print_line(setup.out, f"report: {setup.output / 'report.json'}")
@@ -154,6 +155,7 @@ def audit(setup: Setup, paths: tuple[Path, Path], asked: AuditSetup) -> int:
             progress=live.inputs,
             kernels=asked.kernels,
             arithmetic=asked.arithmetic,
+            checkpoint=setup.checkpoint,
         )
     show.print_rows(setup.out, audit_rows(found), f"{len(found):,} inputs of {asked.data}")
     if setup.output is not None:
@@ -187,6 +189,7 @@ def attribute(
             samples=asked.samples,
             seed=asked.seed,
             progress=live.count,
+            checkpoint=setup.checkpoint and setup.checkpoint / "attribution",
         )
         if asked.keep_float is not None:
             kept = keep_float(
@@ -197,6 +200,7 @@ def attribute(
                 order=found.order,
                 budget=limits,
                 progress=live.count,
+                checkpoint=setup.checkpoint and setup.checkpoint / "kept",
             )
     show.print_attribution(setup.out, found)
     if kept is not None and saved is not None:
@@ -210,8 +214,7 @@ def attribute(
         show.print_line(setup.out, f"report: {setup.output / 'report.json'}")
     if kept is not None:
         show.print_sentence(setup.out, kept_sentence(kept), kept.satisfied, not kept.satisfied)
-    ok = kept is None or kept.satisfied
-    return _status(setup, ok, bool(pressed))
+    return _status(setup, kept is None or kept.satisfied, bool(pressed))
 
 
 def repair(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, options: RepairSetup, saved: Path | None) -> int:
@@ -220,9 +223,8 @@ def repair(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, options: Re
     original, compressed = load(paths[0]).to(device), _compressed(paths).to(device)
     inputs = _inputs(setup, sets, paths, original, device)
     if saved is not None and saved.suffix.lower() == ".onnx":
-        onnx_bytes(
-            load(compressed, input_shape=inputs.stars.shape), inputs.stars.shape
-        )  # refuses layers now rather than after the work
+        # refuses layers now rather than after the work
+        onnx_bytes(load(compressed, input_shape=inputs.stars.shape), inputs.stars.shape)
     networks = {"original": original, "compressed": compressed}
     names = {role: str(path) for role, path in zip(networks, paths, strict=True)}
     show.print_line(setup.out, f"input set: {inputs.text}")
@@ -266,7 +268,6 @@ def _inputs(
     setup: Setup, sets: SetOptions, paths: tuple[Path, Path], original: nn.Module, device: torch.device
 ) -> InputSet:
     """The input set, in the shape that the files say an input has."""
-
     return read_input_set(sets, original, getattr(torch, setup.dtype), _file_shape(paths)).to(device)
 
 
@@ -315,6 +316,7 @@ def _repair(
             exact=method,
             budget=setup.budget,
             progress=live.step,
+            checkpoint=setup.checkpoint,
         )
 
 
@@ -432,11 +434,10 @@ def evaluate(network: nn.Module, x: Tensor, found: Discrepancy | Equivalence | N
 
 def at_witnesses(original: nn.Module, compressed: nn.Module, found: Discrepancy) -> tuple[Tensor, Tensor]:
     """y1 and y2, [S, N] each: output n at the witness of output n."""
-    both = (
+    first, second = (
         torch.stack([evaluate(network, x, found).diagonal() for x in found.witness])
         for network in (original, compressed)
     )
-    first, second = both
     return first, second
 
 

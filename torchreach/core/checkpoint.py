@@ -93,7 +93,7 @@ class Checkpoint:
             with cast("Any", safe_open(path, framework="pt", device="cpu")) as file:
                 said: dict[str, str] = file.metadata() or {}
                 tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in list(file.keys())}
-            if said.get("question") != self.question:
+            if said.get("question") != f"{self.question} {name}":
                 log.info("%s belongs to another question: its work is done again", path)
                 return None
             if said.get("sha256") != _checksum(said["question"], said["tree"], tensors):
@@ -111,7 +111,8 @@ class Checkpoint:
         """
         tensors: dict[str, Tensor] = {}
         text = json.dumps(_taken(tree, tensors))
-        said = {"question": self.question, "tree": text, "sha256": _checksum(self.question, text, tensors)}
+        question = f"{self.question} {name}"
+        said = {"question": question, "tree": text, "sha256": _checksum(question, text, tensors)}
         path = self._path(name)
         try:
             with whole(path) as draft:
