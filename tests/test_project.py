@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "work": {"core", "graph", "lp", "sets", "domains", "engines"},
     "search": {"core", "graph", "lp", "domains"},
     "check": set(),
-    "verbs": BELOW_VERBS | {"check"},
+    "verbs": BELOW_VERBS | {"check", "top"},  # the version
     "training": BELOW_VERBS | {"verbs"},
     "reference": {"core", "graph", "read"},
     "app": BELOW_VERBS | {"check", "verbs", "training", "reference", "top"},

@@ -51,7 +51,8 @@ def same(one, two):
     if isinstance(one, nn.Module):
         return all(same(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
     if dataclasses.is_dataclass(one) and not isinstance(one, enum.Enum):
-        return all(same(getattr(one, f.name), getattr(two, f.name)) for f in dataclasses.fields(one))
+        kept = [f.name for f in dataclasses.fields(one) if f.metadata.get("kept", True)]
+        return all(same(getattr(one, name), getattr(two, name)) for name in kept)
     if isinstance(one, tuple):
         return len(one) == len(two) and all(map(same, one, two))
     if isinstance(one, dict):

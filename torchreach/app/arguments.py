@@ -34,8 +34,7 @@ METHODS = {
     "vertices": Exact("vertices"),
     "programs": Exact("programs"),
 }
-ARRAYS = (".json", ".npy", ".csv")
-STATE_DICTS = (".pth", ".pt")
+ARRAYS, STATE_DICTS = (".json", ".npy", ".csv"), (".pth", ".pt")
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ class Setup:
     out: Console = field(default_factory=Console)
     err: Console = field(default_factory=lambda: Console(stderr=True))
     began: float = field(default_factory=time.monotonic)
+    checkpoint: Path | None = None
     files: Mapping[str, Path] = field(default_factory=dict)  # what else is written, by option
 
     @staticmethod
@@ -63,6 +63,7 @@ class Setup:
         memory: str | None,
         output: Path | None,
         command_line: str,
+        checkpoint: Path | None = None,
     ) -> Setup:
         """Checked options; whether a CUDA device exists is asked later. Raises OptionError."""
         _check_choice("--dtype", dtype, DTYPES)
@@ -75,7 +76,7 @@ class Setup:
         size = None if memory is None else _bytes(memory)
         if output is not None:
             check_folder(output)
-        return Setup(device, dtype, method, Budget(seconds, stars, size), output, command_line)
+        return Setup(device, dtype, method, Budget(seconds, stars, size), output, command_line, checkpoint=checkpoint)
 
     def settings(self, **more: Any) -> dict[str, Any]:
         """The options as JSON values, for the report."""

@@ -27,6 +27,7 @@ from torchreach.app.cli_options import (
     By,
     Center,
     Certificate,
+    Checkpoint,
     Clip,
     Compressed,
     Confidence,
@@ -125,6 +126,7 @@ def compare(
     seconds: Seconds = None,
     stars: Stars = None,
     memory: Memory = None,
+    checkpoint: Checkpoint = None,
     device: Device = "cpu",
     dtype: Dtype = "float64",
     method: Method = "auto",
@@ -140,7 +142,7 @@ def compare(
     check_networks(original, compressed)
     sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
     asked = CompareSetup(tolerance, gap, arithmetic, kernels)
-    setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj)
+    setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj, checkpoint)
     from torchreach.app import commands
     from torchreach.app.files import writing
 
@@ -179,6 +181,7 @@ def equivalent(
     seconds: Seconds = None,
     stars: Stars = None,
     memory: Memory = None,
+    checkpoint: Checkpoint = None,
     device: Device = "cpu",
     dtype: Dtype = "float64",
     arithmetic: Arithmetic = None,
@@ -193,7 +196,7 @@ def equivalent(
     check_networks(original, compressed)
     sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
     asked = EquivalentSetup(epsilon, top1, arithmetic, kernels, confidence)
-    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj)
+    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj, checkpoint)
     from torchreach.app import commands
     from torchreach.app.files import writing
 
@@ -232,6 +235,7 @@ def audit(
     seconds: Seconds = None,
     stars: Stars = None,
     memory: Memory = None,
+    checkpoint: Checkpoint = None,
     device: Device = "cpu",
     dtype: Dtype = "float64",
     arithmetic: Arithmetic = None,
@@ -247,7 +251,7 @@ def audit(
 
     check_networks(original, compressed)
     asked = AuditSetup(data, labels, eps, clip, shape, confidence, arithmetic, kernels)
-    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj)
+    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj, checkpoint)
     from torchreach.app import commands
     from torchreach.app.files import writing
 
@@ -299,6 +303,7 @@ def attribute(
     seconds: Seconds = None,
     stars: Stars = None,
     memory: Memory = None,
+    checkpoint: Checkpoint = None,
     device: Device = "cpu",
     dtype: Dtype = "float64",
 ) -> None:
@@ -313,7 +318,7 @@ def attribute(
     check_networks(original, compressed)
     sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
     asked = AttributeSetup(samples, seed, keep_float)
-    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj)
+    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj, checkpoint)
     if save is not None:
         if keep_float is None:
             raise OptionError("--save belongs to --keep-float: without it there is no mixed network")
@@ -360,6 +365,7 @@ def repair(
     seconds: Seconds = None,
     stars: Stars = None,
     memory: Memory = None,
+    checkpoint: Checkpoint = None,
     device: Device = "cpu",
     dtype: Dtype = "float64",
     method: Method = "auto",
@@ -375,7 +381,7 @@ def repair(
     check_networks(original, compressed)
     sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
     options = RepairSetup(target, target_max, alpha, iterations, epochs, rate, seed, by)
-    setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj)
+    setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj, checkpoint)
     check_repair(method, compressed, save)
     from torchreach.app import repairing
     from torchreach.app.files import writing

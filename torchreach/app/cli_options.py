@@ -92,6 +92,14 @@ Memory = Annotated[
         rich_help_panel=ENGINE,
     ),
 ]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder from which the same command goes on if it is killed, made if missing. Default: none.",
+        metavar="DIR",
+        rich_help_panel=ENGINE,
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", rich_help_panel=ENGINE)]
 Dtype = Annotated[
     str,

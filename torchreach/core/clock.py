@@ -92,6 +92,18 @@ class Clock:
 NO_LIMIT = Clock()  # for callers without a budget; nobody can interrupt it
 
 
+class Watch:
+    """What a part of a clock takes for Ctrl-C: that of the clock, or `ended`. Each look calls `tick`, in one thread."""
+
+    def __init__(self, clock: Clock, tick: Callable[[], object]) -> None:
+        self.clock, self.tick, self.thread, self.ended = clock, tick, threading.get_ident(), False
+
+    def __len__(self) -> int:
+        if threading.get_ident() == self.thread:
+            self.tick()
+        return int(self.ended or self.clock.interrupted)
+
+
 @contextmanager
 def first_interrupt() -> Generator[list[int], None, None]:
     """Make the first Ctrl-C fill the list this yields instead of raising; the second one raises as usual.

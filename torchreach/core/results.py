@@ -124,7 +124,9 @@ class Certifiable:
     prover: writes the certificate; None where this reading of the networks has none, or the result came from a file.
     """
 
-    prover: Callable[[Any, Path, Budget], Certificate] | None = field(default=None, repr=False, kw_only=True)
+    prover: Callable[[Any, Path, Budget], Certificate] | None = field(
+        default=None, repr=False, kw_only=True, metadata={"kept": False}
+    )
 
     def save_certificate(self, path: str | Path, budget: Budget | None = None) -> Certificate:
         """Finds a proof of the bounds and writes it at `path`, whole or not; `torchreach check` verifies it.

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,15 @@ class ProgramEngine:
         self.whole, self.shared_layer = False, -1
         # Per layer: the features live at the root, and their weights into the next layer.
         self._weights: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def state(self) -> list[Any]:
+        """What it knows beside the chunks, as plain data."""
+        return [self.whole, self.shared_layer]
+
+    @state.setter
+    def state(self, state: list[Any]) -> None:
+        self.whole, self.shared_layer = state
 
     # -- life of a chunk ------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +82,7 @@ class VertexEngine:
         self.tolerances = tolerances
         self.tally = tally
         self.keep_facets = keep_facets
+        self.state: list[Any] = []  # nothing but the chunks
         self.somewhere = torch.empty(0)  # [S_in, M] a predicate point of each input star, set by `start`
         # signs[l] [S_in, N]: +1 or -1 where root bounds settle the neuron, 0 where it is live
         self.signs = signs

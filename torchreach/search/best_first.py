@@ -9,6 +9,7 @@ Axis letters: B open sub-problems.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
@@ -44,6 +45,30 @@ class Open(Protocol):
 Work = TypeVar("Work", bound=Open)
 
 
+@dataclass
+class Tree:
+    """What a search has open and has learned, written before each of its states: another search can go on from it.
+
+    left: the open sub-problems; None before there are any. finished: [2, N_out] largest bounds of those that are done.
+    branches: as of a `SearchResult`. lower, witness: what is attained, and where. learned: plain data, of whoever
+    divides. root: bounds that the sub-problems are parts of.
+    """
+
+    left: Any = None
+    finished: Tensor | None = None
+    branches: int = 0
+    lower: Tensor | None = None
+    witness: Tensor | None = None
+    learned: Any = None
+    root: Any = None
+
+    def attained(self, met: Evidence) -> None:
+        """Puts what was attained into `met`."""
+        assert self.lower is not None
+        assert self.witness is not None
+        met.lower, met.witness = self.lower, self.witness
+
+
 def best_first(
     left: Work,
     divide: Callable[[Work], Work],
@@ -52,14 +77,19 @@ def best_first(
     *,
     full: Callable[[Work], bool],
     batch: Callable[[Work, Tensor], int] = lambda *_: 1,
+    tree: Tree | None = None,
+    learned: Callable[[], Any] = lambda: None,
 ) -> Iterator[SearchResult]:
     """States of a search, one per batch; it ends with nothing open, when `full`, or when `divide` raises OutOfTime.
 
     left: the root, bounded. divide: bounded parts that cover what it is given. evidence: what is attained [2, N_out],
     which `divide` may add to. full: whether the open sub-problems are as many as there may be, or the time is over.
     batch: how many of the open ones to divide at a time, given by how much each exceeds what is asked first.
+    tree: kept up to date, with what `learned` gives; where it has open sub-problems, `left` are these.
     """
     finished, branches = torch.full_like(evidence.lower, -torch.inf), len(left)
+    if tree is not None and tree.finished is not None:
+        finished, branches = tree.finished, tree.branches
     while True:
         met = evidence.lower
         enough = question.enough(met)
@@ -67,6 +97,9 @@ def best_first(
         finished = torch.maximum(finished, left.select(~alive).top(met))
         left = left.select(alive)
         upper = torch.maximum(torch.maximum(finished, left.top(met)), met)
+        if tree is not None:
+            tree.left, tree.finished, tree.branches, tree.learned = left, finished, branches, learned()
+            tree.lower, tree.witness = met, evidence.witness
         yield SearchResult(met, upper, evidence.witness, branches, len(left), bool((upper <= enough).all()))
         if not len(left) or full(left):
             return

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from torchreach.domains.crown import NUMBERS
 from torchreach.domains.difference import Takes, checked_boxes
 from torchreach.domains.joint import Both, JointBounds, joint_bounds
 from torchreach.domains.pair import Pair
-from torchreach.search.best_first import best_first, largest, largest_excess
+from torchreach.search.best_first import Tree, best_first, largest, largest_excess
 from torchreach.search.result import Best, Constraints, Finish, Question, SearchResult
 from torchreach.search.witness import ascend
 
@@ -73,6 +74,7 @@ def search_boxes(
     starts: int = 8,
     seed: int = 0,
     root: FirstBounds | None = None,
+    tree: Tree | None = None,
     clock: Clock = NO_LIMIT,
 ) -> Iterator[SearchResult]:
     """States of a search over one box lower <= x <= upper [N_in], one per batch; it ends with a closed one.
@@ -84,6 +86,7 @@ def search_boxes(
         batch: boxes halved at a time, at most; by default what suits the device. starts, seed: of the witness search
             that comes first (`ascend`).
         root: `first_bounds` of the box, where they are at hand.
+        tree: kept up to date for another search to go on from; this one goes on from it where it is of one.
         clock: looked at in every chunk of boxes; when it is over, the state so far is the last one. OutOfTime only at
             the first state, and only without `root`.
 
@@ -92,21 +95,29 @@ def search_boxes(
     question = question or Question()
     both = Both.of(compared.first, compared.second, compared) if isinstance(compared, Pair) else compared
     low, high = one_box(both, lower, upper)
-    root = first_bounds(both, low, high, clock=clock, memory=memory / 2) if root is None else root
-    caps = root.upper
-    best = ascend(both, low, high, constraints, starts=starts, seed=seed, clock=clock)
-    most = batch or batch_size(BATCH, low.device)
-    work = _Work(both, best, question, constraints, finish, clock, memory, most, int((low < high).sum()))
-    try:
-        left = work.bounded(low, high, caps, low.new_zeros(1, both.hidden, dtype=torch.int8), root.joint)
-    except OutOfTime:
-        yield SearchResult(best.met.lower, torch.maximum(caps[0], best.met.lower), best.met.witness, 1, 1, False)
-        return
+    most, shared = batch or batch_size(BATCH, low.device), (question, constraints, finish, clock, memory)
+    varying = int((low < high).sum())
+    if tree is not None and tree.left is not None:
+        best = Best(both, low, high, low, constraints, clock)
+        tree.attained(best.met)
+        work, left = _Work(both, best, *shared, most, varying), tree.left
+        work.learned = tree.learned
+    else:
+        root = first_bounds(both, low, high, clock=clock, memory=memory / 2) if root is None else root
+        caps = root.upper
+        best = ascend(both, low, high, constraints, starts=starts, seed=seed, clock=clock)
+        work = _Work(both, best, *shared, most, varying)
+        try:
+            left = work.bounded(low, high, caps, low.new_zeros(1, both.hidden, dtype=torch.int8), root.joint)
+        except OutOfTime:
+            yield SearchResult(best.met.lower, torch.maximum(caps[0], best.met.lower), best.met.witness, 1, 1, False)
+            return
 
     def full(left: Boxes) -> bool:
         return left.bytes * COPIES > memory or clock.over
 
-    yield from best_first(left, work.divide, question, best.met, batch=work.batch, full=full)
+    know = {"tree": tree, "learned": lambda: work.learned}
+    yield from best_first(left, work.divide, question, best.met, batch=work.batch, full=full, **know)
 
 
 @dataclass(frozen=True)
@@ -191,6 +202,15 @@ class _Work:
         self.tried, self.worth = [0.0] * 32, [0.0] * 32
         self.rounds = self.regions = self.bounds = 0
         self.expected = 0.0  # of `regions`
+
+    @property
+    def learned(self) -> list[Any]:
+        """As plain data."""
+        return [self.tried, self.worth, self.rounds, self.regions, self.bounds, self.expected]
+
+    @learned.setter
+    def learned(self, values: list[Any]) -> None:
+        self.tried, self.worth, self.rounds, self.regions, self.bounds, self.expected = values
 
     def batch(self, left: Boxes, excess: Tensor) -> int:
         """How many of the open boxes to divide: twice as many every round, until one round is as long as it may be.

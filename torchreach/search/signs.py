@@ -24,7 +24,6 @@ Axis letters: R branches, N undecided neurons of a layer.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -37,12 +36,12 @@ from torchreach.domains.difference import CHUNK, Backward, difference_bounds
 from torchreach.domains.hexagon import Hexagon
 from torchreach.domains.pair import Pair
 from torchreach.domains.stairs import StairPair
-from torchreach.search.best_first import best_first
+from torchreach.search.best_first import Tree, best_first
 from torchreach.search.boxes import one_box
 from torchreach.search.dual import Dual
 from torchreach.search.leaves import solve_leaves
 from torchreach.search.reduced_pair import Reduced
-from torchreach.search.result import Attained, Constraints, Question, SearchResult
+from torchreach.search.result import Attained, Best, Constraints, Question, SearchResult
 from torchreach.search.witness import ascend
 
 ROOT_STEPS, STEPS, LEAF_STEPS, LAYER_STEPS = 150, 30, 200, 40
@@ -173,6 +172,7 @@ def search_signs(
     root: tuple[Hexagon, ...] | None = None,
     stairs: tuple[StairPair | None, ...] = (),
     best: Attained | None = None,
+    tree: Tree | None = None,
     clock: Clock = NO_LIMIT,
 ) -> Iterator[SearchResult]:
     """States of a search over one box lower <= x <= upper [N_in], one per batch.
@@ -187,6 +187,8 @@ def search_signs(
         root: `difference_bounds` of the box, where they are at hand.
         stairs: of each hidden layer, where networks round (`RelaxedDifference.staircases`); then with `root`.
         best: what is attained, where the pair itself attains nothing; else witnesses are searched.
+        tree: kept up to date for another search to go on from (where nothing rounds); this one goes on from it where it
+            is of one.
         clock: looked at in every step of every descent; when it is over, the state so far is the last one. OutOfTime
             only at the first state, and only without `root`.
 
@@ -195,11 +197,16 @@ def search_signs(
     question = question or Question()
     low, high = one_box(pair, lower, upper)
     n = pair.outputs
+    if tree is not None and tree.left is not None:
+        best, root = Best(pair, low, high, low, constraints, clock), tree.root
+        tree.attained(best.met)
     root = difference_bounds(pair, low, high, clock=clock, memory=memory / 2) if root is None else root
     if best is None:  # of what rounds nothing was gained by `_closer`: noise outweighs what inputs share
         best = ascend(pair, low, high, constraints, starts=starts, seed=seed, clock=clock)
         if bool((root[-1].sides[0] > question.enough(best.met.lower)).any()):
             root = _closer(pair, low, high, root, memory, clock)
+    if tree is not None:
+        tree.root = root
     *hidden, output = root
     work = Backward(pair, low, high)
     for k, hexagon in enumerate(hidden):
@@ -232,14 +239,20 @@ def search_signs(
     def full(left: Branches) -> bool:
         return left.bytes * COPIES > memory or clock.over
 
-    left = bounded(packed, None, torch.arange(2 * n, device=low.device), output.sides[0].flatten())
     most = min(batch or batch_size(BATCH, low.device), max(limit // 2, 1))
-    rounds = itertools.count()
+    rounds = 0
+    if tree is not None and tree.left is not None:
+        left, rounds = tree.left, tree.learned
+    else:
+        left = bounded(packed, None, torch.arange(2 * n, device=low.device), output.sides[0].flatten())
 
     def size(*_: object) -> int:
-        return min(FIRST << min(next(rounds), 30), most)
+        nonlocal rounds
+        rounds += 1
+        return min(FIRST << min(rounds - 1, 30), most)
 
-    yield from best_first(left, divide, question, best.met, batch=size, full=full)
+    know = {"tree": tree, "learned": lambda: rounds}
+    yield from best_first(left, divide, question, best.met, batch=size, full=full, **know)
 
 
 def _rows(vertices: int, memory: float, layers: list[Tensor]) -> int:

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
+from torchreach.core.checkpoint import Checkpoint
 from torchreach.core.checks import check_count, check_positive
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.errors import OptionError
+from torchreach.core.plain import digest
 
 Batch = tuple[Tensor, Tensor]
 Data = Batch | Iterable[Batch]
@@ -84,6 +86,36 @@ def fit(
     objective = objective or partial(_loss, output)
     with _own_random_state(generator, free[0].device), torch.enable_grad():
         return _fit(free, output, points, data, training, rate, generator, objective, clock)
+
+
+def fit_once(
+    files: Checkpoint | None,
+    free: list[Tensor],
+    output: Callable[[Tensor], Tensor],
+    points: Batch,
+    data: Data | None,
+    training: RepairOptions,
+    rate: float,
+    generator: torch.Generator,
+    objective: Callable[[Tensor, Tensor], Tensor] | None = None,
+    clock: Clock = NO_LIMIT,
+) -> float:
+    """`fit`, whose outcome a checkpoint keeps: from the same start, points and rate it is taken again from there."""
+    if files is None:
+        return fit(free, output, points, data, training, rate, generator, objective, clock)
+    state = generator.get_state()
+    name = f"trained-{digest(free, points, rate, state)[:32]}"
+    found = files.load(name)
+    if found is not None:
+        with torch.no_grad():
+            for value, new in zip(free, found["free"], strict=True):
+                value.copy_(new)
+        generator.set_state(found["generator"])
+        return found["loss"]
+    loss = fit(free, output, points, data, training, rate, generator, objective, clock)
+    if not clock.over:
+        files.save(name, {"free": list(free), "generator": generator.get_state(), "loss": loss})
+    return loss
 
 
 def run(network: nn.Module, x: Tensor) -> Tensor:

@@ -24,12 +24,13 @@ from torch.nn.functional import pad
 
 from torchreach.compress.constraints import PRUNED_SHARE, Constraints, Grid
 from torchreach.compress.convert import converted, int8_layers
+from torchreach.core.checkpoint import Checkpoint
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.errors import InvalidNetworkError
 from torchreach.core.tolerances import COMPUTE_DTYPE
 from torchreach.graph.layers import RESHAPING
 from torchreach.graph.quantizer import Quantizer
-from torchreach.training.fit import Data, RepairOptions, batches, fit
+from torchreach.training.fit import Data, RepairOptions, batches, fit_once
 from torchreach.training.program import LayerProgram, Points
 
 # Inputs from `data` that calibration looks at, besides the points, in batches of the usual size.
@@ -74,6 +75,7 @@ class DeployedStudent:
         seed: int,
     ) -> None:
         self.given, self.training = compressed, training
+        self.files: Checkpoint | None = None
         self.generator = torch.Generator().manual_seed(seed)
         int8 = int8_layers(compressed, [layer.name for layer in _without_pooling(layers)])
         places = {place.name: place for place in int8}
@@ -107,7 +109,8 @@ class DeployedStudent:
     def retrain(self, x: Tensor, y: Tensor, data: Data | None, rate: float, clock: Clock = NO_LIMIT) -> float:
         free = list(self.free.values())
         last = self._roundings()[-1].train()
-        loss = fit(free, self._output, (x.to(free[0]), y), data, self.training, rate, self.generator, clock=clock)
+        rest = data, self.training, rate, self.generator, None, clock
+        loss = fit_once(self.files, free, self._output, (x.to(free[0]), y), *rest)
         last.eval()
         if self.is_finite():
             self._calibrate(x, data)

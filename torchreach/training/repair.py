@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ from torchreach.training.students import Student, WeightStudent
 from torchreach.training.target import Target
 from torchreach.verbs.discrepancy import discrepancy
 from torchreach.verbs.merge import merge
+from torchreach.verbs.questions import opened
 
 __all__ = ["RepairOptions", "Target", "repair"]
 
@@ -76,6 +78,7 @@ def repair(
     budget: Budget | None = None,
     tolerances: Tolerances | None = None,
     progress: Callable[[RepairStep], None] | None = None,
+    checkpoint: str | Path | None = None,
 ) -> RepairResult:
     """Copy of `compressed`, retrained until its certified discrepancy to `original` lies in the target set.
 
@@ -122,6 +125,8 @@ def repair(
             solving and "auto" spend its seconds once, in all. A bounded evaluation reaches the target only if its
             certified bounds do.
         progress: called with each `RepairStep`, the evaluation of the given network first.
+        checkpoint: as of `discrepancy`. A run that goes on takes what was trained and certified from it, and does the
+            rest again; `data` that is no pair of tensors has to be the same by itself.
 
     Ctrl-C ends it: the result is the best network so far, with its certificate.
 
@@ -166,7 +171,12 @@ def repair(
             "by the stars alone"
         )
     goal.check((len(stars), run(reference, stars.center).shape[1]))
-    evaluations = Evaluations(original, stars, goal, exact, budget, tolerances, evaluate, progress)
+    asked = {"target": goal, "method": method, "alpha": alpha, "step": step, "loss": loss, "seed": seed}
+    asked |= {"training": training, "exact": exact, "tolerances": tolerances, "layers": layers}
+    asked |= {"data": data if isinstance(data, tuple) else None, "constraints": constraints, "keep": keep or None}
+    networks = {"original": original, "compressed": compressed}
+    files = student.files = opened(checkpoint, "repair", networks, stars, budget or Budget(), **asked)
+    evaluations = Evaluations(original, stars, goal, exact, budget, tolerances, evaluate, progress, files)
     retraining = Retraining(reference, student, evaluations, training, data, step, alpha, seed)
     # By construction the budget's seconds are those of the whole; while retraining each evaluation has them.
     with running(None if method == "retrain" or budget is None else budget.seconds) as clock:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from torchreach.compress.constraints import Constraints
+from torchreach.core.checkpoint import Checkpoint
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.errors import InvalidNetworkError
 from torchreach.graph.weights import standalone_copy
-from torchreach.training.fit import Data, RepairOptions, fit
+from torchreach.training.fit import Data, RepairOptions, fit_once
 from torchreach.training.loss import DiscrepancyLoss
 
 BOXES = 16  # per optimiser step
@@ -27,6 +28,7 @@ class Student(Protocol):
     """What the repair loop asks of a network in training."""
 
     network: nn.Module
+    files: Checkpoint | None  # where what was trained goes, and from which it is taken again
 
     def calibrate(self, x: Tensor, data: Data | None) -> bool:
         """Fits what is set from data alone, no training, once; whether there was anything to fit."""
@@ -73,6 +75,7 @@ class WeightStudent:
     ) -> None:
         self.network = standalone_copy(compressed).eval()
         self.constraints = constraints
+        self.files: Checkpoint | None = None
         self.training = training
         self.generator = torch.Generator().manual_seed(seed)
         constraints.check(self.network)
@@ -124,7 +127,8 @@ class WeightStudent:
             points, objective = self.boxes, self._certified
             training = replace(training, batch_size=min(training.batch_size, BOXES))
         free = list(self.free.values())
-        loss = fit(free, self._output, points, data, training, rate, self.generator, objective, clock)
+        rest = data, training, rate, self.generator, objective, clock
+        loss = fit_once(self.files, free, self._output, points, *rest)
         with torch.no_grad():
             named = dict(self.network.named_parameters())
             for name, value in self.free.items():

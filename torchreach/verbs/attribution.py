@@ -16,14 +16,17 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from torchreach.core.checkpoint import Checkpoint
 from torchreach.core.clock import running
 from torchreach.core.errors import OptionError, UnsupportedLayerError
 from torchreach.core.options import Budget
+from torchreach.core.plain import digest
 from torchreach.core.results import Attribution, Discrepancy, KeptFloat
 from torchreach.graph.layers import MergedAffine, alike
 from torchreach.graph.quantizer import Quantizer
@@ -37,7 +40,9 @@ from torchreach.verbs.discrepancy import discrepancy, one_dtype
 from torchreach.verbs.executed import formats
 from torchreach.verbs.float_pair import bounded_once
 from torchreach.verbs.int8_pair import rounds
+from torchreach.verbs.questions import opened
 from torchreach.verbs.softmax import both_scores
+from torchreach.verbs.units import filed
 
 # Without a budget, of comparisons that are no single pass: the first bounds of a search, and what an ascent attains.
 ONE_PASS = Budget(stars=1)
@@ -53,6 +58,7 @@ def attribute(
     samples: int = 1000,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    checkpoint: str | Path | None = None,
 ) -> Attribution:
     """How much of |y1 - y2| each layer makes: certified, attained, and on random inputs.
 
@@ -66,6 +72,7 @@ def attribute(
         samples: random inputs of each star for `sampled_mean`, `sampled_max` and `sqnr`.
         seed: of these inputs.
         progress: is told how many comparisons are done, and how many there are.
+        checkpoint: as of `discrepancy`; the run goes on from the comparison that it was at.
 
     Returns: per layer that differs, in the order of execution, three `Discrepancy`s: of the layer alone, of the step
         it makes after the layers before it, and of all layers up to it.
@@ -93,16 +100,27 @@ def attribute(
     pairs += [((), names[: k + 1]) for k in range(1, count)]
     found: list[Discrepancy] = []
     plain = hybrids.plain
-    with running((budget or Budget()).seconds) as clock:
+    limits = budget or ONE_PASS
+    networks = {"original": original, "compressed": compressed}
+    files = opened(checkpoint, "attribute", networks, stars, limits, once=budget is None)
+    with running(limits.seconds) as clock:
         for first, second in pairs:
             both = hybrids.of_layers(first), hybrids.of_layers(second)
-            if budget is None and plain:
-                found.append(bounded_once(*both, stars, clock))
-            else:
-                share, method = (ONE_PASS, "search") if budget is None else (budget, "auto")
-                if clock.limited:
-                    share = replace(share, seconds=max(clock.left / (len(pairs) - len(found)), 1e-3))
-                found.append(discrepancy(*both, stars, method, budget=share))
+            share, method = limits, "search" if budget is None else "auto"
+            if clock.limited:
+                share = replace(share, seconds=max(clock.left / (len(pairs) - len(found)), 1e-3))
+
+            def compared(
+                own: Checkpoint | None,
+                both: tuple[nn.Module, nn.Module] = both,
+                share: Budget = share,
+                method: str = method,
+            ) -> Discrepancy:
+                if budget is None and plain:
+                    return bounded_once(*both, stars, clock)
+                return discrepancy(*both, stars, method, budget=share, checkpoint=own)
+
+            found.append(filed(files, f"comparison-{len(found):03d}", clock, limits, compared))
             if progress is not None:
                 progress(len(found), len(pairs))
     alone, more = found[:count], found[count:]
@@ -120,6 +138,7 @@ def keep_float(
     order: Sequence[str] | None = None,
     budget: Budget | None = None,
     progress: Callable[[int, int], None] | None = None,
+    checkpoint: str | Path | None = None,
 ) -> KeptFloat:
     """The compressed network with as few layers of the original as it takes to be certified within `tolerance`.
 
@@ -134,6 +153,7 @@ def keep_float(
             `attribute`.
         budget: seconds of all of it together; other limits hold for each comparison.
         progress: is told how many comparisons are done, and how many there may be.
+        checkpoint: as of `attribute`.
 
     Returns: the mixed network, the layers it keeps, and its `Discrepancy` from the original.
 
@@ -147,6 +167,9 @@ def keep_float(
     if unknown:
         raise OptionError(f"order names {unknown[0]!r}, which is no layer that differs; there are {', '.join(names)}")
     done, most = 0, len(names) + len(names).bit_length() + 1
+    networks = {"original": original, "compressed": compressed}
+    options = {"tolerance": tolerance, "order": repr(None if order is None else list(order))}
+    files = opened(checkpoint, "keep_float", networks, stars, budget or Budget(), **options)
     with running((budget or Budget()).seconds) as clock:
         if order is None and names:
             part = budget if budget is None or budget.seconds is None else replace(budget, seconds=clock.left / 3)
@@ -162,7 +185,12 @@ def keep_float(
             limits = budget or Budget()
             if clock.limited:
                 limits = replace(limits, seconds=max(clock.left / max(most - done, 1), 1e-3))
-            result = discrepancy(original, hybrids.keeping(kept), stars, tolerance=tolerance, budget=limits)
+            mixed = hybrids.keeping(kept)
+
+            def compared(own: Checkpoint | None) -> Discrepancy:
+                return discrepancy(original, mixed, stars, tolerance=tolerance, budget=limits, checkpoint=own)
+
+            result = filed(files, f"kept-{digest(sorted(kept))[:16]}", clock, limits, compared)
             done += 1
             if progress is not None:
                 progress(done, max(done, most))

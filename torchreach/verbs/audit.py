@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from torchreach.compress.constraints import is_weight_only
 from torchreach.core.audited import Audit
+from torchreach.core.checkpoint import Checkpoint
 from torchreach.core.clock import Clock, running
 from torchreach.core.errors import InvalidSetError, OptionError, ShapeError
 from torchreach.core.memory import default_budget
@@ -49,6 +51,8 @@ from torchreach.verbs.labels import (
     odds,
     ties,
 )
+from torchreach.verbs.questions import opened
+from torchreach.verbs.units import TOGETHER, in_units
 
 COPIES = 32  # of the widest layer of an input that are in memory at once, codes in doubt included
 MOST = 4096  # inputs between two looks at the clock
@@ -70,6 +74,7 @@ def audit(
     progress: Callable[[int, int], None] | None = None,
     kernels: str = "any",
     arithmetic: str | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
 ) -> Audit:
     """Of each input of a test set, whether two networks certainly give it, and all within `eps`, the same label.
 
@@ -85,6 +90,7 @@ def audit(
             that are done, and of all.
         kernels: as in `discrepancy`, of torch's int8 networks; the default is any kernel. Files of LiteRT and
             onnxruntime have their own.
+        checkpoint: as in `discrepancy`; the run goes on from the last inputs that were answered.
 
     Guarantee: EQUIVALENT is certified for every kernel that is covered, NOT_EQUIVALENT has a witness, replayed on the
     modules as given. Networks that end in a softmax are compared in the scores before it, labels and |y1 - y2| alike.
@@ -112,6 +118,21 @@ def audit(
     budget = budget or Budget()
     with torch.no_grad(), running(budget.seconds) as clock:
         shape = tuple(x.shape[1:])
+        asked = {"confidence": confidence, "clip": clip, "kernels": kernels, "arithmetic": arithmetic}
+        both = {"original": original, "compressed": compressed}
+        files = opened(checkpoint, "audit", both, x, budget, eps=float(eps), labels=wanted, **asked)
+        if files is not None and not files.unit:
+
+            def answer(some: slice, share: Budget, own: Checkpoint) -> Audit:
+                def told(done: int, _: int) -> None:
+                    assert progress is not None
+                    progress(some.start + done, len(x))
+
+                right = None if wanted is None else wanted[some]
+                options = {**asked, "budget": share, "progress": progress and told, "checkpoint": own}
+                return audit(original, compressed, x[some], eps, right, **options)
+
+            return in_units(files, len(x), TOGETHER if eps else MOST, clock, budget, answer)
         networks, given = both_scored((original, compressed), shape)
         kinds = formats(original, compressed, arithmetic)
         deployed = [rounds(network, shape) for network in networks]

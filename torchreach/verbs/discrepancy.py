@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 from torch import nn
 
 from torchreach.compress.constraints import is_weight_only
+from torchreach.core.checkpoint import Checkpoint
 from torchreach.core.clock import running
 from torchreach.core.errors import OptionError, ShapeError, UnsupportedLayerError
 from torchreach.core.options import Budget, Exact, Search
@@ -24,12 +26,14 @@ from torchreach.read.load import as_network
 from torchreach.read.module import chain, reading_once
 from torchreach.search.result import Question
 from torchreach.sets.star import StarBatch
-from torchreach.verbs.certificate import of_difference
+from torchreach.verbs.certificate import provable
 from torchreach.verbs.executed import as_executed, formats, widened
 from torchreach.verbs.float_pair import compare
 from torchreach.verbs.int8_kernels import CHOICES
 from torchreach.verbs.int8_pair import deployed_discrepancy, rounds
+from torchreach.verbs.questions import opened
 from torchreach.verbs.softmax import asked_of_scores, both_scores, probabilities
+from torchreach.verbs.units import ALONE, TOGETHER, in_units
 
 METHODS = {"auto": None, "exact": Exact(), "search": Search()}
 
@@ -48,6 +52,7 @@ def discrepancy(
     progress: ProgressCallback | None = None,
     kernels: str = "here",
     arithmetic: str | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
 ) -> Discrepancy:
     """Certified interval around max |y1 - y2| per output and input star, with witnesses.
 
@@ -69,6 +74,8 @@ def discrepancy(
         arithmetic: "real" reads networks as real-valued functions of their weights; "executed" as their format
             (float16, bfloat16, float32, float64) executes them, inputs and each layer's result rounded to it; None
             does so only for networks in half precision. A float32 original of a half network is then real-valued.
+        checkpoint: a folder from which the run goes on if it is interrupted, killed or out of memory
+            (docs/scaling.md). The stars are then answered a few at a time, and `budget.seconds` are those of each call.
 
     Guarantee: for every real input x of star s, |y1_n(x) - y2_n(x)| <= upper[s, n]; at witness[s, n] it is
     at least lower[s, n]. `semantics` of the result says which reading of the networks both speak of: "float",
@@ -82,8 +89,9 @@ def discrepancy(
     that an interval can stay wider than was asked for.
 
     Raises: as `merge` and `reach`; OptionError: an unknown method, kind of kernels or arithmetic, a negative tolerance,
-        or a gap that is not positive. InvalidNetworkError: a layer that may overflow its format as executed.
-        KernelMismatchError: this machine's kernels left the certified range, see `torchreach.verbs.int8_kernels`.
+        a gap that is not positive, or a checkpoint of another question. InvalidNetworkError: a layer that may overflow
+        its format as executed. KernelMismatchError: this machine's kernels left the certified range, see
+        `torchreach.verbs.int8_kernels`.
 
     Warns: UncoveredKernelsWarning: int8 kernels that add up in a way that is not known.
 
@@ -112,7 +120,20 @@ def discrepancy(
         original, compressed = as_network(original), as_network(compressed)
         given = original, compressed
         kinds = formats(original, compressed, arithmetic)
-        if rounds(original, stars.shape) or rounds(compressed, stars.shape):
+        asked = {"method": method, "tolerance": tolerance, "gap": gap, "tolerances": tolerances}
+        asked |= {"kernels": kernels, "arithmetic": arithmetic}
+        networks = {"original": original, "compressed": compressed}
+        files = opened(checkpoint, "discrepancy", networks, stars, budget, **{**asked, "method": way})
+        deploys = rounds(original, stars.shape) or rounds(compressed, stars.shape)
+        if files is not None and not files.unit:
+
+            def answer(some: slice, share: Budget, own: Checkpoint) -> Discrepancy:
+                options = {**asked, "budget": share, "progress": progress, "checkpoint": own}
+                return discrepancy(original, compressed, stars.select(some), **options)
+
+            found = in_units(files, len(stars), ALONE if deploys else TOGETHER, clock, budget, answer)
+            return provable(found, original, compressed, stars)
+        if deploys:
             if arithmetic == "real":
                 raise OptionError(
                     "arithmetic='real' requires networks that do not round activations: compare "
@@ -146,7 +167,15 @@ def discrepancy(
 
         def real(stars: StarBatch, question: Question) -> Discrepancy:
             return compare(
-                *networks, stars, way, question, budget=budget, tolerances=tolerances, progress=progress, clock=clock
+                *networks,
+                stars,
+                way,
+                question,
+                budget=budget,
+                tolerances=tolerances,
+                progress=progress,
+                clock=clock,
+                files=files,
             )
 
         if kinds != (None, None):
@@ -156,8 +185,8 @@ def discrepancy(
         else:
             found = real(stars, asked_of_scores(question, head))
             found = probabilities(found, networks, head, stars, question, clock)
-    prover = None if head is not None else of_difference(*given, stars)
-    return replace(found, semantics=Semantics.WEIGHT_ONLY if weight_only else Semantics.FLOAT, prover=prover)
+    found = replace(found, semantics=Semantics.WEIGHT_ONLY if weight_only else Semantics.FLOAT)
+    return provable(found, *given, stars)
 
 
 def one_dtype(original: nn.Module, compressed: nn.Module, shape: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:

@@ -18,24 +18,23 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from torchreach.compress.constraints import is_weight_only
+from torchreach.core.checkpoint import Checkpoint
 from torchreach.core.clock import Clock, OutOfTime, running
-from torchreach.core.errors import OptionError, ShapeError, UnsupportedLayerError
+from torchreach.core.errors import OptionError, ShapeError
 from torchreach.core.evidence import reason
-from torchreach.core.memory import default_budget
-from torchreach.core.options import Budget, Exact, Search
+from torchreach.core.options import Budget
 from torchreach.core.results import Answer, Discrepancy, Equivalence, Progress, ProgressCallback, Reason, Semantics
-from torchreach.core.roundoff import ball, round_down, round_up
-from torchreach.core.terms import Status
+from torchreach.core.roundoff import round_down, round_up
 from torchreach.core.tolerances import COMPUTE_DTYPE, Tolerances
 from torchreach.domains.pair import identical
-from torchreach.domains.zonotope import box_rows, interval_bounds, zonotope_bounds
+from torchreach.domains.zonotope import box_rows, zonotope_bounds
 from torchreach.graph.layers import Reshape
 from torchreach.graph.steps import Step
 from torchreach.graph.weights import linear_layer
@@ -60,9 +59,11 @@ from torchreach.verbs.labels import (
     lead_rows,
     odds,
 )
+from torchreach.verbs.lead_search import LeadSearch
 from torchreach.verbs.merge import merge
-from torchreach.verbs.reach import reach_within, replay
-from torchreach.verbs.star_search import StarSearch
+from torchreach.verbs.questions import opened
+from torchreach.verbs.reach import replay
+from torchreach.verbs.units import ALONE, in_units
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +71,6 @@ SAMPLES = 256
 BISECTIONS = 60
 REPORT_SECONDS = 0.2
 PAIRS = 1024  # of labels whose leads are bounded by themselves
-# Closes once a lead is certainly negative.
-NEGATIVE = -torch.finfo(COMPUTE_DTYPE).tiny
 
 
 @reading_once()
@@ -88,6 +87,7 @@ def equivalent(
     progress: ProgressCallback | None = None,
     kernels: str = "here",
     arithmetic: str | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
 ) -> Equivalence:
     """Whether two networks agree on every input of each star: to within `epsilon`, or (`top1`) in their label.
 
@@ -104,6 +104,7 @@ def equivalent(
             (0, 1); other inputs do not count. Where a network ends in a softmax, it is that one, else one is thought
             behind its outputs; it is taken as a real function of them.
         budget, tolerances, progress, kernels, arithmetic: as in `discrepancy`. Ctrl-C ends it as a spent budget does.
+        checkpoint: as in `discrepancy`; with `top1` the run goes on from the last star that was answered.
 
     Guarantee: EQUIVALENT is certified for the networks as real-valued functions of their weights (deployed networks and
     networks in half precision: as `discrepancy` says); NOT_EQUIVALENT comes with a witness, replayed with a bound on
@@ -143,10 +144,21 @@ def equivalent(
             progress=progress,
             kernels=kernels,
             arithmetic=arithmetic,
+            checkpoint=checkpoint,
         )
         return _within(found, epsilon)
     budget = budget or Budget()
     with torch.no_grad(), running(budget.seconds) as clock:
+        asked = {"top1": True, "confidence": confidence, "kernels": kernels, "arithmetic": arithmetic}
+        networks = {"original": original, "compressed": compressed}
+        files = opened(checkpoint, "equivalent", networks, stars, budget, **asked)
+        if files is not None and not files.unit:
+
+            def answer(some: slice, share: Budget, own: Checkpoint) -> Equivalence:
+                options = {**asked, "budget": share, "progress": progress, "checkpoint": own}
+                return equivalent(original, compressed, stars.select(some), **options)
+
+            return in_units(files, len(stars), ALONE, clock, budget, answer)
         scored, given = both_scored((original, compressed), tuple(stars.shape))
         kinds = formats(original, compressed, arithmetic)
         deployed = [rounds(network, stars.shape) for network in scored]
@@ -190,64 +202,6 @@ def _answers(yes: list[bool], no: list[bool]) -> tuple[Answer, ...]:
     return tuple(
         Answer.EQUIVALENT if y else Answer.NOT_EQUIVALENT if n else Answer.UNKNOWN for y, n in zip(yes, no, strict=True)
     )
-
-
-class _LeadSearch:
-    """The largest lead over a label in one network on one star: an interval, and an input that attains its lower end.
-
-    margin: no more is asked about a lead than whether it certainly stays below -margin.
-    """
-
-    def __init__(self, lead: nn.Module, star: StarBatch, margin: float, budget: Budget, clock: Clock) -> None:
-        self.lead, self.star, self.margin, self.budget, self.clock = lead, star, margin, budget, clock
-        self.compared = steps(lead, star.shape, dtype=COMPUTE_DTYPE, device=star.device, smooth=True)
-        self.lower, self.upper, self.x = -math.inf, math.inf, star.center[0]
-        self.work: StarSearch | None = None
-        self.open = True  # whether more time may tell more
-
-    @property
-    def branches(self) -> int:
-        return 0 if self.work is None or self.work.state is None else self.work.state.branches
-
-    def run(self, turn: Clock, report: Callable[[SearchResult], None]) -> None:
-        """Goes on until it is answered, or `turn` is over."""
-        memory = self.budget.memory or default_budget(self.star.device)
-        try:
-            if self.work is None:
-                question = Question("above", threshold=NEGATIVE - self.margin)
-                self.work = StarSearch(self.lead, None, self.star, question, Search(), memory=memory, clock=self.clock)
-            self.work.run(lambda state: self._enough(state, turn, report))
-        except UnsupportedLayerError as error:
-            log.info("no difference bounds: %s", error)
-            limits = Budget(stars=self.budget.stars, memory=self.budget.memory)
-            found = reach_within(turn, self.lead, self.star, Exact(), budget=limits, keep_stars=False)
-            at = int(found.attained_upper[0].argmax())
-            self.lower, self.upper = float(found.attained_upper.max()), float(found.upper.max())
-            self.x, self.open = found.argmax[0, at], found.status[0] is not Status.EXACT
-            return
-        except OutOfTime:
-            low, high, _ = self.star.bounding_box()
-            middle, radius = ball(low, high)
-            self.upper = float(interval_bounds(self.compared, middle[:, None], radius)[-1][1].max())
-            self.open = False
-            return
-        state = self.work.state
-        assert state is not None
-        self.open = not self.work.over and not self._answered(state) and not self._spent(state)
-        self.x = self.work.space.features(state.witness[0, state.lower[0].argmax()]).to(self.star.dtype)
-        y, error = replay(self.compared, self.x[None])
-        self.lower, self.upper = float((y - error).max()), float(state.upper[0].max())
-
-    def _enough(self, state: SearchResult, turn: Clock, report: Callable[[SearchResult], None]) -> bool:
-        """Whether the search has to stop; reports progress."""
-        report(state)
-        return turn.over or self._spent(state) or self._answered(state)
-
-    def _spent(self, state: SearchResult) -> bool:
-        return self.budget.stars is not None and state.branches >= self.budget.stars
-
-    def _answered(self, state: SearchResult) -> bool:
-        return state.closed or float(state.lower[0].max()) >= -self.margin
 
 
 @dataclass
@@ -375,7 +329,7 @@ class _Labels:
         """
         star, label = self.stars.select([s]), int(self.label[s])
         both = [
-            _LeadSearch(self._lead(network, label), star, float(self.margin[i, s]), self.budget, clock)
+            LeadSearch(self._lead(network, label), star, float(self.margin[i, s]), self.budget, clock)
             for i, network in enumerate((self.original, self.compressed))
         ]
         for turn in range(2):

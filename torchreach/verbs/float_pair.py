@@ -15,15 +15,14 @@ Axis letters: S stars, N outputs; rows of [S, 2, N] are y1 - y2 and y2 - y1.
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime
+from torchreach.core.checkpoint import Checkpoint
+from torchreach.core.clock import NO_LIMIT, Clock, OutOfTime, Watch
 from torchreach.core.errors import ShapeError
 from torchreach.core.evidence import Evidence, reason
 from torchreach.core.memory import default_budget
@@ -78,18 +77,19 @@ def compare(
     tolerances: Tolerances,
     progress: ProgressCallback | None,
     clock: Clock,
+    files: Checkpoint | None = None,
 ) -> Discrepancy:
     """The interval around y1 - y2 of every star, until `question` is answered on it or the budget is spent.
 
     method: None takes turns. Where `question` has a threshold, a star at whose witness it is exceeded is done too.
-    clock: when to stop (and not `budget.seconds`).
+    clock: when to stop (and not `budget.seconds`). files: where snapshots of the work go, and from which it goes on.
 
     Raises: as `merge` and `reach`.
     """
     if not isinstance(stars, StarBatch):
         raise ShapeError(f"two networks are compared on a torchreach.StarBatch, got {type(stars).__name__}")
     smooth = not isinstance(method, Exact)
-    run = _Run(original, compressed, stars, question, budget, tolerances, progress, clock, smooth)
+    run = _Run(original, compressed, stars, question, budget, tolerances, progress, clock, smooth, files)
     run.everything = isinstance(method, Exact) and question == Question("signed")
     if isinstance(method, Exact):
         run.enumerate(method, None, run.enumerable)
@@ -108,18 +108,6 @@ def bounded_once(original: nn.Module, compressed: nn.Module, stars: StarBatch, c
     return run.result()
 
 
-class _Watch:
-    """What every look at the clock sees: Ctrl-C, or that a run is to end; and it reports progress, from one thread."""
-
-    def __init__(self, clock: Clock, tick: Callable[[], object]) -> None:
-        self.clock, self.tick, self.thread, self.ended = clock, tick, threading.get_ident(), False
-
-    def __len__(self) -> int:
-        if threading.get_ident() == self.thread:
-            self.tick()
-        return int(self.ended or self.clock.interrupted)
-
-
 @dataclass
 class _Run:
     """State of one comparison."""
@@ -133,6 +121,7 @@ class _Run:
     progress: ProgressCallback | None
     clock: Clock
     smooth: bool  # whether smooth activations will do
+    files: Checkpoint | None = None
     compared: Both | None = None
     roots: dict[int, FirstBounds] = field(default_factory=dict)
     methods: list[str] = field(default_factory=list)
@@ -160,7 +149,7 @@ class _Run:
         self.enumerable, self.enumerated = self.searchable & (not curves), ~self.searchable
         self.count = torch.zeros(size, dtype=torch.long, device=stars.device)
         self.spent = torch.zeros_like(self.enumerated)  # stars that a limit of the budget, not the clock, ended
-        self.ticking = self.clock.part(None, _Watch(self.clock, self._tick))
+        self.ticking = self.clock.part(None, Watch(self.clock, self._tick))
         self._start()
 
     def _start(self) -> None:
@@ -236,7 +225,7 @@ class _Run:
         if not open_ or self.clock.over:
             return
         index = torch.tensor(open_, device=self.stars.device)
-        watch = _Watch(self.clock, lambda: None)
+        watch = Watch(self.clock, lambda: None)
         found = reach_within(
             self.clock.part(seconds, watch),
             self.merged,
@@ -246,13 +235,14 @@ class _Run:
             tolerances=self.tolerances,
             keep_stars=False,
             progress=lambda progress: self._during(index, progress, watch),
+            files=None if self.files is None else self.files.part("enumeration", repr(open_), repr(method)),
         )
         self._take_exact(index, found)
         # The clock ends no run before a tenth of its time: what is open then stays so.
         if seconds is None or found.stats.seconds < seconds / 10:
             self.enumerable[index] = False
 
-    def _during(self, index: Tensor, progress: Progress, watch: _Watch) -> None:
+    def _during(self, index: Tensor, progress: Progress, watch: Watch) -> None:
         """Reports an enumeration, and ends it once the threshold is answered on all of its stars."""
         lower, upper = self.evidence.lower.clone(), self.evidence.upper.clone()
         met = torch.stack((progress.attained_upper, -progress.attained_lower), 1)
@@ -304,6 +294,7 @@ class _Run:
             compared=self.compared,
             root=self.roots.pop(s, None),
             clock=self.ticking,
+            files=None if self.files is None else self.files.part(f"search-{s}"),
         )
         self.searches[s] = work
         self._used(work.split)

@@ -7,10 +7,13 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torchreach.core.checkpoint import Checkpoint
 from torchreach.core.clock import Clock, OutOfTime, running
 from torchreach.core.errors import ShapeError
 from torchreach.core.memory import default_budget
@@ -22,7 +25,7 @@ from torchreach.domains.root import root_bounds
 from torchreach.domains.zonotope import Bounds
 from torchreach.engines import activation
 from torchreach.engines.programs import ProgramEngine
-from torchreach.engines.record import Kept, RangeRecord
+from torchreach.engines.record import Kept, RangeRecord, Sink
 from torchreach.engines.tally import Tally
 from torchreach.engines.vertices import VertexEngine
 from torchreach.graph.reduced import reduce
@@ -31,8 +34,10 @@ from torchreach.read.load import as_network
 from torchreach.read.module import chain, reading_once
 from torchreach.sets.star import StarBatch
 from torchreach.verbs.certificate import of_output
+from torchreach.verbs.questions import opened
 from torchreach.work.frontier import Frontier
 from torchreach.work.run import run
+from torchreach.work.snapshot import ROOT, Snapshots
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +62,7 @@ def reach(
     tolerances: Tolerances | None = None,
     keep_stars: bool = True,
     progress: ProgressCallback | None = None,
+    checkpoint: str | Path | None = None,
 ) -> ReachResult:
     """Reach set of a ReLU network, single or merged: one output star per linear region.
 
@@ -70,9 +76,12 @@ def reach(
         budget: when to stop early; the result is then valid but wider, and its status says so.
         keep_stars: False streams the ranges and statistics and stores no output star.
         progress: called a few times a second with a `Progress`.
+        checkpoint: a folder from which the run goes on, to the same regions and ranges, if it is interrupted, killed
+            or out of memory (docs/scaling.md); `budget.seconds` are those of each call.
 
     Raises:
         ShapeError: the stars do not fit the network. UnsupportedLayerError, InvalidNetworkError: see `merge`.
+        OptionError: a checkpoint of another question, or a folder that cannot be written.
 
     Examples:
         >>> network = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU())
@@ -83,6 +92,7 @@ def reach(
     """
     budget = budget or Budget()
     with running(budget.seconds) as clock:
+        asked = {"method": method or Exact(), "tolerances": tolerances or Tolerances(), "keep_stars": keep_stars}
         found = reach_within(
             clock,
             module,
@@ -92,6 +102,7 @@ def reach(
             tolerances=tolerances,
             keep_stars=keep_stars,
             progress=progress,
+            files=opened(checkpoint, "reach", {"network": module}, stars, budget, **asked),
         )
     return replace(found, prover=of_output(as_network(module), stars))
 
@@ -107,11 +118,13 @@ def reach_within(
     keep_stars: bool = True,
     progress: ProgressCallback | None = None,
     corners: Callable[[Tensor, Tensor], None] | None = None,
+    files: Checkpoint | None = None,
 ) -> ReachResult:
     """`reach` as a part of another verb, whose clock says when to stop (and not `budget.seconds`).
 
     corners: with the vertex engine, called with the vertices [S', K, M] of output stars, as points of the predicate
         cube [-1, 1]^M, and the input star [S'] of each; `keep_stars` is then False.
+    files: where snapshots of the work go, and from which it goes on.
     """
     method, budget, tolerances = method or Exact(), budget or Budget(), tolerances or Tolerances()
     if not isinstance(stars, StarBatch):
@@ -121,8 +134,11 @@ def reach_within(
     clock = clock.part(None)  # it began now
     module = as_network(module)
     with torch.no_grad():
-        work = _Run.prepare(module, stars, method, tolerances, keep_stars, budget, clock)
-        work.corners = corners
+        known = None if files is None else files.load(ROOT, stars.device)
+        work = _Run.prepare(module, stars, method, tolerances, keep_stars, budget, clock, known)
+        work.corners, work.files = corners, files
+        if files is not None and known is None:
+            files.save(ROOT, {"name": work.root_name, "bounds": [list(ends) for ends in work.root]})
         work.go(budget, progress)
         return work.result()
 
@@ -144,6 +160,8 @@ class _Run:
     clock: Clock
     left: Tensor | None  # [S] input stars with stars left open; None before the run
     corners: Callable[[Tensor, Tensor], None] | None = None
+    files: Checkpoint | None = None
+    snapshots: Snapshots | None = None
 
     @staticmethod
     def prepare(
@@ -154,7 +172,9 @@ class _Run:
         keep_stars: bool,
         budget: Budget,
         clock: Clock,
+        known: dict[str, Any] | None = None,
     ) -> _Run:
+        """known: the root bounds of an earlier run, which its regions are cut on."""
         device = stars.device
         chosen = method.method
         if chosen == "auto":
@@ -168,16 +188,19 @@ class _Run:
         # auto_LiRPA's time pays where open neurons cost linear programs, or where the run may end early.
         limited = clock.limited or budget.stars is not None
         worth = 1 if limited else LIRPA_WORTH[chosen]
-        bounds, name = root_bounds(
-            network,
-            rows,
-            slack,
-            method.root_bounds,
-            tolerances.root_margin,
-            worth,
-            clock,
-            budget.memory or math.inf,
-        )
+        if known is not None:
+            bounds, name = [(low, high) for low, high in known["bounds"]], known["name"]
+        else:
+            bounds, name = root_bounds(
+                network,
+                rows,
+                slack,
+                method.root_bounds,
+                tolerances.root_margin,
+                worth,
+                clock,
+                budget.memory or math.inf,
+            )
         signs = [(low >= 0).long() - (high <= 0).long() for low, high in bounds]
         smaller = reduce(network, signs, bounds, clock)
         walked, signs, waypoints, left_out = smaller or (network, signs, bounds, [0] * len(network))
@@ -218,8 +241,17 @@ class _Run:
         if self.corners is not None:
             keep, part = self._hand_over, "corners"
         self._attain_somewhere()
+        if self.files is not None:
+            sink = Sink(self.record, self.count, keep, part)
+            self.snapshots = Snapshots(self.files, self.frontier, sink, self.kept)
+            if self.snapshots.resume():
+                self.left = None
         if self.left is None:
-            self.left = run(self.frontier, self.record, self.count, budget, keep, report, self.clock, part)
+            self.left = run(
+                self.frontier, self.record, self.count, budget, keep, report, self.clock, part, self.snapshots
+            )
+        if self.snapshots is not None and self.files is not None and self.files.outermost and not self.left.any():
+            self.snapshots.save(self.clock)  # so that the next call has the result at once
         if report is not None:
             report()
 
@@ -253,7 +285,7 @@ class _Run:
                 layers=self.tally.layers(),
                 method=self.engine.name,
                 root_bounds=self.root_name,
-                seconds=self.clock.elapsed,
+                seconds=self.clock.elapsed + (0.0 if self.snapshots is None else self.snapshots.before),
                 output_programs=self.tally.programs[-1],
             ),
             reasons=tuple(map(self._reason, exact.tolist(), self.left.tolist())),

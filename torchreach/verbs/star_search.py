@@ -8,27 +8,36 @@ constraints of the search. Both are exact: no bounding box is put around the sta
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from torchreach.core.checkpoint import Checkpoint
 from torchreach.core.clock import NO_LIMIT, Clock
 from torchreach.core.options import Budget, Exact, Search
+from torchreach.core.plain import builders, decode, digest, encode
 from torchreach.core.tolerances import COMPUTE_DTYPE
 from torchreach.domains.box_difference import FirstBounds
+from torchreach.domains.hexagon import Hexagon
 from torchreach.domains.joint import Both
 from torchreach.domains.pair import Pair
 from torchreach.graph.layers import Reshape
 from torchreach.read.steps import steps
-from torchreach.search.boxes import FEW_INPUTS, search_boxes
+from torchreach.search.best_first import Tree
+from torchreach.search.boxes import FEW_INPUTS, Boxes, search_boxes
 from torchreach.search.result import Constraints, Question, SearchResult
-from torchreach.search.signs import search_signs
+from torchreach.search.signs import Branches, search_signs
 from torchreach.sets.star import StarBatch
 from torchreach.verbs.merge import merge
 from torchreach.verbs.reach import VERTEX_DIM, reach_within
 
+log = logging.getLogger(__name__)
+
+KINDS = builders([Tree, Boxes, Branches, Hexagon])
+TREE = "tree"
 # Output stars that finishing a batch of boxes may take, per box and besides.
 FINISH_STARS, FINISH_SPARE = 1000, 10_000
 SAMPLES = 64
@@ -131,10 +140,11 @@ class StarSearch:
         compared: Both | None = None,
         root: FirstBounds | None = None,
         clock: Clock = NO_LIMIT,
+        files: Checkpoint | None = None,
     ) -> None:
         """second: None where it is zero. star: a batch of one. memory: bytes for open sub-problems. compared, root: the
         networks on the star's features, and `first_bounds` on the box around the star, if they are at hand. clock: of
-        all of it, however often it is run on.
+        all of it, however often it is run on. files: where snapshots of it go, and from which it goes on.
 
         Raises: OutOfTime: before there are any bounds.
         """
@@ -159,8 +169,14 @@ class StarSearch:
         self.clock = clock
         self.state: SearchResult | None = None
         self.over = False
+        self.files, self.tree = files, Tree()
+        # A branch is a part of its root only on the very networks and box that the root was bounded on.
+        self.asked = "" if files is None else digest(self.split, compared, space.lower, space.upper, question)
+        if files is not None:
+            self._resume(files, star.device)
         args = (space.lower, space.upper, question)
         shared = {
+            "tree": self.tree,
             "constraints": space.constraints,
             "memory": memory,
             "seed": options.seed,
@@ -177,10 +193,27 @@ class StarSearch:
         """Goes on, by one state at least, until `enough` or over. OutOfTime: the clock is over before the first."""
         for state in self.states:
             self.state = state
+            if self.files is not None and self.files.due(TREE, self.clock):
+                self._save(self.files)
             if enough(state):
                 self.over = state.closed
-                return
-        self.over = True
+                break
+        else:
+            self.over = True
+        if self.files is not None and self.state is not None and not self.state.closed:
+            self._save(self.files)
+
+    # -- checkpoint -------------------------------------------------------------------------------------
+
+    def _save(self, files: Checkpoint) -> None:
+        tree = {"asked": self.asked, "tree": encode(self.tree, KINDS)}
+        files.snapshot(TREE, lambda: tree, self.clock)
+
+    def _resume(self, files: Checkpoint, device: torch.device) -> None:
+        found = files.load(TREE, device)
+        if found is not None and found["asked"] == self.asked:
+            self.tree = decode(found["tree"], KINDS)
+            log.info("a search goes on with %d branches done and %d open", self.tree.branches, len(self.tree.left))
 
     def _finish(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, int]:
         parts = self.space.parts(low, high)

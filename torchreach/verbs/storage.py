@@ -8,18 +8,17 @@ its fields under the name of the class, so files stay readable when a field with
 from __future__ import annotations
 
 import copy
-import dataclasses
-import enum
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torchreach.core import audited, repaired, results
 from torchreach.core.audited import Audit
 from torchreach.core.errors import FileFormatError, InvalidNetworkError, OptionError
 from torchreach.core.files import whole
+from torchreach.core.plain import builders, decode, encode
 from torchreach.core.repaired import RepairResult
 from torchreach.core.results import Discrepancy, Equivalence, ReachResult
 from torchreach.sets.star import StarBatch
@@ -27,10 +26,9 @@ from torchreach.sets.star import StarBatch
 Result = Discrepancy | ReachResult | Equivalence | RepairResult | Audit
 
 _FORMAT, _VERSION = "torchreach result", 1
-_CLASSES: dict[str, type] = {
-    name: kind
-    for name, kind in {**vars(results), **vars(audited), **vars(repaired)}.items()
-    if isinstance(kind, type) and (dataclasses.is_dataclass(kind) or issubclass(kind, enum.Enum))
+_CLASSES = {
+    **builders([*vars(results).values(), *vars(audited).values(), *vars(repaired).values()]),
+    "StarBatch": StarBatch.trusted,
 }
 
 
@@ -45,7 +43,7 @@ def save_result(result: Result, path: str | Path) -> None:
         raise OptionError(
             f"a result of discrepancy, reach, equivalent, audit or repair is required, got {_kind(result)}"
         )
-    content = {"format": _FORMAT, "version": _VERSION, "result": _encode(result)}
+    content = {"format": _FORMAT, "version": _VERSION, "result": to_plain(result)}
     with whole(Path(path)) as draft:
         torch.save(content, draft)
 
@@ -74,7 +72,7 @@ def load_result(path: str | Path, network: nn.Module | None = None, *, device: t
             f"{path} must be of version {_VERSION}, got {content.get('version')!r}: another torchreach wrote it"
         )
     try:
-        result = _decode(content.get("result"), network)
+        result = from_plain(content.get("result"), network)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, OptionError | InvalidNetworkError):
             raise
@@ -84,49 +82,20 @@ def load_result(path: str | Path, network: nn.Module | None = None, *, device: t
     return result
 
 
-def _encode(value: Any) -> Any:
-    match value:
-        case enum.Enum():
-            return {"type": _kind(value), "value": value.value}
-        case None | bool() | int() | float() | str():
-            return value
-        case Tensor():
-            return value.detach().clone()  # of a view, the part that is seen
-        case tuple():
-            return {"type": "tuple", "value": [_encode(part) for part in value]}
-        case dict():
-            return {"type": "dict", "value": {key: _encode(part) for key, part in value.items()}}
-        case nn.Module():
-            return {"type": "network", "value": dict(value.state_dict())}
-        case StarBatch():
-            return {"type": "StarBatch", "value": _fields(value)}
-        case _ if _kind(value) in _CLASSES:
-            return {"type": _kind(value), "value": _fields(value)}
+def to_plain(value: Any) -> Any:
+    """A result, or a part of one, as plain data and tensors; of a network its state dict."""
+    return encode(value, _CLASSES, _other)
+
+
+def from_plain(tree: Any, network: nn.Module | None = None) -> Any:
+    """What `to_plain` made a tree of. network: the structure of networks in it."""
+    return decode(tree, _CLASSES, {"network": lambda state: _filled(network, state)})
+
+
+def _other(value: Any) -> Any:
+    if isinstance(value, nn.Module):
+        return {"type": "network", "value": dict(value.state_dict())}
     raise OptionError(f"a result cannot keep a {_kind(value)}")
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    return {
-        part.name: _encode(getattr(value, part.name))
-        for part in dataclasses.fields(value)
-        if part.init and part.name != "prover"
-    }
-
-
-def _decode(value: Any, network: nn.Module | None) -> Any:
-    if not isinstance(value, dict):
-        return value
-    kind, content = value["type"], value["value"]
-    if kind == "network":
-        return _filled(network, content)
-    if kind == "tuple":
-        return tuple(_decode(part, network) for part in content)
-    if kind != "dict" and kind != "StarBatch" and issubclass(_CLASSES[kind], enum.Enum):
-        return _CLASSES[kind](content)
-    parts = {key: _decode(part, network) for key, part in content.items()}
-    if kind == "dict":
-        return parts
-    return StarBatch.trusted(**parts) if kind == "StarBatch" else _CLASSES[kind](**parts)
 
 
 def _filled(network: nn.Module | None, state: dict[str, Any]) -> nn.Module:

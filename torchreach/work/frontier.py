@@ -69,6 +69,14 @@ class Engine(Protocol):
     load: int  # how many times as many stars a chunk should have as it has for vertices
     tally: Tally
 
+    @property
+    def state(self) -> list[Any]:
+        """What it knows beside the chunks, as plain data."""
+        ...
+
+    @state.setter
+    def state(self, state: list[Any]) -> None: ...
+
     def advance(self, chunk: Any, clock: Clock, room: float) -> list[Any]:
         """Chunks after a step of a chunk, in about `room` bytes.
 
@@ -150,6 +158,25 @@ class Frontier:
         # By layer, most bytes that a step was given and returned.
         self.largest: dict[int, float] = defaultdict(lambda: math.inf)
         self._results = Lock()
+
+    def clear(self) -> None:
+        """Lets go of all open chunks."""
+        self.groups.clear()
+        self.open, self.used = 0, Ledger()
+
+    def gather(self) -> None:
+        """Joins what lies in small pieces, each group into chunks of `limit` stars."""
+        groups, self.groups, self.open, self.used = self.groups, {}, 0, Ledger()
+        for group in groups.values():
+            rest, size = list[Any](), 0
+            for chunk in group.chunks:
+                rest.append(chunk)
+                size += len(chunk)
+                if size >= self.limit:
+                    self.push([self.engine.join(rest)])
+                    rest, size = [], 0
+            if rest:
+                self.push([self.engine.join(rest)])
 
     def push(self, chunks: list[Any]) -> None:
         """Add open chunks."""

@@ -86,8 +86,11 @@ def run_in_processes(
     limits: Limits,
     report: Callable[[], None] | None,
     every: float,
+    until: Clock | None = None,
 ) -> Tensor | None:
     """Finish the open work of a frontier in `frontier.workers` processes, with a report `every` so many seconds.
+
+    until: when to stop at the latest; what is open then, or for want of time, goes back into the frontier.
 
     Returns [S_in] bool: input stars with stars that were bounded instead of finished; or None if processes could
     not be started, with the frontier as it was. Raises RuntimeError if a worker fails.
@@ -99,20 +102,22 @@ def run_in_processes(
     board = _Board(frontier.workers, sink.record.attained)
     team = _Team()
     try:
-        job = _Job(frontier, sink, limits, board, size, inherited)
+        job = _Job(frontier, sink, limits, board, size, inherited, until)
         if not team.start(frontier.workers, shares, job, limits.clock.part(START_SECONDS)):
             for share in shares:
                 frontier.push(share)
             return None
         left = torch.zeros_like(sink.count, dtype=torch.bool)
-        reported = limits.clock.elapsed
+        reported, back = limits.clock.elapsed, list[Any]()
         while team.pipes:
             for content in team.receive():
                 if isinstance(content, list):
                     assert sink.keep is not None
                     sink.keep(Kept(content))
                     continue
-                count, ranges, counters, open_left = content
+                count, ranges, counters, open_left, handed, stepped = content
+                back += handed
+                frontier.stepped += stepped
                 sink.count.add_(count)
                 sink.record.take(*ranges)
                 frontier.engine.tally.add(*counters)
@@ -128,6 +133,10 @@ def run_in_processes(
         frontier.open = 0
         frontier.kept += board.total(KEPT)
         frontier.peak = max(frontier.peak, inherited.bytes + frontier.kept + board.total(PEAK))
+        frontier.clear()
+        for share in (back, *team.undrawn(shares)):
+            frontier.push(share)
+        frontier.gather()
         return left
     finally:
         team.end()
@@ -160,11 +169,13 @@ class _Team:
         self.context = multiprocessing.get_context("fork") if sys.platform == "linux" else None
         self.workers: list[Any] = []
         self.pipes: dict[Connection, Any] = {}
+        self.tickets = -1
 
     def start(self, number: int, shares: list[list[Any]], job: _Job, clock: Clock) -> bool:
         """Fork the workers; False if one of them cannot compute before the clock is over."""
         assert self.context is not None
         tickets, fill = os.pipe()
+        self.tickets = tickets
         os.write(fill, b"".join(TICKET.pack(i) for i in range(len(shares))))
         os.close(fill)  # a pipe that is read empty then says so
         try:
@@ -182,8 +193,6 @@ class _Team:
         except OSError as error:
             log.warning("no processes, threads instead: %s", error)
             return False
-        finally:
-            os.close(tickets)
         while job.board.total(ALIVE) < number:
             ended = [slot for slot, worker in enumerate(self.workers) if worker.exitcode is not None]
             if clock.over or not job.board.cells[ended, ALIVE].all():
@@ -215,8 +224,17 @@ class _Team:
                 pipe.close()
         return answers
 
+    def undrawn(self, shares: list[list[Any]]) -> list[list[Any]]:
+        """Shares that no worker has drawn, once all have ended."""
+        rest = []
+        while ticket := os.read(self.tickets, TICKET.size):
+            rest.append(shares[TICKET.unpack(ticket)[0]])
+        return rest
+
     def end(self) -> None:
         """Leave no process behind."""
+        if self.tickets >= 0:
+            os.close(self.tickets)
         for pipe in self.pipes:
             pipe.close()
         for worker in self.workers:
@@ -231,10 +249,17 @@ class _Job:
     """What a worker does."""
 
     def __init__(
-        self, frontier: Frontier, sink: Sink, limits: Limits, board: _Board, size: int, inherited: Ledger
+        self,
+        frontier: Frontier,
+        sink: Sink,
+        limits: Limits,
+        board: _Board,
+        size: int,
+        inherited: Ledger,
+        until: Clock | None,
     ) -> None:
         self.frontier, self.sink, self.limits, self.board = frontier, sink, limits, board
-        self.size, self.inherited = size, inherited
+        self.size, self.inherited, self.until = size, inherited, until
         self.done = frontier.done
 
     def run(self, slot: int, shares: list[list[Any]], tickets: int, pipe: Connection, parent: int) -> None:
@@ -264,7 +289,7 @@ class _Job:
         sink.count.zero_()
         frontier.engine.tally.take()
         kept_before = frontier.kept
-        frontier.done = frontier.peak = frontier.kept = 0
+        frontier.done = frontier.peak = frontier.kept = frontier.stepped = 0
         frontier.workers = 1
         # The shares are in memory once, for all workers; what is left is for each a part.
         frontier.used, held = self.inherited, self.inherited.bytes
@@ -292,7 +317,8 @@ class _Job:
             while frontier.open <= min(frontier.limit, self._waiting() // len(board.cells)) // 4 and draw():
                 pass
             publish()
-            if not frontier.open:
+            # One step at least, so that rounds of any length end.
+            if not frontier.open or (frontier.stepped and self.until is not None and self.until.over):
                 break
             if os.getppid() != parent:
                 os._exit(1)
@@ -304,13 +330,17 @@ class _Job:
                 log.info("budget of %g bytes spent with %d stars open", memory, frontier.open)
                 break
             frontier.settle(chunk, frontier.step(chunk, sink))
-        while frontier.open and draw():  # stopped early: what nobody has begun is bounded here
-            pass
-        left = frontier.close(sink.record)
+        record, handed = sink.record, list[Any]()
+        if self.until is None:
+            while frontier.open and draw():  # stopped early: what nobody has begun is bounded here
+                pass
+            left = frontier.close(record)
+        else:
+            handed = [chunk for group in frontier.groups.values() for chunk in group.chunks]
+            left = torch.zeros_like(sink.count, dtype=torch.bool)
         publish()
-        record = sink.record
         ranges = (record.certified, record.attained, record.point)
-        return sink.count, ranges, frontier.engine.tally.take(), left
+        return sink.count, ranges, frontier.engine.tally.take(), left, handed, frontier.stepped
 
     def _waiting(self) -> int:
         """Stars in shares that nobody has drawn."""

@@ -15,6 +15,7 @@ from torchreach.core.options import Budget
 from torchreach.engines.record import RangeRecord, Sink
 from torchreach.work.frontier import SMALLEST_SHARE, Frontier, Limits
 from torchreach.work.processes import can_fork, run_in_processes
+from torchreach.work.snapshot import Snapshots
 from torchreach.work.threads import Threads
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ def run(
     report: Callable[[], None] | None,
     clock: Clock,
     part: str = "stars",
+    snapshots: Snapshots | None = None,
 ) -> Tensor:
     """Work until done, out of budget or interrupted. Returns [S_in] bool: input stars with stars left open.
 
@@ -46,6 +48,7 @@ def run(
         count: [S_in] long, output stars per input star, counted here.
         keep: called with what is to be kept of every finished chunk: its "stars", or the `part` named.
         report: called now and then.
+        snapshots: of this frontier, taken now and then, and of what is left open.
     """
     frontier.clock = clock = clock.part(None)
     limits, sink = Limits(budget, clock), Sink(record, count, keep, part)
@@ -62,15 +65,39 @@ def run(
             if frontier.spread and _worth_forking(frontier):
                 work.stop()
                 frontier.spread = False
-                shared = run_in_processes(frontier, sink, limits, report, REPORT_SECONDS)
+                shared = _in_processes(frontier, sink, limits, report, snapshots)
                 if shared is not None:
                     left |= shared
                     break
+            if snapshots is not None and snapshots.due(clock):
+                work.finish()
+                snapshots.save(clock)
             if not work.start(frontier.step, sink):
                 log.info("budget of %g bytes spent with %d stars open", frontier.memory, frontier.open)
                 break
         work.finish()
+        if snapshots is not None and frontier.open:
+            snapshots.save(clock)
         return left | frontier.close(record)
+
+
+def _in_processes(
+    frontier: Frontier,
+    sink: Sink,
+    limits: Limits,
+    report: Callable[[], None] | None,
+    snapshots: Snapshots | None,
+) -> Tensor | None:
+    """`run_in_processes` to the end; with snapshots in rounds, between which they are taken."""
+    while True:
+        until = None if snapshots is None else snapshots.until(limits.clock)
+        shared = run_in_processes(frontier, sink, limits, report, REPORT_SECONDS, until)
+        if shared is None or snapshots is None or not frontier.open:
+            return shared
+        snapshots.save(limits.clock)
+        if limits.spent(frontier, frontier.done) or frontier.open < SMALLEST_SHARE * frontier.workers:
+            frontier.spread = True  # until there is enough to share out again
+            return None
 
 
 def _worth_forking(frontier: Frontier) -> bool:
