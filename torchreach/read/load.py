@@ -19,6 +19,7 @@ from torchreach.core.errors import FileFormatError
 from torchreach.core.extras import need
 from torchreach.read.builder import ChainBuilder, Shape, check_finite
 from torchreach.read.module import add_graph_module, chain, check_module, exported_module
+from torchreach.read.pt2_file import checked_archive, tensors_alone
 
 
 def load(
@@ -112,6 +113,8 @@ def read_program(path: Path) -> tuple[fx.GraphModule, Shape | None]:
         program = _load_program(path)
         module = exported_module(program)
         shape = _input_shape(program)
+    except FileFormatError:
+        raise
     except Exception as error:  # zip, json and schema errors, all of them signs of a damaged file
         raise FileFormatError(f"{path} is not a readable .pt2 program: {first_line(error)}") from None
     return module, shape
@@ -142,13 +145,16 @@ def input_shape(path: Path) -> Shape | None:
 def _load_program(path: Path) -> torch.export.ExportedProgram:
     with contextlib.suppress(ImportError):  # registers the operations of quantised graphs
         importlib.import_module("torch.ao.quantization.fx._decomposed")
-    try:
-        return torch.export.load(path)
-    except Exception:
-        if importlib.util.find_spec("torchao") is None or "torchao" in sys.modules:
-            raise
-        importlib.import_module("torchao")  # the same for torchao's own, which take seconds to import
-        return torch.export.load(path)
+    archive = checked_archive(path)
+    with tensors_alone():
+        try:
+            return torch.export.load(archive)
+        except Exception:
+            if importlib.util.find_spec("torchao") is None or "torchao" in sys.modules:
+                raise
+            importlib.import_module("torchao")  # the same for torchao's own, which take seconds to import
+            archive.seek(0)
+            return torch.export.load(archive)
 
 
 def first_line(error: Exception) -> str:
