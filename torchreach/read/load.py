@@ -9,7 +9,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import io
+import json
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -139,7 +142,35 @@ def input_shape(path: Path) -> Shape | None:
     return read_input_shape(path)
 
 
+def _refuse_pickles(path: Path) -> None:
+    """Raises FileFormatError where opening a .pt2 file would unpickle more than tensors, which can run any code.
+
+    torch.export.load unpickles constants and example inputs without restriction.
+    """
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError):
+        return  # torch says what is wrong
+    with archive:
+        names = archive.namelist()
+        pickled = [name for name in names if name.endswith(".pt")]
+        for name in (name for name in names if name.endswith("_config.json")):  # of weights, and of constants
+            with contextlib.suppress(ValueError, AttributeError, KeyError, TypeError):
+                entries = json.loads(archive.read(name))["config"].values()
+                own = [entry["path_name"] for entry in entries if entry.get("use_pickle")]
+                pickled += [f"{name.rpartition('/')[0]}/{entry}" for entry in own]
+        for name in pickled:
+            try:
+                torch.load(io.BytesIO(archive.read(name)), map_location="cpu", weights_only=True)
+            except Exception as error:
+                raise FileFormatError(
+                    f"{path}: {name} in it is read by unpickling, which can run code; only tensors are read so "
+                    f"({first_line(error)})"
+                ) from None
+
+
 def _load_program(path: Path) -> torch.export.ExportedProgram:
+    _refuse_pickles(path)
     with contextlib.suppress(ImportError):  # registers the operations of quantised graphs
         importlib.import_module("torch.ao.quantization.fx._decomposed")
     try:
