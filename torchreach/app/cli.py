@@ -43,6 +43,7 @@ from torchreach.app.cli_options import (
     Original,
     Output,
     Rate,
+    Ray,
     Seconds,
     Shape,
     Stars,
@@ -51,6 +52,7 @@ from torchreach.app.cli_options import (
     TestShape,
     Vnnlib,
 )
+from torchreach.app.places import Places
 from torchreach.core.errors import OptionError
 
 app = typer.Typer(
@@ -118,6 +120,7 @@ def compare(
     stars: Stars = None,
     memory: Memory = None,
     checkpoint: Checkpoint = None,
+    ray: Ray = None,
     device: Device = "cpu",
     dtype: Dtype = "float64",
     method: Method = "auto",
@@ -133,7 +136,7 @@ def compare(
     check_networks(original, compressed)
     sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
     asked = CompareSetup(tolerance, gap, arithmetic, kernels)
-    setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj, checkpoint)
+    setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj, Places(checkpoint, ray))
     from torchreach.app import commands
 
     raise typer.Exit(commands.compare(setup, (original, compressed), sets, asked))
@@ -167,6 +170,7 @@ def equivalent(
     stars: Stars = None,
     memory: Memory = None,
     checkpoint: Checkpoint = None,
+    ray: Ray = None,
     device: Device = "cpu",
     dtype: Dtype = "float64",
     arithmetic: Arithmetic = None,
@@ -181,7 +185,7 @@ def equivalent(
     check_networks(original, compressed)
     sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
     asked = EquivalentSetup(epsilon, top1, arithmetic, kernels, confidence)
-    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj, checkpoint)
+    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj, Places(checkpoint, ray))
     from torchreach.app import commands
 
     raise typer.Exit(commands.equivalent(setup, (original, compressed), sets, asked))
@@ -216,6 +220,7 @@ def audit(
     stars: Stars = None,
     memory: Memory = None,
     checkpoint: Checkpoint = None,
+    ray: Ray = None,
     device: Device = "cpu",
     dtype: Dtype = "float64",
     arithmetic: Arithmetic = None,
@@ -231,7 +236,7 @@ def audit(
 
     check_networks(original, compressed)
     asked = AuditSetup(data, labels, eps, clip, shape, confidence, arithmetic, kernels)
-    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj, checkpoint)
+    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj, Places(checkpoint, ray))
     from torchreach.app import commands
 
     raise typer.Exit(commands.audit(setup, (original, compressed), asked))
@@ -281,6 +286,7 @@ def attribute(
     stars: Stars = None,
     memory: Memory = None,
     checkpoint: Checkpoint = None,
+    ray: Ray = None,
     device: Device = "cpu",
     dtype: Dtype = "float64",
 ) -> None:
@@ -295,7 +301,7 @@ def attribute(
     check_networks(original, compressed)
     sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
     asked = AttributeSetup(samples, seed, keep_float)
-    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj, checkpoint)
+    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj, Places(checkpoint, ray))
     if save is not None:
         if keep_float is None:
             raise OptionError("--save belongs to --keep-float: without it there is no mixed network")
@@ -338,6 +344,7 @@ def repair(
     stars: Stars = None,
     memory: Memory = None,
     checkpoint: Checkpoint = None,
+    ray: Ray = None,
     device: Device = "cpu",
     dtype: Dtype = "float64",
     method: Method = "auto",
@@ -353,7 +360,7 @@ def repair(
     check_networks(original, compressed)
     sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
     options = RepairSetup(target, target_max, alpha, iterations, epochs, rate, seed, by)
-    setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj, checkpoint)
+    setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj, Places(checkpoint, ray))
     check_repair(method, compressed, save)
     from torchreach.app import commands
 
