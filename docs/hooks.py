@@ -33,6 +33,7 @@ OUTSIDE = {
     "README.md": "tour.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
     "benchmarks/README.md": "benchmarks/scripts.md",
     "LICENSE": "LICENSE.txt",
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -18,7 +20,6 @@ import torchreach as tr
 from tests.networks import random_network
 from tests.test_cli import run
 from tests.test_deployed import case as int8_case
-from torchreach.core import checkpoint
 from torchreach.core.checkpoint import Checkpoint
 from torchreach.core.plain import digest
 from torchreach.read.module import chain
@@ -26,41 +27,60 @@ from torchreach.read.save import onnx_bytes
 from torchreach.verbs import units
 from torchreach.verbs.storage import to_plain
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="a run is killed in a fork of the tests' process")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs that are killed are forked")
+
+
+EVERY_STATE = {"torchreach.core.checkpoint.SECONDS": 0.0, "torchreach.core.checkpoint.MULTIPLE": 0.0}
+PROCESSES = {
+    "torchreach.work.run.FORK_SECONDS": 0.0,
+    "torchreach.work.run.FORK_CHUNKS": 0.01,
+    "torchreach.core.checkpoint.SECONDS": 0.05,
+}
 
 
 @pytest.fixture(autouse=True)
 def every_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """A snapshot of every state, and one thread, so that steps have one order."""
-    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
-    monkeypatch.setattr(checkpoint, "MULTIPLE", 0.0)
+    for place, value in EVERY_STATE.items():
+        monkeypatch.setattr(place, value)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
 
 
-def killed(run: Callable[[], Any], saves: int) -> None:
-    """`run` in a fork that is killed with SIGKILL right after so many files were written."""
-    child = os.fork()
-    if child == 0:
-        try:
-            save, left = Checkpoint.save, [saves]
+def killed(name: str, folder: Path, settings: dict[str, Any] | None = None) -> None:
+    """A case in a process of its own, which is killed with SIGKILL right after so many files were written.
 
-            def counted(self: Checkpoint, name: str, tree: Any) -> None:
-                save(self, name, tree)
-                left[0] -= 1
-                if not left[0]:
-                    os.kill(os.getpid(), signal.SIGKILL)
+    Forked from a server that has computed nothing yet: threads of this process do not come along.
+    """
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tests.test_checkpoint"])
+    child = server.Process(target=_run_and_die, args=(name, folder, settings or {}))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL, f"it ended by itself ({child.exitcode}) before all files were written"
 
-            Checkpoint.save = counted
-            run()
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status), f"the run ended before it had written {saves} files"
-    assert os.WTERMSIG(status) == signal.SIGKILL
+
+def _run_and_die(name: str, folder: Path, settings: dict[str, Any]) -> None:
+    (case, saves), save = CASES[name], Checkpoint.save
+
+    def counted(self: Checkpoint, piece: str, tree: Any) -> None:
+        nonlocal saves
+        save(self, piece, tree)
+        saves -= 1
+        if not saves:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Checkpoint.save = counted
+    torch.set_num_threads(1)
+    for place, value in {**EVERY_STATE, **settings}.items():
+        module, _, attribute = place.rpartition(".")
+        setattr(importlib.import_module(module), attribute, value)
+    case(folder)
 
 
 def same(one: Any, other: Any) -> bool:
     """Whether two results are equal but for the time that they took, and the last bits of replayed values."""
+    if isinstance(one, Tensor) and one.is_quantized:
+        return torch.equal(one, other)
     if isinstance(one, Tensor):
         return torch.allclose(one, other, rtol=0, atol=1e-12 if one.is_floating_point() else 0, equal_nan=True)
     if isinstance(one, dict):
@@ -143,11 +163,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES])
 def test_a_killed_run_goes_on_to_the_same_answer(name, tmp_path, monkeypatch):
-    run, saves = CASES[name]
+    run, _ = CASES[name]
     folder = tmp_path / "checkpoint"
-    killed(lambda: run(folder), saves)
+    killed(name, folder)
     assert len([*folder.glob("*.safetensors")]) >= 1
     loaded = []
     load = Checkpoint.load
@@ -158,18 +178,21 @@ def test_a_killed_run_goes_on_to_the_same_answer(name, tmp_path, monkeypatch):
     assert same(resumed, to_plain(run(folder)))
 
 
+def in_processes(folder: Any) -> Any:
+    torch.get_num_threads = lambda: 2
+    return tr.reach(random_network(0, [3, 20, 20, 2]), boxes(3, 0.8), tr.Exact("vertices"), checkpoint=folder)
+
+
+CASES["processes"] = in_processes, 4
+
+
 def test_a_run_in_processes_goes_on_to_the_same_regions(tmp_path, monkeypatch):
+    for place, value in PROCESSES.items():
+        monkeypatch.setattr(place, value)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr("torchreach.work.run.FORK_SECONDS", 0.0)
-    monkeypatch.setattr("torchreach.work.run.FORK_CHUNKS", 0.01)
-    monkeypatch.setattr(checkpoint, "SECONDS", 0.2)
     folder = tmp_path / "checkpoint"
-
-    def reach(place: Path | None) -> tr.ReachResult:
-        return tr.reach(random_network(0, [3, 32, 32, 2]), boxes(3, 1.0), tr.Exact("vertices"), checkpoint=place)
-
-    killed(lambda: reach(folder), 4)
-    resumed, whole = reach(folder), reach(None)
+    killed("processes", folder, PROCESSES)
+    resumed, whole = in_processes(folder), in_processes(None)
     assert int(resumed.count) == int(whole.count) == len(resumed.stars)
     torch.testing.assert_close(resumed.upper, whole.upper, rtol=0, atol=1e-12)
     assert resumed.stats.splits == whole.stats.splits
@@ -230,7 +253,7 @@ def test_another_dtype_is_another_question(tmp_path):
 def test_a_damaged_file_is_done_again(damage, tmp_path, caplog):
     run = CASES["exact by vertices"][0]
     folder = tmp_path / "c"
-    killed(lambda: run(folder), 4)
+    killed("exact by vertices", folder)
     whole = to_plain(run(None))
     for path in folder.glob("*.safetensors"):
         content = bytearray(path.read_bytes())
@@ -263,7 +286,7 @@ def test_every_bit_of_an_answer_counts(tmp_path):
 def test_regions_of_other_weights_are_not_gone_on_with(tmp_path, monkeypatch, caplog):
     """The last guard, should composed weights come out otherwise, as on another machine."""
     run = CASES["reach by vertices"][0]
-    killed(lambda: run(tmp_path / "c"), 4)
+    killed("reach by vertices", tmp_path / "c")
     monkeypatch.setattr("torchreach.work.snapshot.digest", lambda *_: "another network")
     assert same(to_plain(run(tmp_path / "c")), to_plain(run(None)))
     assert "begins anew" in caplog.text

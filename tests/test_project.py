@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -240,6 +241,13 @@ def test_docstrings_and_comments_name_what_there_is(path):
 def test_names_that_lead_nowhere_are_seen():
     text = "`graph.steps.Step`, `torchreach.graph.stairs`, `graph.steps.Stair`, `graph/steps.py`, `graph/stairs.py`"
     assert unknown(text, (PACKAGE,)) == {"graph.stairs", "graph.steps.Stair", "graph/stairs.py"}
+
+
+def test_the_version_is_one():
+    version = torchreach.__version__
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"## [{version}] - 20" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert "version" in tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dynamic"]
 
 
 def test_the_picture_of_the_rooms_shows_the_directions():

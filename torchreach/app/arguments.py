@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from torchreach.app.places import Places
 from torchreach.core.errors import FileFormatError, InvalidSetError, OptionError
 from torchreach.core.files import NETWORKS, READABLE, check_folder, check_target
 from torchreach.core.options import Budget, Exact, Search
@@ -50,8 +51,8 @@ class Setup:
     out: Console = field(default_factory=Console)
     err: Console = field(default_factory=lambda: Console(stderr=True))
     began: float = field(default_factory=time.monotonic)
-    checkpoint: Path | None = None
     files: Mapping[str, Path] = field(default_factory=dict)  # what else is written, by option
+    places: Places = field(default_factory=Places)
 
     @staticmethod
     def make(
@@ -63,7 +64,7 @@ class Setup:
         memory: str | None,
         output: Path | None,
         command_line: str,
-        checkpoint: Path | None = None,
+        places: Places | None = None,
     ) -> Setup:
         """Checked options; whether a CUDA device exists is asked later. Raises OptionError."""
         _check_choice("--dtype", dtype, DTYPES)
@@ -76,15 +77,14 @@ class Setup:
         size = None if memory is None else _bytes(memory)
         if output is not None:
             check_folder(output)
-        return Setup(device, dtype, method, Budget(seconds, stars, size), output, command_line, checkpoint=checkpoint)
+        budget, places = Budget(seconds, stars, size), places or Places()
+        return Setup(device, dtype, method, budget, output, command_line, places=places)
 
     def settings(self, **more: Any) -> dict[str, Any]:
         """The options as JSON values, for the report."""
         return {
             "method": self.method,
-            "seconds": self.budget.seconds,
-            "stars": self.budget.stars,
-            "memory": self.budget.memory,
+            **asdict(self.budget),
             **more,
         }
 

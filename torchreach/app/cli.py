@@ -47,6 +47,7 @@ from torchreach.app.cli_options import (
     Original,
     Output,
     Rate,
+    Ray,
     Sarif,
     Seconds,
     Shape,
@@ -56,6 +57,7 @@ from torchreach.app.cli_options import (
     TestShape,
     Vnnlib,
 )
+from torchreach.app.places import Places
 from torchreach.core.errors import OptionError
 
 app = typer.Typer(
@@ -127,6 +129,7 @@ def compare(
     stars: Stars = None,
     memory: Memory = None,
     checkpoint: Checkpoint = None,
+    ray: Ray = None,
     device: Device = "cpu",
     dtype: Dtype = "float64",
     method: Method = "auto",
@@ -142,7 +145,7 @@ def compare(
     check_networks(original, compressed)
     sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
     asked = CompareSetup(tolerance, gap, arithmetic, kernels)
-    setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj, checkpoint)
+    setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj, Places(checkpoint, ray))
     from torchreach.app import commands
     from torchreach.app.files import writing
 
@@ -182,6 +185,7 @@ def equivalent(
     stars: Stars = None,
     memory: Memory = None,
     checkpoint: Checkpoint = None,
+    ray: Ray = None,
     device: Device = "cpu",
     dtype: Dtype = "float64",
     arithmetic: Arithmetic = None,
@@ -196,7 +200,7 @@ def equivalent(
     check_networks(original, compressed)
     sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
     asked = EquivalentSetup(epsilon, top1, arithmetic, kernels, confidence)
-    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj, checkpoint)
+    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj, Places(checkpoint, ray))
     from torchreach.app import commands
     from torchreach.app.files import writing
 
@@ -236,6 +240,7 @@ def audit(
     stars: Stars = None,
     memory: Memory = None,
     checkpoint: Checkpoint = None,
+    ray: Ray = None,
     device: Device = "cpu",
     dtype: Dtype = "float64",
     arithmetic: Arithmetic = None,
@@ -251,7 +256,7 @@ def audit(
 
     check_networks(original, compressed)
     asked = AuditSetup(data, labels, eps, clip, shape, confidence, arithmetic, kernels)
-    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj, checkpoint)
+    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj, Places(checkpoint, ray))
     from torchreach.app import commands
     from torchreach.app.files import writing
 
@@ -304,6 +309,7 @@ def attribute(
     stars: Stars = None,
     memory: Memory = None,
     checkpoint: Checkpoint = None,
+    ray: Ray = None,
     device: Device = "cpu",
     dtype: Dtype = "float64",
 ) -> None:
@@ -318,7 +324,7 @@ def attribute(
     check_networks(original, compressed)
     sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
     asked = AttributeSetup(samples, seed, keep_float)
-    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj, checkpoint)
+    setup = Setup.make(device, dtype, "auto", seconds, stars, memory, output, ctx.obj, Places(checkpoint, ray))
     if save is not None:
         if keep_float is None:
             raise OptionError("--save belongs to --keep-float: without it there is no mixed network")
@@ -366,6 +372,7 @@ def repair(
     stars: Stars = None,
     memory: Memory = None,
     checkpoint: Checkpoint = None,
+    ray: Ray = None,
     device: Device = "cpu",
     dtype: Dtype = "float64",
     method: Method = "auto",
@@ -381,7 +388,7 @@ def repair(
     check_networks(original, compressed)
     sets = SetOptions(box, vnnlib, center, eps, mask, clip, shape)
     options = RepairSetup(target, target_max, alpha, iterations, epochs, rate, seed, by)
-    setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj, checkpoint)
+    setup = Setup.make(device, dtype, method, seconds, stars, memory, output, ctx.obj, Places(checkpoint, ray))
     check_repair(method, compressed, save)
     from torchreach.app import repairing
     from torchreach.app.files import writing

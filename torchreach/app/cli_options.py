@@ -100,6 +100,14 @@ Checkpoint = Annotated[
         rich_help_panel=ENGINE,
     ),
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        help="Work on a Ray cluster: auto (the one of this machine), local, or its address. Default: here.",
+        metavar="auto|ADDRESS",
+        rich_help_panel=ENGINE,
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", rich_help_panel=ENGINE)]
 Dtype = Annotated[
     str,

@@ -76,7 +76,7 @@ def compare(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: Com
             budget=setup.budget,
             progress=live.stars,
             kernels=asked.kernels,
-            checkpoint=setup.checkpoint,
+            **setup.places.options(),
         )
     report = Report(
         "compare",
@@ -121,7 +121,7 @@ def equivalent(setup: Setup, paths: tuple[Path, Path], sets: SetOptions, asked: 
             progress=live.stars,
             arithmetic=asked.arithmetic,
             kernels=asked.kernels,
-            checkpoint=setup.checkpoint,
+            **setup.places.options(),
         )
     show.print_line(setup.out, f"input set: {inputs.text}")
     show.print_equivalence(setup.out, found, inputs.labels)
@@ -161,7 +161,7 @@ def audit(setup: Setup, paths: tuple[Path, Path], asked: AuditSetup) -> int:
             progress=live.inputs,
             kernels=asked.kernels,
             arithmetic=asked.arithmetic,
-            checkpoint=setup.checkpoint,
+            **setup.places.options(),
         )
     show.print_rows(setup.out, audit_rows(found), f"{len(found):,} inputs of {asked.data}")
     if setup.output is not None:
@@ -197,7 +197,7 @@ def attribute(
             samples=asked.samples,
             seed=asked.seed,
             progress=live.count,
-            checkpoint=setup.checkpoint and setup.checkpoint / "attribution",
+            **setup.places.options("attribution"),
         )
         if asked.keep_float is not None:
             kept = keep_float(
@@ -208,7 +208,7 @@ def attribute(
                 order=found.order,
                 budget=limits,
                 progress=live.count,
-                checkpoint=setup.checkpoint and setup.checkpoint / "kept",
+                **setup.places.options("kept"),
             )
     show.print_attribution(setup.out, found)
     if kept is not None and saved is not None:

@@ -110,7 +110,7 @@ def _repair(
             exact=method,
             budget=setup.budget,
             progress=live.step,
-            checkpoint=setup.checkpoint,
+            **setup.places.options(),
         )
 
 

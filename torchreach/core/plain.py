@@ -167,7 +167,7 @@ def _one_scale(value: Tensor) -> bool:
     return value.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric)
 
 
-def _contents(value: Any) -> dict[str, Any]:
+def _contents(value: object) -> dict[str, Any]:
     """The attributes of a value, by name; of a module without its mode, hooks and torch's own bookkeeping."""
     if isinstance(value, nn.Module):
         own = {name: part for name, part in vars(value).items() if name not in _BOOKKEEPING}
@@ -175,8 +175,8 @@ def _contents(value: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(value):
         return {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
     if isinstance(value, torch.ScriptObject):  # packed weights of int8 layers
-        return {"": cast("Any", value).__getstate__()}
-    return dict(cast("dict[str, Any]", vars(value))) if hasattr(value, "__dict__") else {"": repr(value)}
+        return {"": value.__getstate__()}
+    return dict(vars(value)) if hasattr(value, "__dict__") else {"": repr(value)}
 
 
 _BOOKKEEPING = frozenset(vars(nn.Module()))

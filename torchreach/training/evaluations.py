@@ -47,6 +47,7 @@ class Evaluations:
     evaluate: Callable[[nn.Module], float] | None
     progress: Callable[[RepairStep], None] | None
     files: Checkpoint | None = None
+    ray: str | None = None
     history: list[RepairStep] = field(default_factory=list)
     witnesses: list[Tensor] = field(default_factory=list)
     index: int = 0
@@ -87,7 +88,7 @@ class Evaluations:
 
     def certify(self, network: nn.Module, stars: StarBatch, budget: Budget | None) -> Discrepancy:
         def compared(own: Checkpoint | None) -> Discrepancy:
-            options = {"budget": budget, "tolerances": self.tolerances, "checkpoint": own}
+            options = {"budget": budget, "tolerances": self.tolerances, "checkpoint": own, "ray": self.ray}
             return discrepancy(self.original, network, stars, self.exact, **options)
 
         if self.files is None:

@@ -79,6 +79,7 @@ def repair(
     tolerances: Tolerances | None = None,
     progress: Callable[[RepairStep], None] | None = None,
     checkpoint: str | Path | None = None,
+    ray: str | None = None,
 ) -> RepairResult:
     """Copy of `compressed`, retrained until its certified discrepancy to `original` lies in the target set.
 
@@ -127,6 +128,7 @@ def repair(
         progress: called with each `RepairStep`, the evaluation of the given network first.
         checkpoint: as of `discrepancy`. A run that goes on takes what was trained and certified from it, and does the
             rest again; `data` that is no pair of tensors has to be the same by itself.
+        ray: as of `discrepancy`, for the certificates.
 
     Ctrl-C ends it: the result is the best network so far, with its certificate.
 
@@ -176,7 +178,7 @@ def repair(
     asked |= {"data": data if isinstance(data, tuple) else None, "constraints": constraints, "keep": keep or None}
     networks = {"original": original, "compressed": compressed}
     files = student.files = opened(checkpoint, "repair", networks, stars, budget or Budget(), **asked)
-    evaluations = Evaluations(original, stars, goal, exact, budget, tolerances, evaluate, progress, files)
+    evaluations = Evaluations(original, stars, goal, exact, budget, tolerances, evaluate, progress, files, ray)
     retraining = Retraining(reference, student, evaluations, training, data, step, alpha, seed)
     # By construction the budget's seconds are those of the whole; while retraining each evaluation has them.
     with running(None if method == "retrain" or budget is None else budget.seconds) as clock:

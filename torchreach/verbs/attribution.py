@@ -59,6 +59,7 @@ def attribute(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     checkpoint: str | Path | None = None,
+    ray: str | None = None,
 ) -> Attribution:
     """How much of |y1 - y2| each layer makes: certified, attained, and on random inputs.
 
@@ -73,6 +74,7 @@ def attribute(
         seed: of these inputs.
         progress: is told how many comparisons are done, and how many there are.
         checkpoint: as of `discrepancy`; the run goes on from the comparison that it was at.
+        ray: as of `discrepancy`, for each comparison.
 
     Returns: per layer that differs, in the order of execution, three `Discrepancy`s: of the layer alone, of the step
         it makes after the layers before it, and of all layers up to it.
@@ -118,7 +120,7 @@ def attribute(
             ) -> Discrepancy:
                 if budget is None and plain:
                     return bounded_once(*both, stars, clock)
-                return discrepancy(*both, stars, method, budget=share, checkpoint=own)
+                return discrepancy(*both, stars, method, budget=share, checkpoint=own, ray=ray)
 
             found.append(filed(files, f"comparison-{len(found):03d}", clock, limits, compared))
             if progress is not None:
@@ -139,6 +141,7 @@ def keep_float(
     budget: Budget | None = None,
     progress: Callable[[int, int], None] | None = None,
     checkpoint: str | Path | None = None,
+    ray: str | None = None,
 ) -> KeptFloat:
     """The compressed network with as few layers of the original as it takes to be certified within `tolerance`.
 
@@ -153,7 +156,7 @@ def keep_float(
             `attribute`.
         budget: seconds of all of it together; other limits hold for each comparison.
         progress: is told how many comparisons are done, and how many there may be.
-        checkpoint: as of `attribute`.
+        checkpoint, ray: as of `attribute`.
 
     Returns: the mixed network, the layers it keeps, and its `Discrepancy` from the original.
 
@@ -188,7 +191,7 @@ def keep_float(
             mixed = hybrids.keeping(kept)
 
             def compared(own: Checkpoint | None) -> Discrepancy:
-                return discrepancy(original, mixed, stars, tolerance=tolerance, budget=limits, checkpoint=own)
+                return discrepancy(original, mixed, stars, tolerance=tolerance, budget=limits, checkpoint=own, ray=ray)
 
             result = filed(files, f"kept-{digest(sorted(kept))[:16]}", clock, limits, compared)
             done += 1

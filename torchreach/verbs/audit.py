@@ -52,7 +52,8 @@ from torchreach.verbs.labels import (
     ties,
 )
 from torchreach.verbs.questions import opened
-from torchreach.verbs.units import TOGETHER, in_units
+from torchreach.verbs.units import TOGETHER, Asked, in_units
+from torchreach.work.cluster import Cluster
 
 COPIES = 32  # of the widest layer of an input that are in memory at once, codes in doubt included
 MOST = 4096  # inputs between two looks at the clock
@@ -75,6 +76,7 @@ def audit(
     kernels: str = "any",
     arithmetic: str | None = None,
     checkpoint: str | Path | Checkpoint | None = None,
+    ray: str | None = None,
 ) -> Audit:
     """Of each input of a test set, whether two networks certainly give it, and all within `eps`, the same label.
 
@@ -91,6 +93,7 @@ def audit(
         kernels: as in `discrepancy`, of torch's int8 networks; the default is any kernel. Files of LiteRT and
             onnxruntime have their own.
         checkpoint: as in `discrepancy`; the run goes on from the last inputs that were answered.
+        ray: as in `discrepancy`.
 
     Guarantee: EQUIVALENT is certified for every kernel that is covered, NOT_EQUIVALENT has a witness, replayed on the
     modules as given. Networks that end in a softmax are compared in the scores before it, labels and |y1 - y2| alike.
@@ -121,18 +124,19 @@ def audit(
         asked = {"confidence": confidence, "clip": clip, "kernels": kernels, "arithmetic": arithmetic}
         both = {"original": original, "compressed": compressed}
         files = opened(checkpoint, "audit", both, x, budget, eps=float(eps), labels=wanted, **asked)
-        if files is not None and not files.unit:
+        cluster = Cluster.of(ray)
+        if cluster is not None or (files is not None and not files.unit):
+            each = {} if wanted is None else {"labels": wanted}
+            some = Asked(audit, (original, compressed), x, {**asked, "eps": eps}, each)
 
-            def answer(some: slice, share: Budget, own: Checkpoint) -> Audit:
-                def told(done: int, _: int) -> None:
+            def told(some: slice) -> Callable[[int, int], None] | None:
+                def tell(done: int, _: int) -> None:
                     assert progress is not None
                     progress(some.start + done, len(x))
 
-                right = None if wanted is None else wanted[some]
-                options = {**asked, "budget": share, "progress": progress and told, "checkpoint": own}
-                return audit(original, compressed, x[some], eps, right, **options)
+                return progress and tell
 
-            return in_units(files, len(x), TOGETHER if eps else MOST, clock, budget, answer)
+            return in_units(some, TOGETHER if eps else MOST, clock, budget, files, cluster, told)
         networks, given = both_scored((original, compressed), shape)
         kinds = formats(original, compressed, arithmetic)
         deployed = [rounds(network, shape) for network in networks]

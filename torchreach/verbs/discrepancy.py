@@ -33,7 +33,8 @@ from torchreach.verbs.int8_kernels import CHOICES
 from torchreach.verbs.int8_pair import deployed_discrepancy, rounds
 from torchreach.verbs.questions import opened
 from torchreach.verbs.softmax import asked_of_scores, both_scores, probabilities
-from torchreach.verbs.units import ALONE, TOGETHER, in_units
+from torchreach.verbs.units import ALONE, TOGETHER, Asked, in_units
+from torchreach.work.cluster import Cluster
 
 METHODS = {"auto": None, "exact": Exact(), "search": Search()}
 
@@ -53,6 +54,7 @@ def discrepancy(
     kernels: str = "here",
     arithmetic: str | None = None,
     checkpoint: str | Path | Checkpoint | None = None,
+    ray: str | None = None,
 ) -> Discrepancy:
     """Certified interval around max |y1 - y2| per output and input star, with witnesses.
 
@@ -76,6 +78,7 @@ def discrepancy(
             does so only for networks in half precision. A float32 original of a half network is then real-valued.
         checkpoint: a folder from which the run goes on if it is interrupted, killed or out of memory
             (docs/scaling.md). The stars are then answered a few at a time, and `budget.seconds` are those of each call.
+        ray: "auto", "local" or the address of a Ray cluster, whose workers then answer these units (docs/scaling.md).
 
     Guarantee: for every real input x of star s, |y1_n(x) - y2_n(x)| <= upper[s, n]; at witness[s, n] it is
     at least lower[s, n]. `semantics` of the result says which reading of the networks both speak of: "float",
@@ -125,13 +128,13 @@ def discrepancy(
         networks = {"original": original, "compressed": compressed}
         files = opened(checkpoint, "discrepancy", networks, stars, budget, **{**asked, "method": way})
         deploys = rounds(original, stars.shape) or rounds(compressed, stars.shape)
-        if files is not None and not files.unit:
-
-            def answer(some: slice, share: Budget, own: Checkpoint) -> Discrepancy:
-                options = {**asked, "budget": share, "progress": progress, "checkpoint": own}
-                return discrepancy(original, compressed, stars.select(some), **options)
-
-            found = in_units(files, len(stars), ALONE if deploys else TOGETHER, clock, budget, answer)
+        cluster, size = Cluster.of(ray), ALONE if deploys else TOGETHER
+        several = cluster is not None and len(stars) > size  # else the regions of one unit are shared out
+        if several or (files is not None and not files.unit):
+            options = asked if several else {**asked, "ray": ray}
+            some = Asked(discrepancy, (original, compressed), stars, options)
+            on = cluster if several else None
+            found = in_units(some, size, clock, budget, files, on, lambda _: progress)
             return provable(found, original, compressed, stars)
         if deploys:
             if arithmetic == "real":
@@ -176,6 +179,7 @@ def discrepancy(
                 progress=progress,
                 clock=clock,
                 files=files,
+                cluster=cluster,
             )
 
         if kinds != (None, None):

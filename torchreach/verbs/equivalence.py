@@ -63,7 +63,8 @@ from torchreach.verbs.lead_search import LeadSearch
 from torchreach.verbs.merge import merge
 from torchreach.verbs.questions import opened
 from torchreach.verbs.reach import replay
-from torchreach.verbs.units import ALONE, in_units
+from torchreach.verbs.units import ALONE, Asked, in_units
+from torchreach.work.cluster import Cluster
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ def equivalent(
     kernels: str = "here",
     arithmetic: str | None = None,
     checkpoint: str | Path | Checkpoint | None = None,
+    ray: str | None = None,
 ) -> Equivalence:
     """Whether two networks agree on every input of each star: to within `epsilon`, or (`top1`) in their label.
 
@@ -105,6 +107,7 @@ def equivalent(
             behind its outputs; it is taken as a real function of them.
         budget, tolerances, progress, kernels, arithmetic: as in `discrepancy`. Ctrl-C ends it as a spent budget does.
         checkpoint: as in `discrepancy`; with `top1` the run goes on from the last star that was answered.
+        ray: as in `discrepancy`.
 
     Guarantee: EQUIVALENT is certified for the networks as real-valued functions of their weights (deployed networks and
     networks in half precision: as `discrepancy` says); NOT_EQUIVALENT comes with a witness, replayed with a bound on
@@ -145,6 +148,7 @@ def equivalent(
             kernels=kernels,
             arithmetic=arithmetic,
             checkpoint=checkpoint,
+            ray=ray,
         )
         return _within(found, epsilon)
     budget = budget or Budget()
@@ -152,13 +156,10 @@ def equivalent(
         asked = {"top1": True, "confidence": confidence, "kernels": kernels, "arithmetic": arithmetic}
         networks = {"original": original, "compressed": compressed}
         files = opened(checkpoint, "equivalent", networks, stars, budget, **asked)
-        if files is not None and not files.unit:
-
-            def answer(some: slice, share: Budget, own: Checkpoint) -> Equivalence:
-                options = {**asked, "budget": share, "progress": progress, "checkpoint": own}
-                return equivalent(original, compressed, stars.select(some), **options)
-
-            return in_units(files, len(stars), ALONE, clock, budget, answer)
+        cluster = Cluster.of(ray)
+        if cluster is not None or (files is not None and not files.unit):
+            some = Asked(equivalent, (original, compressed), stars, asked)
+            return in_units(some, ALONE, clock, budget, files, cluster, lambda _: progress)
         scored, given = both_scored((original, compressed), tuple(stars.shape))
         kinds = formats(original, compressed, arithmetic)
         deployed = [rounds(network, stars.shape) for network in scored]

@@ -43,6 +43,7 @@ from torchreach.verbs.first_look import Places, first_look, regions_apart, undec
 from torchreach.verbs.merge import merge
 from torchreach.verbs.reach import EXACT_GAP, VERTEX_DIM, reach_within, replay
 from torchreach.verbs.star_search import StarSearch
+from torchreach.work.cluster import Cluster
 
 log = logging.getLogger(__name__)
 
@@ -78,18 +79,20 @@ def compare(
     progress: ProgressCallback | None,
     clock: Clock,
     files: Checkpoint | None = None,
+    cluster: Cluster | None = None,
 ) -> Discrepancy:
     """The interval around y1 - y2 of every star, until `question` is answered on it or the budget is spent.
 
     method: None takes turns. Where `question` has a threshold, a star at whose witness it is exceeded is done too.
     clock: when to stop (and not `budget.seconds`). files: where snapshots of the work go, and from which it goes on.
+    cluster: where regions are enumerated.
 
     Raises: as `merge` and `reach`.
     """
     if not isinstance(stars, StarBatch):
         raise ShapeError(f"two networks are compared on a torchreach.StarBatch, got {type(stars).__name__}")
     smooth = not isinstance(method, Exact)
-    run = _Run(original, compressed, stars, question, budget, tolerances, progress, clock, smooth, files)
+    run = _Run(original, compressed, stars, question, budget, tolerances, progress, clock, smooth, files, cluster)
     run.everything = isinstance(method, Exact) and question == Question("signed")
     if isinstance(method, Exact):
         run.enumerate(method, None, run.enumerable)
@@ -122,6 +125,7 @@ class _Run:
     clock: Clock
     smooth: bool  # whether smooth activations will do
     files: Checkpoint | None = None
+    cluster: Cluster | None = None
     compared: Both | None = None
     roots: dict[int, FirstBounds] = field(default_factory=dict)
     methods: list[str] = field(default_factory=list)
@@ -236,6 +240,7 @@ class _Run:
             keep_stars=False,
             progress=lambda progress: self._during(index, progress, watch),
             files=None if self.files is None else self.files.part("enumeration", repr(open_), repr(method)),
+            cluster=self.cluster,
         )
         self._take_exact(index, found)
         # The clock ends no run before a tenth of its time: what is open then stays so.

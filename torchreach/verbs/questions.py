@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-import torchreach
 from torchreach.core.checkpoint import Checkpoint
 from torchreach.core.options import Budget, Exact, Search
 from torchreach.core.plain import digest
@@ -46,13 +46,20 @@ def opened(
     parts = [inputs] if isinstance(inputs, Tensor) else [getattr(inputs, part.name) for part in fields(inputs)]
     question = {
         "verb": verb,
-        "torchreach": torchreach.__version__,
+        "torchreach": _version(),
         **{role: network_digest(network, shape) for role, network in networks.items()},
         "inputs": digest(parts),
         "stars": budget.stars,
         **{name: _plain(value) for name, value in options.items()},
     }
     return Checkpoint.open(checkpoint, question)
+
+
+def _version() -> str:
+    try:
+        return version("torchreach")
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "unknown"
 
 
 def _plain(value: Any) -> Any:

@@ -35,7 +35,9 @@ from torchreach.read.module import chain, reading_once
 from torchreach.sets.star import StarBatch
 from torchreach.verbs.certificate import of_output
 from torchreach.verbs.questions import opened
+from torchreach.work.cluster import Cluster
 from torchreach.work.frontier import Frontier
+from torchreach.work.remote import Recipe
 from torchreach.work.run import run
 from torchreach.work.snapshot import ROOT, Snapshots
 
@@ -63,6 +65,7 @@ def reach(
     keep_stars: bool = True,
     progress: ProgressCallback | None = None,
     checkpoint: str | Path | None = None,
+    ray: str | None = None,
 ) -> ReachResult:
     """Reach set of a ReLU network, single or merged: one output star per linear region.
 
@@ -78,6 +81,7 @@ def reach(
         progress: called a few times a second with a `Progress`.
         checkpoint: a folder from which the run goes on, to the same regions and ranges, if it is interrupted, killed
             or out of memory (docs/scaling.md); `budget.seconds` are those of each call.
+        ray: "auto", "local" or the address of a Ray cluster, whose workers then do the work (docs/scaling.md).
 
     Raises:
         ShapeError: the stars do not fit the network. UnsupportedLayerError, InvalidNetworkError: see `merge`.
@@ -103,6 +107,7 @@ def reach(
             keep_stars=keep_stars,
             progress=progress,
             files=opened(checkpoint, "reach", {"network": module}, stars, budget, **asked),
+            cluster=Cluster.of(ray),
         )
     return replace(found, prover=of_output(as_network(module), stars))
 
@@ -119,12 +124,13 @@ def reach_within(
     progress: ProgressCallback | None = None,
     corners: Callable[[Tensor, Tensor], None] | None = None,
     files: Checkpoint | None = None,
+    cluster: Cluster | None = None,
 ) -> ReachResult:
     """`reach` as a part of another verb, whose clock says when to stop (and not `budget.seconds`).
 
     corners: with the vertex engine, called with the vertices [S', K, M] of output stars, as points of the predicate
         cube [-1, 1]^M, and the input star [S'] of each; `keep_stars` is then False.
-    files: where snapshots of the work go, and from which it goes on.
+    files: where snapshots of the work go, and from which it goes on. cluster: where most of it is done.
     """
     method, budget, tolerances = method or Exact(), budget or Budget(), tolerances or Tolerances()
     if not isinstance(stars, StarBatch):
@@ -136,7 +142,7 @@ def reach_within(
     with torch.no_grad():
         known = None if files is None else files.load(ROOT, stars.device)
         work = _Run.prepare(module, stars, method, tolerances, keep_stars, budget, clock, known)
-        work.corners, work.files = corners, files
+        work.corners, work.files, work.cluster = corners, files, cluster
         if files is not None and known is None:
             files.save(ROOT, {"name": work.root_name, "bounds": [list(ends) for ends in work.root]})
         work.go(budget, progress)
@@ -161,6 +167,7 @@ class _Run:
     left: Tensor | None  # [S] input stars with stars left open; None before the run
     corners: Callable[[Tensor, Tensor], None] | None = None
     files: Checkpoint | None = None
+    cluster: Cluster | None = None
     snapshots: Snapshots | None = None
 
     @staticmethod
@@ -248,12 +255,38 @@ class _Run:
                 self.left = None
         if self.left is None:
             self.left = run(
-                self.frontier, self.record, self.count, budget, keep, report, self.clock, part, self.snapshots
+                self.frontier,
+                self.record,
+                self.count,
+                budget,
+                keep,
+                report,
+                self.clock,
+                part,
+                self.snapshots,
+                None if self.cluster is None else (self.cluster, self._recipe(None if keep is None else part)),
             )
         if self.snapshots is not None and self.files is not None and self.files.outermost and not self.left.any():
             self.snapshots.save(self.clock)  # so that the next call has the result at once
         if report is not None:
             report()
+
+    def _recipe(self, part: str | None) -> Recipe:
+        engine, frontier = self.engine, self.frontier
+        return Recipe(
+            engine.name,
+            self.steps,
+            self.tally.left_out,
+            engine.steps,
+            engine.signs,
+            frontier.root,
+            engine.tolerances,
+            self.kept is not None,
+            frontier.dim,
+            len(self.stars),
+            part,
+            frontier.memory,
+        )
 
     def result(self) -> ReachResult:
         assert self.left is not None

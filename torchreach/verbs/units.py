@@ -7,12 +7,12 @@ What a unit's budget of seconds or memory, or Ctrl-C, cut short is not filed: th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchreach.core.audited import Audit
 from torchreach.core.checkpoint import Checkpoint
@@ -21,7 +21,9 @@ from torchreach.core.options import Budget
 from torchreach.core.results import Discrepancy, Equivalence, ReachStats, Reason
 from torchreach.core.terms import Kernels
 from torchreach.engines.tally import added
+from torchreach.sets.star import StarBatch
 from torchreach.verbs.storage import from_plain, to_plain
+from torchreach.work.cluster import Cluster
 
 Result = TypeVar("Result", Discrepancy, Equivalence, Audit)
 ANSWER = "answer"
@@ -31,29 +33,117 @@ TOGETHER, ALONE = 8, 1
 PAIRED = ("label", "right", "maybe_right")  # of an `Audit`: [2, B]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A question about many inputs that can be asked of some of them: verb(*networks, inputs, **options).
+
+    each: what of the options belongs to single inputs [B], and is divided with them.
+    """
+
+    verb: Callable[..., Any]
+    networks: tuple[nn.Module, nn.Module]
+    inputs: StarBatch | Tensor
+    options: dict[str, Any]
+    each: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def of(self, some: slice) -> Asked:
+        """The question about the inputs of a slice."""
+        inputs = self.inputs[some] if isinstance(self.inputs, Tensor) else self.inputs.select(some)
+        each = {name: values[some] for name, values in self.each.items()}
+        return replace(self, inputs=inputs, each=each)
+
+    def answer(self, **options: Any) -> Any:
+        """On this machine."""
+        return self.verb(*self.networks, self.inputs, **self.options, **self.each, **options)
+
+
 def in_units(
-    files: Checkpoint,
-    count: int,
+    asked: Asked,
     size: int,
     clock: Clock,
     budget: Budget,
-    answer: Callable[[slice, Budget, Checkpoint], Result],
-) -> Result:
-    """The joined answers about `count` inputs, `size` at a time.
+    files: Checkpoint | None,
+    cluster: Cluster | None,
+    progress: Callable[[slice], Any] = lambda _: None,
+) -> Any:
+    """The joined answers about all inputs, `size` at a time: one after the other here, or on a cluster.
 
-    answer: about the inputs of a slice, within a budget, with a checkpoint of its own. clock: shared out over the units
-        by their inputs; each gets some of it, so that all are answered.
+    clock: shared out over the units by their inputs; each gets some of it, so that all are answered. progress: the
+    callback of a unit that is worked on here.
     """
+    count = len(asked.inputs)
+    units = [slice(first, min(first + size, count)) for first in range(0, count, size)]
+    known: dict[int, Any] = {} if cluster is None else dict(_on_cluster(asked, units, clock, budget, files, cluster))
     parts = []
-    for first in range(0, count, size):
-        some = slice(first, min(first + size, count))
-        share = budget
-        if clock.limited or clock.interrupted:
-            seconds = 0.0 if clock.interrupted else clock.left * (some.stop - first) / (count - first)
-            share = replace(budget, seconds=max(seconds, LEAST_SECONDS))
-        name = f"{first:06d}-{some.stop - 1:06d}"
-        parts.append(filed(files, name, clock, budget, lambda own, some=some, share=share: answer(some, share, own)))
+    for k, some in enumerate(units):
+        if k in known:
+            parts.append(known[k])
+            continue
+        share = _share(clock, budget, (some.stop - some.start) / (count - some.start))
+
+        def answer(own: Checkpoint | None, some: slice = some, share: Budget = share) -> Any:
+            return asked.of(some).answer(budget=share, progress=progress(some), checkpoint=own)
+
+        parts.append(filed(files, _name(some), clock, budget, answer))
     return joined(parts)
+
+
+def _on_cluster(
+    asked: Asked, units: list[slice], clock: Clock, budget: Budget, files: Checkpoint | None, cluster: Cluster
+) -> Iterator[tuple[int, Any]]:
+    """Answers by the number of their unit, of all units that a cluster answered; those filed are not asked again."""
+    networks = cluster.shared(asked.networks)
+    plain = replace(asked, networks=cast("Any", ()))
+    waiting = []
+    for k, some in enumerate(units):
+        found = None if files is None else files.part(_name(some), unit=True).load(ANSWER)
+        if found is None:
+            waiting.append(k)
+        else:
+            yield k, from_plain(found)
+    waiting.reverse()
+
+    def take() -> tuple[int, tuple[Any, ...]] | None:
+        if not waiting:
+            return None
+        rounds = max(1.0, len(waiting) / cluster.workers)
+        k = waiting.pop()
+        return k, (plain.of(units[k]), networks, _share(clock, budget, 1 / rounds))
+
+    for k, result in cluster.done(_answered, take, clock):
+        if result is not None:
+            result = _on(result, asked.inputs.device)
+            yield k, filed(files, _name(units[k]), clock, budget, lambda _, result=result: result)
+
+
+def _answered(asked: Asked, networks: tuple[nn.Module, nn.Module], budget: Budget) -> Any:
+    """What a worker does; on its GPU, if it has one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        networks = cast("Any", tuple(network.to(device) for network in networks))
+    moved = replace(asked, networks=networks, inputs=asked.inputs.to(device), each=_on(asked.each, device))
+    return _on(moved.answer(budget=budget), torch.device("cpu"))
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    """A result or a dictionary with its tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _on(part, device) for name, part in value.items()}
+    return replace(value, **{part.name: _on(getattr(value, part.name), device) for part in fields(value)
+                             if isinstance(getattr(value, part.name), Tensor)})  # fmt: skip
+
+
+def _name(some: slice) -> str:
+    return f"{some.start:06d}-{some.stop - 1:06d}"
+
+
+def _share(clock: Clock, budget: Budget, part: float) -> Budget:
+    """`budget` with this part of the seconds that are left."""
+    if not clock.limited and not clock.interrupted:
+        return budget
+    return replace(budget, seconds=max(0.0 if clock.interrupted else clock.left * part, LEAST_SECONDS))
 
 
 def filed(files: Checkpoint | None, name: str, clock: Clock, budget: Budget, answer: Callable[[Any], Result]) -> Result:
@@ -81,8 +171,8 @@ def joined(parts: Sequence[Any]) -> Any:
     if len(parts) == 1:
         return first
     values: dict[str, Any] = {}
-    for field in fields(first):
-        name, own = field.name, [getattr(part, field.name) for part in parts]
+    for name in [part.name for part in fields(first)]:
+        own = [getattr(part, name) for part in parts]
         if isinstance(own[0], Tensor):
             values[name] = torch.cat(own, 1 if isinstance(first, Audit) and name in PAIRED else 0)
         elif isinstance(own[0], ReachStats):

@@ -242,6 +242,10 @@ class Frontier:
         self.open -= total
         return self.engine.join(taken)
 
+    def hand_out(self, key: tuple[int, int], most: int) -> Any:
+        """So many stars of a group at most, for a worker elsewhere."""
+        return self._take(key, most)
+
     def begin(self, share: int = 1) -> Any:
         """`pop` for a step, which `settle` ends."""
         chunk = self.pop(share=share)

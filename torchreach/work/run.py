@@ -13,8 +13,10 @@ from torch import Tensor
 from torchreach.core.clock import Clock
 from torchreach.core.options import Budget
 from torchreach.engines.record import RangeRecord, Sink
+from torchreach.work.cluster import Cluster
 from torchreach.work.frontier import SMALLEST_SHARE, Frontier, Limits
 from torchreach.work.processes import can_fork, run_in_processes
+from torchreach.work.remote import Recipe, run_on_cluster, until_wide
 from torchreach.work.snapshot import Snapshots
 from torchreach.work.threads import Threads
 
@@ -40,6 +42,7 @@ def run(
     clock: Clock,
     part: str = "stars",
     snapshots: Snapshots | None = None,
+    cluster: tuple[Cluster, Recipe] | None = None,
 ) -> Tensor:
     """Work until done, out of budget or interrupted. Returns [S_in] bool: input stars with stars left open.
 
@@ -48,13 +51,14 @@ def run(
         count: [S_in] long, output stars per input star, counted here.
         keep: called with what is to be kept of every finished chunk: its "stars", or the `part` named.
         report: called now and then.
+        cluster: where most of the work is to be done, and what its workers need.
         snapshots: of this frontier, taken now and then, and of what is left open.
     """
     frontier.clock = clock = clock.part(None)
     limits, sink = Limits(budget, clock), Sink(record, count, keep, part)
     frontier.memory = math.inf if budget.memory is None else budget.memory
     reported = 0.0
-    frontier.spread = frontier.workers > 1 and can_fork(frontier.device)
+    frontier.spread = cluster is not None or (frontier.workers > 1 and can_fork(frontier.device))
     left = torch.zeros_like(count, dtype=torch.bool)
     with Threads(frontier) as work:
         while (frontier.open or work.running) and not limits.spent(frontier, frontier.done):
@@ -62,12 +66,17 @@ def run(
                 report()
                 reported = clock.elapsed
             frontier.spread = frontier.spread and frontier.used.bytes < SPREAD * frontier.memory
-            if frontier.spread and _worth_forking(frontier):
+            if cluster is None and frontier.spread and _worth_forking(frontier):
                 work.stop()
                 frontier.spread = False
                 shared = _in_processes(frontier, sink, limits, report, snapshots)
                 if shared is not None:
                     left |= shared
+                    break
+            if cluster is not None and frontier.open >= until_wide(cluster[0]):
+                work.stop()
+                run_on_cluster(frontier, sink, limits, report, *cluster, snapshots)
+                if not frontier.open or limits.spent(frontier, frontier.done):
                     break
             if snapshots is not None and snapshots.due(clock):
                 work.finish()
