@@ -85,7 +85,9 @@ def test_pickles_in_a_program_are_not_run(written, mark, part, protocol):
     content = saved(Harmful(mark)) if protocol == "zip" else pickled(Harmful(mark), protocol)
 
     def change(parts):
-        if part == "weight":
+        if part == "weight" and "data/weights/model.pt" in parts:  # the layout of torch 2.8
+            parts["data/weights/model.pt"] = content
+        elif part == "weight":
             config = json.loads(parts["data/weights/model_weights_config.json"])
             entry = config["config"]["0.bias"]
             entry["use_pickle"] = True
@@ -180,7 +182,8 @@ def test_calls_of_what_is_no_operator_are_refused(written, target):
 
 def test_guards_are_not_run(written, mark):
     def change(content):
-        content["guards_code"] = [f"{harm(mark)} is None"]
+        if "guards_code" in content:  # torch 2.8 has none
+            content["guards_code"] = [f"{harm(mark)} is None"]
 
     path = written(lambda parts: program(parts, change))
     stars = tr.StarBatch.from_box(torch.zeros(2), torch.ones(2))
