@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -780,3 +781,17 @@ def test_bad_repair_options(files, tmp_path, args, message):
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_warnings_of_some_package_s_source_are_not_shown(monkeypatch, capsys):
+    """Python compiles a fresh installation on its first run, and warns of what it finds in it."""
+
+    def compiled(*_, **__):
+        warnings.warn("invalid escape sequence '\\i'", SyntaxWarning, stacklevel=1)
+        warnings.warn("scales were never calibrated", tr.UncalibratedWarning, stacklevel=1)
+
+    monkeypatch.setattr("typer.core.TyperGroup.main", compiled)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert app([], standalone_mode=False) == 0
+    assert capsys.readouterr().err == "torchreach: warning: scales were never calibrated\n"

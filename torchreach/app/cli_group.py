@@ -16,6 +16,12 @@ from torchreach.core.errors import TorchreachError
 _ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
+def _show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """One line on stderr; nothing of the source of some package that Python compiles for the first time."""
+    if not issubclass(category, SyntaxWarning):
+        print(f"torchreach: warning: {message}", file=sys.stderr)
+
+
 class Group(TyperGroup):
     """Commands whose every bad input ends in one line and status 2."""
 
@@ -39,7 +45,7 @@ class Group(TyperGroup):
         args = list(sys.argv[1:] if args is None else args)
         args = args or ["--help"]
         shown = warnings.showwarning
-        warnings.showwarning = lambda message, *_, **__: print(f"torchreach: warning: {message}", file=sys.stderr)
+        warnings.showwarning = _show
         try:
             obj = shlex.join(["torchreach", *args])
             status = super().main(args, prog_name, complete_var, False, windows_expand_args, obj=obj, **extra)

@@ -26,7 +26,9 @@ def load_auto_lirpa() -> ModuleType:
     if "auto_LiRPA" in sys.modules:
         return sys.modules["auto_LiRPA"]
     if importlib.util.find_spec("auto_LiRPA") is None:
-        raise ImportError("auto_LiRPA is not installed")
+        raise ImportError(
+            "auto_LiRPA is not installed: pip install 'torchreach[lirpa]', then pip install --no-deps auto-LiRPA"
+        )
     with _import_side_effects_undone():
         try:
             return importlib.import_module("auto_LiRPA")
