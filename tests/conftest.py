@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 
@@ -10,6 +11,9 @@ import pytest
 import torch
 
 from tests.simulated_device import NAME, simulated
+
+# Read when Ray is imported: otherwise, as tests run under `uv run`, it would make each worker an environment of its own.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 
 def pytest_configure(config: pytest.Config) -> None:

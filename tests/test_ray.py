@@ -26,7 +26,6 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'torc
 @pytest.fixture(scope="module", autouse=True)
 def two_workers() -> Iterator[None]:
     """A Ray of two workers, which find the tests' modules too."""
-    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
     root = str(Path(__file__).resolve().parents[1])
     options = {"include_dashboard": False, "logging_level": "ERROR", "log_to_driver": False}
     ray.init(num_cpus=2, runtime_env={"env_vars": {"PYTHONPATH": root}}, **options)
