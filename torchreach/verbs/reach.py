@@ -143,7 +143,7 @@ def reach_within(
         known = None if files is None else files.load(ROOT, stars.device)
         work = _Run.prepare(module, stars, method, tolerances, keep_stars, budget, clock, known)
         work.corners, work.files, work.cluster = corners, files, cluster
-        if files is not None and known is None:
+        if files is not None and known is None and not clock.over:  # else they are those of a spent budget
             files.save(ROOT, {"name": work.root_name, "bounds": [list(ends) for ends in work.root]})
         work.go(budget, progress)
         return work.result()

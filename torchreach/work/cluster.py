@@ -99,10 +99,14 @@ class Cluster:
 
     def _result(self, ref: Any) -> Any:
         errors = self.ray.exceptions
+        lost = errors.TaskCancelledError, errors.WorkerCrashedError, errors.OutOfMemoryError
         try:
             return self.ray.get(ref)
         except errors.RayTaskError as error:
-            raise error.cause from None  # as if it had been raised here
-        except (errors.TaskCancelledError, errors.WorkerCrashedError, errors.OutOfMemoryError) as error:
-            log.warning("a unit has no result: %s", type(error).__name__)
-            return None
+            if not isinstance(error.cause, (*lost, KeyboardInterrupt)):
+                raise error.cause from None  # as if it had been raised here
+            cause: BaseException = error.cause
+        except lost as error:
+            cause = error
+        log.warning("a unit has no result: %s", type(cause).__name__)
+        return None
