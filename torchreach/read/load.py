@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import pickle
 import sys
 from pathlib import Path
 
@@ -115,6 +116,8 @@ def read_program(path: Path) -> tuple[fx.GraphModule, Shape | None]:
         shape = _input_shape(program)
     except FileFormatError:
         raise
+    except pickle.UnpicklingError:  # torch's own message says how to read it all the same
+        raise FileFormatError(f"{path} holds pickles of more than tensors, which could run code; not opened") from None
     except Exception as error:  # zip, json and schema errors, all of them signs of a damaged file
         raise FileFormatError(f"{path} is not a readable .pt2 program: {first_line(error)}") from None
     return module, shape
