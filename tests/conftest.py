@@ -12,7 +12,7 @@ import torch
 
 from tests.simulated_device import NAME, simulated
 
-# Read when Ray is imported: otherwise, as tests run under `uv run`, it would make each worker an environment of its own.
+# Read when Ray is imported: under `uv run` it would otherwise make each worker an environment of its own.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 
