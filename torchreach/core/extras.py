@@ -28,6 +28,7 @@ def need(module: str, purpose: str) -> Any:
     Raises: MissingPackageError: "`purpose` needs ...", where it cannot be imported.
     """
     try:
+        import_module(module.partition(".")[0])
         return import_module(module)
     except ImportError as error:
         extra, package = EXTRAS[module.partition(".")[0]]
