@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import zipfile
 
 import numpy as np
@@ -251,3 +252,31 @@ def test_numbers_beside_an_onnx_file_are_read_from_its_folder_alone(tmp_path, pl
     (inside / "n.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(FileFormatError, match="n.onnx is not a readable ONNX file"):
         tr.load(inside / "n.onnx")
+
+
+@pytest.mark.parametrize("which", ["in_spec", "out_spec"])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_structure_that_names_a_module_is_refused(which, hidden, tmp_path, monkeypatch):
+    """torch would import the module; also where the key that says so is written with an escape."""
+    (tmp_path / "planted_module.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.export.save(torch.export.export(nn.Linear(2, 1), (torch.zeros(1, 2),)), tmp_path / "n.pt2")
+    context = {"default_factory_module": "planted_module", "default_factory_name": "x", "dict_context": []}
+    node = {"type": "collections.defaultdict", "context": context, "children_spec": []}
+    text = json.dumps([1, node])
+    if hidden:
+        key = '[{"\\u005f_enum__": true, "fqn": "planted_module:X", "name": "A"}]'
+        text = json.dumps([1, {"type": "builtins.dict", "context": key, "children_spec": []}])
+    with zipfile.ZipFile(tmp_path / "n.pt2") as old, zipfile.ZipFile(tmp_path / "bad.pt2", "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if re.search(r"(models/model|serialized_exported_program)\.json$", name):
+                program = json.loads(content)
+                for call in program["graph_module"]["module_call_graph"]:
+                    if call.get("signature"):
+                        call["signature"][which] = text
+                content = json.dumps(program).encode()
+            new.writestr(name, content)
+    with pytest.raises(FileFormatError, match=f"{which} is .* could run code"):
+        tr.load(tmp_path / "bad.pt2")
+    assert not (tmp_path / "ran").exists()

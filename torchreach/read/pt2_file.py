@@ -31,6 +31,7 @@ _OPERATOR = re.compile(
 )
 # Where torch wants text: it shows it, splits it, parses it as JSON or, of arguments, writes its `repr`.
 _TEXT = {"metadata", "torch_version", "in_spec", "out_spec", "as_string", "as_strings"}
+_CONTAINERS = {None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"}
 _ARITHMETIC = (ast.BinOp, ast.UnaryOp, ast.Compare, ast.BoolOp, ast.operator, ast.unaryop, ast.cmpop, ast.boolop)
 _FUNCTION = re.compile(r"[A-Z]\w*|floor|ceiling", re.ASCII)  # of sympy; no function of Python's own is spelt so
 
@@ -99,12 +100,35 @@ def _check(path: Path, value: Any, key: str) -> None:
             fine = _is_size(value)
         elif key in ("target", "as_operator"):
             fine = _OPERATOR.fullmatch(value)
+        elif key in ("in_spec", "out_spec"):
+            fine = _is_structure(value)
         elif key in _TEXT:
             fine = "__enum__" not in value  # torch would import the module that it names
         else:
             fine = _NAME.fullmatch(value)
         if not fine:
             raise FileFormatError(f"{path}: {key} is {value[:60]!r}, which could run code; not opened")
+
+
+def _is_structure(text: str) -> bool:
+    """Whether inputs or outputs are nested tuples, lists and dictionaries: torch imports what other containers name."""
+    try:
+        return not text or all(
+            node.get("type") in _CONTAINERS and "__enum__" not in node for node in _nodes(json.loads(text)[1])
+        )
+    except (ValueError, TypeError, IndexError, KeyError, RecursionError):
+        return False
+
+
+def _nodes(spec: Any) -> Iterator[dict[str, Any]]:
+    """Each dictionary of a structure, those in its contexts too, which are JSON once more."""
+    if isinstance(spec, dict):
+        yield spec
+        for key, part in spec.items():
+            yield from _nodes(json.loads(part) if key == "context" and isinstance(part, str) else part)
+    elif isinstance(spec, list):
+        for part in spec:
+            yield from _nodes(part)
 
 
 def _is_size(text: str) -> bool:
